@@ -1,0 +1,350 @@
+"""
+Full definition of a Relaxed Recursive Transformer, all of it in this single file.
+
+A decoder-only Transformer whose depth is a loop: one block of n_layer / n_loop stored layers
+is applied n_loop times (Eq. 2, the CYCLE pattern), and every linear map of the block may add a
+low-rank delta of its own per loop (Eq. 3). Two corners of the same class are worth knowing:
+
+    n_loop=1, rank=0   the ordinary, full-size Transformer (Eq. 1; what convert.py reads from Hugging Face)
+    n_loop=B, rank=0   the strictly tied Recursive Transformer
+
+Shapes in comments: B batch, T time, C width, H query heads, K key/value heads, D head size, V vocabulary,
+R LoRA rank. The paper's B (number of loops) is always `n_loop` here.
+
+Paper: Relaxed Recursive Transformers, https://arxiv.org/abs/2410.20672
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from runtime import UserError, recover_folder, replace_folder
+
+
+@dataclass
+class Config:
+    vocab_size: int = 4096     # V
+    n_layer: int = 12          # layers run per token; n_layer // n_loop of them are stored
+    n_loop: int = 1            # how often the block of stored layers runs (the paper's B)
+    rank: int = 0              # R, rank of the per-loop LoRA; 0 = strictly tied
+    vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: shared by the loops (paper), or one per loop
+    n_embd: int = 192          # C
+    n_head: int = 4            # H
+    n_kv_head: int = 1         # K; 1 = multi-query (Gemma), < H = grouped-query (TinyLlama), H = multi-head (Pythia)
+    head_dim: int = 48         # D, not always n_embd // n_head (Gemma 7B)
+    n_hidden: int = 512        # width of the MLP
+    n_ctx: int = 512           # longest sequence the donor was made for
+    arch: Literal["gemma", "llama", "gpt_neox"] = "gemma"  # norm, MLP and embedding of that family, see __init__s below
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rotary_pct: float = 1.0    # share of each head that is rotated (Pythia: 0.25)
+    tie_head: bool = True      # the head is the embedding (Gemma)
+    attn_bias: bool = False    # biases on q, k, v, o (Pythia)
+    mlp_bias: bool = False     # biases on the MLP (Pythia)
+    parallel: bool = False     # attention and MLP read the same input (Pythia)
+    bos_token_id: int | None = None  # the donor's begin-of-text id
+    eos_token_id: int | None = None  # the donor's end-of-text id
+
+    def __post_init__(self):
+        for name in ("vectors", "arch"):
+            allowed = get_args(type(self).__dataclass_fields__[name].type)
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
+        if self.n_loop < 1 or self.n_layer % self.n_loop:
+            raise UserError(f"{self.n_loop} loops do not divide the {self.n_layer} layers; "
+                            f"use one of {', '.join(str(n) for n in divisors(self.n_layer))}")
+        if self.rank < 0:
+            raise UserError(f"rank {self.rank} is negative; use 0 for a tied model or a positive LoRA rank")
+
+    @property
+    def n_unique(self) -> int:
+        """Stored layers, the paper's K = L / B."""
+        return self.n_layer // self.n_loop
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in at least fp32, for the few places where half precision is not enough; fp64 stays fp64."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def vector(size: int, fill: float, config: Config) -> nn.Parameter:
+    """A norm weight or a bias: (C,) shared by all loops as in the paper, or (n_loop, C), one for each."""
+    shape = (config.n_loop, size) if config.vectors == "per_loop" else (size,)
+    return nn.Parameter(torch.full(shape, fill))
+
+
+def at(p: Tensor, loop: int) -> Tensor:
+    """The vector (C,) that `loop` uses."""
+    return p if p.dim() == 1 else p[loop]
+
+
+class Norm(nn.Module):
+    """LayerNorm (Pythia) or RMSNorm (Gemma, Llama) in fp32. Tied over the loops like everything else in the block."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.arch, self.eps, self.size = config.arch, config.norm_eps, (config.n_embd,)
+        self.weight = vector(config.n_embd, 0.0 if config.arch == "gemma" else 1.0, config)
+        self.bias = vector(config.n_embd, 0.0, config) if config.arch == "gpt_neox" else None
+
+    def forward(self, x: Tensor, loop: int) -> Tensor:
+        w = at(self.weight, loop)
+        if self.arch == "gpt_neox":
+            return F.layer_norm(x, self.size, w, at(self.bias, loop), self.eps)
+        if self.arch == "gemma":  # Gemma stores w - 1, multiplies in fp32 and casts last
+            return F.rms_norm(widen(x), self.size, 1.0 + widen(w), self.eps).type_as(x)
+        return F.rms_norm(widen(x), self.size, None, self.eps).type_as(x) * w  # Llama casts first
+
+
+class RelaxedLinear(nn.Module):
+    """y = W'x + B_l A_l x: W' shared by all loops, (A_l, B_l) owned by loop l (Eq. 3). No alpha/r scaling."""
+
+    def __init__(self, d_in: int, d_out: int, config: Config, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in).normal_(std=0.02))
+        self.bias = vector(d_out, 0.0, config) if bias else None
+        self.rank = min(config.rank, d_in, d_out)  # a narrow map (multi-query keys) is full rank sooner
+        if self.rank:
+            self.lora_a = nn.Parameter(torch.randn(config.n_loop, self.rank, d_in) / d_in**0.5)
+            self.lora_b = nn.Parameter(torch.zeros(config.n_loop, d_out, self.rank))
+
+    def merged(self, loop: int) -> Tensor:
+        """W' + B_l A_l (d_out, d_in), summed in fp32 and rounded once."""
+        if not self.rank:
+            return self.weight
+        delta = widen(self.lora_b[loop]) @ widen(self.lora_a[loop])
+        return (widen(self.weight) + delta).type_as(self.weight)
+
+    def forward(self, x: Tensor, loop: int) -> Tensor:
+        bias = at(self.bias, loop) if self.bias is not None else None
+        d_out, d_in = self.weight.shape
+        tokens = x.numel() // d_in
+        if self.rank and tokens * (d_in + d_out) < d_in * d_out:  # too few tokens to pay for building W' + BA
+            return F.linear(x, self.weight, bias) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
+        return F.linear(x, self.merged(loop), bias)
+
+
+class KVCache:
+    """Keys and values of every depth: a looped layer runs at n_loop depths, so the cache belongs to the depth
+    (loop * n_unique + i), never to the (shared) layer. All memory is taken at the start."""
+
+    def __init__(self, config: Config, batch: int, max_len: int, device="cpu", dtype=torch.float32):
+        self.k = torch.zeros(config.n_layer, batch, config.n_kv_head, max_len, config.head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.length = 0        # tokens held; RecursiveTransformer.forward moves it on
+
+    def append(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k, v (B, K, T, D) of the new tokens; returns all of this depth so far, (B, K, length + T, D) each."""
+        end = self.length + k.size(2)
+        if end > self.k.size(3):
+            raise UserError(f"{end} tokens do not fit a cache made for {self.k.size(3)}")
+        self.k[depth, :, :, self.length:end] = k
+        self.v[depth, :, :, self.length:end] = v
+        return self.k[depth, :, :, :end], self.v[depth, :, :, :end]
+
+
+def rope_angles(pos: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, 1, rotated / 2) of the rotary embedding at positions `pos` (T,), in fp32."""
+    rotated = int(config.head_dim * config.rotary_pct)
+    exponent = torch.arange(0, rotated, 2, device=pos.device, dtype=torch.float32) / rotated
+    angle = pos.float()[:, None, None] / config.rope_theta**exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (j, j + rotated/2) of x (B, T, heads, D); what lies beyond `rotated` passes unchanged."""
+    cos, sin = rope
+    half = cos.size(-1)
+    x1, x2, rest = widen(x).split([half, half, x.size(-1) - 2 * half], dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        C, D, bias = config.n_embd, config.head_dim, config.attn_bias
+        self.head_dim = D
+        self.q = RelaxedLinear(C, config.n_head * D, config, bias)
+        self.k = RelaxedLinear(C, config.n_kv_head * D, config, bias)
+        self.v = RelaxedLinear(C, config.n_kv_head * D, config, bias)
+        self.o = RelaxedLinear(config.n_head * D, C, config, bias)
+
+    def forward(self, x: Tensor, rope, loop: int, depth: int, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = rotate(self.q(x, loop).view(B, T, -1, self.head_dim), rope)  # (B, T, H, D)
+        k = rotate(self.k(x, loop).view(B, T, -1, self.head_dim), rope)  # (B, T, K, D)
+        v = self.v(x, loop).view(B, T, -1, self.head_dim)                # (B, T, K, D)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                 # (B, heads, T, D)
+        if cache is not None:
+            k, v = cache.append(depth, k, v)                             # (B, K, past + T, D)
+        past, mask = k.size(2) - T, None
+        if past and T > 1:  # is_causal would align the mask to the wrong corner
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and not past, enable_gqa=q.size(1) != k.size(1))
+        return self.o(y.transpose(1, 2).reshape(B, T, -1), loop)         # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        C, n_hidden, bias = config.n_embd, config.n_hidden, config.mlp_bias
+        self.arch = config.arch
+        self.gate = RelaxedLinear(C, n_hidden, config, bias) if config.arch != "gpt_neox" else None
+        self.up = RelaxedLinear(C, n_hidden, config, bias)
+        self.down = RelaxedLinear(n_hidden, C, config, bias)
+
+    def forward(self, x: Tensor, loop: int) -> Tensor:
+        up = self.up(x, loop)                                            # (B, T, n_hidden)
+        if self.arch == "gpt_neox":
+            hidden = F.gelu(up)
+        elif self.arch == "gemma":
+            hidden = F.gelu(self.gate(x, loop), approximate="tanh") * up
+        else:
+            hidden = F.silu(self.gate(x, loop)) * up
+        return self.down(hidden, loop)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.parallel = config.parallel
+        self.norm1, self.attn = Norm(config), Attention(config)
+        self.norm2, self.mlp = Norm(config), MLP(config)
+
+    def forward(self, x: Tensor, rope, loop: int, depth: int, cache: KVCache | None = None) -> Tensor:
+        y = x + self.attn(self.norm1(x, loop), rope, loop, depth, cache)
+        return y + self.mlp(self.norm2(x if self.parallel else y, loop), loop)
+
+
+class RecursiveTransformer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_unique))
+        self.norm = Norm(Config(**asdict(config) | {"n_loop": 1, "vectors": "tied"}))  # one, whatever the exit
+        self.head = None if config.tie_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for layer in self.layers:  # GPT-2's start: what adds to the residual stream is scaled down with its depth
+            for linear in (layer.attn.o, layer.mlp.down):
+                nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> list[Tensor]:
+        """Hidden states (B, T, C) after each of the n_loop loops, for token ids `idx` (B, T) int64.
+
+        With a cache the tokens follow those it holds, and are added to it.
+        """
+        x = self.embed(idx)                                              # (B, T, C)
+        if self.config.arch == "gemma":  # sqrt(C) rounded to the compute dtype, as Gemma was trained
+            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
+        start = cache.length if cache is not None else 0
+        rope = rope_angles(torch.arange(start, start + idx.size(1), device=idx.device), self.config)
+        states = []
+        for loop in range(self.config.n_loop):                           # Eq. 2: the same layers, n_loop times
+            for i, layer in enumerate(self.layers):
+                x = layer(x, rope, loop, loop * self.config.n_unique + i, cache)
+            states.append(x)
+        if cache is not None:
+            cache.length += idx.size(1)
+        return states
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (B, T, V) in fp32 of any loop's hidden state (B, T, C): all exits share final norm and head (§2.4)."""
+        head = self.embed if self.head is None else self.head
+        return widen(F.linear(self.norm(x, 0), head.weight))
+
+    def num_params(self) -> dict[str, int]:
+        """Parameters `stored` and `run` per token, each with embedding and head and (`_block`) without them."""
+        looped = sum(p.numel() for name, p in self.layers.named_parameters() if not self.owned_by_loop(name, p))
+        owned = sum(p.numel() for name, p in self.layers.named_parameters() if self.owned_by_loop(name, p))
+        final = sum(p.numel() for p in self.norm.parameters())
+        ends = self.embed.weight.numel() + (0 if self.head is None else self.head.weight.numel())
+        stored, run = looped + owned + final, looped * self.config.n_loop + owned + final
+        return {"stored": stored + ends, "run": run + ends, "stored_block": stored, "run_block": run}
+
+    def owned_by_loop(self, name: str, p: Tensor) -> bool:
+        """True for a stack over the loops (LoRA, vectors per loop), False for what all loops share."""
+        return "lora_" in name or (p.dim() == 2 and self.config.vectors == "per_loop" and not is_matrix(name))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # A checkpoint is a folder: config.json and model.safetensors (and beside them the tokenizer and train.pt)
+
+    def save(self, folder) -> None:
+        """Replace `folder` whole (a crash leaves the old one or the new one). Raises UserError if it holds other things."""
+        with replace_folder(folder) as tmp:
+            self.write(tmp)
+
+    def write(self, folder) -> None:
+        (Path(folder) / "config.json").write_text(json.dumps({"format": "nanoRRT"} | asdict(self.config), indent=1) + "\n")
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder, device="cpu", dtype=None) -> "RecursiveTransformer":
+        """The checkpoint in `folder`, in eval mode and the dtype it was saved in unless `dtype` says otherwise.
+
+        Raises UserError if the folder is missing, is not a checkpoint of ours, or is damaged.
+        """
+        recover_folder(folder)
+        config = read_config(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        path = Path(folder) / "model.safetensors"
+        try:
+            tensors = load_file(path, device=str(device))
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"cannot read {path} ({e}); the file is missing, cut short or damaged") from None
+        check_tensors({k: tuple(v.shape) for k, v in model.state_dict().items()},
+                      {k: tuple(v.shape) for k, v in tensors.items()}, path)
+        if dtype is not None:
+            tensors = {k: v.to(dtype) for k, v in tensors.items()}
+        model.load_state_dict(tensors, assign=True)
+        return model.eval()
+
+
+def is_matrix(name: str) -> bool:
+    """True for the weight of a linear map, by its name inside the block: `attn.q.weight`, `mlp.up.weight`."""
+    return name.endswith((".q.weight", ".k.weight", ".v.weight", ".o.weight", ".gate.weight", ".up.weight", ".down.weight"))
+
+
+def read_config(folder) -> Config:
+    """The Config in `folder`/config.json. Raises UserError if there is none of ours."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError(f"no checkpoint in {folder}: {path.name} is missing; give a folder that convert.py or train.py wrote")
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is not readable JSON ({e})") from None
+    if values.pop("format", None) != "nanoRRT":
+        raise UserError(f"{folder} is not a checkpoint of this project"
+                        + (f" but a Hugging Face one ({values['model_type']}): convert it first with "
+                           f"python convert.py --donor={folder}" if "model_type" in values else ""))
+    unknown = set(values) - {f.name for f in fields(Config)}
+    if unknown:
+        raise UserError(f"{path} has unknown settings {sorted(unknown)}: written by a newer version?")
+    return Config(**values)
+
+
+def check_tensors(want: dict[str, tuple], have: dict[str, tuple], where) -> None:
+    """Raise UserError unless the named shapes agree exactly; says which do not and what the likely cause is."""
+    missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
+    wrong = [f"{n} is {have[n]}, expected {want[n]}" for n in sorted(set(want) & set(have)) if want[n] != have[n]]
+    if not (missing or extra or wrong):
+        return
+    causes = {"missing": "a shard was not downloaded, or config.json counts more layers than the file has",
+              "unexpected": "config.json counts fewer layers than the file has, or belongs to another model",
+              "wrongly shaped": "config.json belongs to another size of this model"}
+    lines = [f"{len(names)} {kind} tensor{'s' * (len(names) > 1)} ({'; '.join(names[:3])}{' …' * (len(names) > 3)}): {causes[kind]}?"
+             for kind, names in (("missing", missing), ("unexpected", extra), ("wrongly shaped", wrong)) if names]
+    raise UserError(f"{where} does not fit its config.json: " + "; ".join(lines))

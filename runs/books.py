@@ -1,0 +1,64 @@
+"""Plain text out of Project Gutenberg books: python runs/books.py FOLDER OUT
+
+Reads FOLDER/train*.jsonl.gz and FOLDER/valid*.jsonl.gz (one book a line: title, text) and writes OUT/train.jsonl and
+OUT/valid.jsonl, a paragraph to a line. Hard line breaks are an accident of the digital edition: a model that learns
+them spends its capacity on counting to seventy-two.
+"""
+
+import gzip
+import json
+import re
+import sys
+from pathlib import Path
+
+BOILERPLATE = re.compile(
+    r"[^\n]*\w\*{3}$|.*\b(?:transcribed (?:by|from)|produced by|e-?text (?:prepared|was)|this e-?(?:text|book)|"
+    r"prepared by|proof(?:ed|read)|scanned|digiti[sz]ed|project gutenberg|pgdp\.net|gutenberg\.org|"
+    r"transcriber['’]?s?['’]? notes?|html version|distributed proof\w*)", re.I | re.S)
+SMALL_PRINT = re.compile(r"\*END\W*THE SMALL PRINT[^\n]*\n|\*\*\* ?START OF TH[^\n]*\n", re.I)
+BRACKETED = re.compile(r"\[(?:illustration|picture|frontispiece|image|decoration|pg|page)\b[^\]]{0,1000}\]|\{\d+\}", re.I)
+
+
+def clean(text: str) -> str:
+    """The book with a line per paragraph (verse, drama and contents keep theirs), a blank line between, no italics."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff")
+    small_print = SMALL_PRINT.search(text[:30_000])
+    if small_print:
+        text = text[small_print.end():]
+    text = BRACKETED.sub("", text).replace("_", "")
+    kept = []
+    blocks = re.split(r"\n\s*\n", text)
+    for i, block in enumerate(blocks):
+        lines = [" ".join(line.split()) for line in block.split("\n")]
+        lines = [line for line in lines if line]
+        # Boilerplate stands at the two ends of a book; in between, the same words are the author's.
+        if not lines or ((i < 40 or i > len(blocks) - 20) and len(block) < 1500 and BOILERPLATE.match(block)):
+            continue
+        if not re.search(r"\w", block):                      # a rule or a row of asterisks: one spelling for all
+            kept.append("* * *")
+            continue
+        full = lines[:-1] or lines                           # the last line of a paragraph is short by nature
+        wrapped = sum(map(len, full)) / len(full) >= 45
+        kept.append(" ".join(lines) if wrapped else "\n".join(lines))
+    return "\n\n".join(kept) + "\n"
+
+
+def main(source: str, out: str) -> None:
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for split in ("train", "valid"):
+        books = characters = 0
+        with open(Path(out) / f"{split}.jsonl", "w", encoding="utf-8") as sink:
+            for path in sorted(Path(source).glob(f"{split}*.jsonl.gz")):
+                with gzip.open(path, "rt", encoding="utf-8") as lines:
+                    for line in lines:
+                        book = json.loads(line)
+                        title, text = " ".join(book["title"].split()), clean(book["text"])
+                        sink.write(json.dumps({"title": title, "text": text}, ensure_ascii=False) + "\n")
+                        books, characters = books + 1, characters + len(text)
+        print(f"{split}: {books} books, {characters:,} characters")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

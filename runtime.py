@@ -1,0 +1,199 @@
+"""What every script shares: command line, errors, process group, printing, and folders that are replaced whole."""
+
+import argparse
+import inspect
+import os
+import re
+import shutil
+import sys
+import types
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A mistake in what was given. The message says what was given, what is allowed and what to do; no traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: a dataclass is the settings, the defaults and the help
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return text.lower() == "true"
+
+
+def parse_args(cls, argv=None, defaults=None):
+    """An instance of the dataclass `cls`, filled from `--field=value` flags, and from `defaults` where no flag is given.
+
+    The comment that ends a field's line is its --help text, so a script's settings are written
+    once and read three times: in the source, in --help and in the checkpoint.
+    """
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(
+        description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        kind, text = hints[f.name], comments.get(f.name, "").replace("%", "%%")
+        if get_origin(kind) in (Union, types.UnionType):  # `int | None`: the flag takes an int
+            kind = get_args(kind)[0]
+        value = getattr(defaults, f.name) if defaults else f.default
+        shown = str(value).replace("%", "%%") if value not in (None, "") else "not set"
+        options = {"default": value, "help": f"{text} [{shown}]"}
+        if kind is bool:
+            options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
+        elif get_origin(kind) is Literal:
+            options |= {"choices": get_args(kind)}
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument("--" + f.name, **options)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def script(main) -> None:
+    """Run a script's `main()`: a UserError ends it with one clear line and exit code 2, Ctrl-C with 130."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    else:
+        code = 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, devices, printing
+
+@dataclass
+class Processes:
+    rank: int            # this process, 0 .. world - 1
+    world: int           # how many there are
+    device: torch.device
+
+
+def start_processes(device: str = "auto") -> Processes:
+    """Join the group that torchrun made, if it did; pick this process' device (nccl on GPUs, gloo on CPUs)."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    chosen = pick_device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        if chosen.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    return Processes(rank, world, chosen)
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The named device, or with "auto" the GPU if there is one. Raises UserError for a device that is not here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device={device} cannot be used here ({str(e).splitlines()[0]}); "
+                        "use auto, cpu or cuda") from None
+    return chosen
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def print0(*args) -> None:
+    if is_main():
+        print(*args, flush=True)
+
+
+def progress(items=None, **options):
+    """tqdm over bounded, otherwise silent work; off where nobody watches (not a terminal, or not the first process)."""
+    return tqdm(items, dynamic_ncols=True, leave=False, disable=not (is_main() and sys.stderr.isatty()), **options)
+
+
+def table(rows: list[list]) -> str:
+    """Rows of cells as aligned text, the first row the header; numbers to the right, words to the left."""
+    cells = [[str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+
+    def line(row):
+        return "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+    return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders that are replaced whole
+
+@contextmanager
+def replace_folder(folder):
+    """Yield a temporary folder that becomes `folder` when the block ends; on an error `folder` stays as it was.
+
+    A crash at any moment leaves the old folder or the new one: everything is written to `folder.tmp`, flushed to the
+    disk, and renamed. Between the two renames the old one is called `folder.old`, which `recover_folder` puts back.
+    Files that the block did not write (a log, a tokenizer) are carried over.
+    """
+    folder = Path(folder)
+    recover_folder(folder)
+    refuse_foreign_folder(folder)
+    tmp, old = beside(folder, ".tmp"), beside(folder, ".old")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        tmp.mkdir(parents=True)
+        yield tmp
+        if folder.exists():
+            for path in folder.iterdir():
+                if path.is_file() and not (tmp / path.name).exists() and path.name != "train.pt":
+                    shutil.copy2(path, tmp)
+        for path in (*tmp.iterdir(), tmp):
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+    except OSError as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise UserError(f"cannot write {folder}: {e.strerror or e}; what was there before is untouched") from e
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    tmp.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    return folder.absolute().with_name(folder.absolute().name + suffix)
+
+
+def recover_folder(folder) -> None:
+    """Finish a replacement that was killed between its two renames."""
+    folder = Path(folder)
+    old = beside(folder, ".old")
+    if not folder.exists() and old.exists():
+        old.rename(folder)
+
+
+def refuse_foreign_folder(folder) -> None:
+    """Raise UserError if `folder` holds anything that is not a checkpoint, so that nobody's files are replaced."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; --out needs a folder that is new, empty or a checkpoint")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model.safetensors").exists():
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:3])
+        raise UserError(f"{folder} holds something that is not a checkpoint ({held}); "
+                        "give a folder that is new, empty or a checkpoint")

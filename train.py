@@ -1,0 +1,366 @@
+"""Uptrain a recursive model against its donor (§3.1), on one process or, under torchrun, on many.
+
+    python train.py                                       # the shipped donor -> 2 loops, stepwise, on a laptop
+    torchrun --standalone --nproc_per_node=8 train.py --donor=google/gemma-2b --init=average --rank=512 --data=...
+    python train.py --resume --out=out                    # go on where a run stopped, with the settings it had
+"""
+
+import json
+import math
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from convert import Norms, config_from_hf, find_donor, load_any, read_json, to_recursive
+from data import Tokenizer, batch, copy_tokenizer, load_tokens, validation
+from exits import distill_loss
+from model import Config, RecursiveTransformer
+from runtime import (Processes, UserError, is_main, parse_args, print0, recover_folder, refuse_foreign_folder,
+                     replace_folder, script, start_processes, table)
+
+
+@dataclass
+class TrainConfig:
+    # what is trained
+    donor: str = "assets/donor"            # full-size model and teacher: a folder or a Hugging Face id
+    ckpt: str | None = None                # start from this checkpoint of ours instead of converting the donor
+    init: Literal["stepwise", "average", "lower", "random", "scratch"] = "stepwise"  # how the stored layers start (§2.2); scratch = the donor's shape at full size, random weights
+    loops: int = 2                         # how often the shared block runs (the paper's B)
+    rank: int = 0                          # LoRA rank per loop and linear map; 0 ties strictly
+    lora_init: Literal["svd", "zero"] = "svd"  # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
+    vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: tied (paper), or one per loop
+    norms: Norms = "init"                  # tied norm weights: as init says, averaged, or those of the first loop
+    rounding: Literal["round", "floor"] = "round"  # where a stepwise step falls between two layers
+    # on what
+    data: str = "assets/books/train"       # text files or a folder of token shards; several by comma
+    valid: str = "assets/books/valid.txt"  # the same, never trained on
+    tokens: int = 500_000                  # tokens to train on, in all
+    batch_tokens: int = 2048               # tokens per optimizer step, over all processes
+    seq_len: int = 256                     # tokens per sequence
+    micro_batch: int = 8                   # sequences per process that go through the model at once
+    # how (App. E, and where it is silent: README)
+    lr: float = 1e-3                       # peak of the cosine schedule (the paper's, for models of 1-2 B: 2e-4)
+    min_lr: float = 0.1                    # where the cosine ends, as a share of lr
+    warmup: int = 20                       # steps of linear warm-up
+    weight_decay: float = 0.1              # AdamW's, on matrices only
+    beta1: float = 0.9                     # AdamW's
+    beta2: float = 0.95                    # AdamW's
+    clip: float = 1.0                      # largest gradient norm
+    distill: Literal["fkl", "rkl", "jsd", "tvd", "none"] = "fkl"  # distillation from the donor, beside cross entropy
+    distill_weight: float = 1.0            # loss = cross entropy + this x distillation
+    temperature: float = 1.0               # of both distributions in the distillation; its loss is scaled by the square
+    # where, and how often
+    out: str = "out"                       # checkpoint folder, with log.jsonl
+    resume: bool = False                   # go on from the checkpoint in --out, with its settings
+    eval_every: int = 50                   # steps between evaluations
+    eval_tokens: int = 16_384              # validation tokens per evaluation; the last one uses four times as many
+    save_every: int = 100                  # steps between checkpoints
+    log_every: int = 10                    # steps between log lines
+    seed: int = 0                          # of the data order and of whatever starts random
+    device: str = "auto"                   # auto, cpu, cuda
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast to bfloat16; auto = on GPUs
+    compile: bool = False                  # torch.compile (a minute at the start)
+
+
+MAY_CHANGE = {"out", "resume", "eval_every", "eval_tokens", "save_every", "log_every", "device", "dtype", "compile", "micro_batch"}
+
+
+class Objective(nn.Module):
+    """Cross entropy + distillation for one micro-batch, in one module so that DDP and compile see a whole forward."""
+
+    def __init__(self, model: RecursiveTransformer, args: TrainConfig):
+        super().__init__()
+        self.model, self.args = model, args
+
+    def forward(self, idx: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(loss to minimise, cross entropy), both mean over tokens in nats; idx and targets (B, T)."""
+        logits = self.model.logits(self.model(idx)[-1])                  # (B, T, V)
+        ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if teacher_logits is None:
+            return ce, ce.detach()
+        t = self.args.temperature  # the square keeps the gradient's size (Hinton et al., 2015)
+        kl = t * t * distill_loss(logits / t, teacher_logits / t, self.args.distill)
+        return ce + self.args.distill_weight * kl, ce.detach()
+
+
+def learning_rate(step: int, steps: int, args: TrainConfig) -> float:
+    """Linear warm-up, then a cosine down to min_lr x lr at the last step."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, steps - args.warmup)
+    return args.lr * (args.min_lr + (1 - args.min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(model: nn.Module, args: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW; weight decay for matrices and LoRA, none for norm weights and biases."""
+    matrices = [p for n, p in model.named_parameters() if not n.endswith("bias") and "norm" not in n]
+    vectors = [p for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}],
+                             lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+
+
+def accumulation(args: TrainConfig, world: int) -> int:
+    """Micro-steps per optimizer step. Raises UserError if the batch cannot be dealt out evenly, and says what could."""
+    one = args.micro_batch * args.seq_len * world
+    if min(args.micro_batch, args.seq_len, args.batch_tokens) < 1 or args.batch_tokens % one:
+        near = max(1, round(args.batch_tokens / max(one, 1)))
+        raise UserError(
+            f"batch_tokens={args.batch_tokens} is not a multiple of micro_batch x seq_len x processes = "
+            f"{args.micro_batch} x {args.seq_len} x {world} = {one}; use --batch_tokens={near * one} or "
+            f"{(near + 1) * one}, or a smaller --micro_batch")
+    return args.batch_tokens // one
+
+
+def check_settings(args: TrainConfig) -> None:
+    for name in ("tokens", "lr", "temperature", "eval_every", "save_every", "log_every", "eval_tokens", "clip"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name}={getattr(args, name)} must be positive")
+    if args.tokens < args.batch_tokens:
+        raise UserError(f"--tokens={args.tokens} is less than one batch of {args.batch_tokens} tokens; ask for more tokens")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def save_checkpoint(args: TrainConfig, model, optimizer, step: int, history: dict) -> None:
+    """Replace the folder args.out: model, tokenizer, optimizer and where the run stands. The first process writes."""
+    if is_main():
+        with replace_folder(args.out) as tmp:
+            model.write(tmp)
+            copy_tokenizer(history["tokenizer"], tmp)
+            torch.save({"step": step, "args": asdict(args), "history": history,
+                        "optimizer": optimizer.state_dict()}, tmp / "train.pt")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load_train_state(out: str) -> dict:
+    recover_folder(out)
+    path = Path(out) / "train.pt"
+    if not path.exists():
+        raise UserError(f"nothing to resume: {path} does not exist; start without --resume, or name the run with --out")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises whatever its unpickler met
+        raise UserError(f"{path} is damaged ({str(e).splitlines()[0]}); start again from the model with --ckpt={out}") from None
+
+
+def resumed_settings(argv, state: dict) -> TrainConfig:
+    """The settings of the run that is resumed; flags given now may change how often it reports, not what it computes."""
+    saved = TrainConfig(**state["args"])
+    given, kept = parse_args(TrainConfig, argv), parse_args(TrainConfig, argv, defaults=saved)
+    clash = [f"--{name}={value} (the run has {getattr(saved, name)})" for name, value in asdict(kept).items()
+             if value != getattr(saved, name) and name not in MAY_CHANGE]
+    if clash:
+        raise UserError(f"--resume continues the run in {given.out} as it was, but {', '.join(clash)} was given; "
+                        f"drop the flag, or start a new run from it with --ckpt={given.out} and another --out")
+    return replace(kept, resume=True)
+
+
+def drop_log_after(path: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint that the run goes on from."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+def write_log(args: TrainConfig, **values) -> None:
+    if is_main():
+        with open(Path(args.out) / "log.jsonl", "a") as f:
+            f.write(json.dumps(values) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces of the run
+
+def build(args: TrainConfig, device) -> tuple[RecursiveTransformer, RecursiveTransformer | None, str]:
+    """The student in fp32, the teacher (None where nothing is distilled), and the folder that has their tokenizer."""
+    if args.init == "scratch" and not args.ckpt:  # needs no weights, only a config and a tokenizer
+        folder = find_donor(args.donor)
+        return RecursiveTransformer(config_from_hf(read_json(folder / "config.json"))).to(device), None, str(folder)
+    folder = args.donor if Path(args.donor).is_dir() else str(find_donor(args.donor))
+    donor = load_any(folder, torch.float32)
+    if args.ckpt:
+        student = RecursiveTransformer.load(args.ckpt, dtype=torch.float32)
+        if student.config.vocab_size != donor.config.vocab_size:
+            raise UserError(f"{args.ckpt} has a vocabulary of {student.config.vocab_size}, its teacher {folder} one of "
+                            f"{donor.config.vocab_size}: name its own --donor")
+    else:
+        student = to_recursive(donor, args.loops, args.init, args.rank, args.lora_init, args.vectors, args.rounding, args.norms)
+    return student.to(device), donor.requires_grad_(False).to(device), folder
+
+
+@torch.no_grad()
+def evaluate(model: RecursiveTransformer, batches: list, procs: Processes, autocast) -> float:
+    """Mean cross entropy in nats over validation batches, which the processes share out."""
+    total = torch.zeros(2, dtype=torch.float64, device=procs.device)
+    for idx, targets in batches[procs.rank::procs.world]:
+        with autocast:
+            logits = model.logits(model(idx.to(procs.device))[-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.to(procs.device).flatten(), reduction="sum")
+        total += torch.stack([loss.double(), torch.tensor(float(targets.numel()), device=loss.device).double()])
+    if procs.world > 1:
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+class StopFlag:
+    """Ctrl-C or SIGTERM on any process ends the run after the current step, with a checkpoint."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def agreed(self, procs: Processes) -> bool:
+        if procs.world == 1:
+            return self.asked
+        flag = torch.tensor(float(self.asked), device=procs.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds:.0f}s" if seconds < 90 else f"{seconds / 60:.0f}m" if seconds < 5400 else f"{seconds / 3600:.1f}h"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    args = parse_args(TrainConfig, argv)
+    state = None
+    if args.resume:
+        state = load_train_state(args.out)
+        args = resumed_settings(argv, state)
+    check_settings(args)
+    refuse_foreign_folder(args.out)
+    if not args.resume and (Path(args.out) / "train.pt").exists():
+        raise UserError(f"{args.out} holds a run already; go on with --resume, or give another --out")
+    procs = start_processes(args.device)
+    device = procs.device
+    micro_steps, steps = accumulation(args, procs.world), args.tokens // args.batch_tokens
+    torch.manual_seed(args.seed)
+    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    model, donor, tokenizer_folder = build(args, device)
+    tokenizer = Tokenizer.load(tokenizer_folder, model.config.vocab_size)
+    train_tokens = load_tokens(args.data, tokenizer, model.config.vocab_size)
+    valid_tokens = load_tokens(args.valid, tokenizer, model.config.vocab_size)
+    rows = validation(valid_tokens, args.seq_len, 4 * args.eval_tokens)
+    few_rows = rows[:max(1, len(rows) // 4)]
+    batch(train_tokens, range(1), args.seq_len, args.seed)  # too little text is found out now
+    teacher = donor if args.distill != "none" else None
+    optimizer = make_optimizer(model, args, device)
+    start, history = 0, {"tokenizer": tokenizer_folder}
+    if state:
+        try:
+            saved = RecursiveTransformer.load(args.out, dtype=torch.float32)
+            model.load_state_dict(saved.state_dict())
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f"the checkpoint in {args.out} is of another architecture than this run's "
+                            f"({str(e).splitlines()[0]}); resume with the donor it was made from") from None
+        start, history = state["step"], state["history"]
+        drop_log_after(Path(args.out) / "log.jsonl", start)
+
+    n = model.num_params()
+    print0(f"{args.ckpt or args.init}: {model.config.n_layer} layers as {model.config.n_loop} x {model.config.n_unique}, rank "
+           f"{model.config.rank}, {n['stored'] / 1e6:.2f} M parameters stored, {n['run'] / 1e6:.2f} M run per token | "
+           f"{len(train_tokens):,} training tokens | {procs.world} x {device.type}{' bf16' if bf16 else ''}")
+    objective = Objective(model, args)
+    if args.compile:
+        objective.compile()
+    wrapped = DistributedDataParallel(objective) if procs.world > 1 else objective
+    if not state:
+        history["donor"] = evaluate(donor, rows, procs, autocast) if donor else None
+        history["converted"] = evaluate(model, rows, procs, autocast)
+        save_checkpoint(args, model, optimizer, 0, history)
+        write_log(args, step=0, val_loss=history["converted"], donor_loss=history["donor"])
+        print0("validation loss: " + (f"donor {history['donor']:.4f}, " if donor else "") + f"start {history['converted']:.4f}")
+    else:
+        print0(f"resuming at step {start} of {steps}")
+
+    with StopFlag() as stop:
+        began, last_log = time.time(), (start, time.time())
+        step = start
+        while step < steps and not stop.agreed(procs):
+            lr = learning_rate(step, steps, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            sums = torch.zeros(2, device=device)
+            for micro in range(micro_steps):
+                at = ((step * micro_steps + micro) * procs.world + procs.rank) * args.micro_batch
+                idx, targets = (t.to(device) for t in batch(train_tokens, range(at, at + args.micro_batch), args.seq_len, args.seed))
+                last = micro == micro_steps - 1
+                with nullcontext() if last or procs.world == 1 else wrapped.no_sync(), autocast:
+                    with torch.no_grad():
+                        teacher_logits = teacher.logits(teacher(idx)[-1]) if teacher else None
+                    loss, ce = wrapped(idx, targets, teacher_logits)
+                (loss / micro_steps).backward()
+                sums += torch.stack([loss.detach(), ce]) / micro_steps
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            if procs.world > 1:
+                dist.all_reduce(sums)
+            total, ce = (sums / procs.world).tolist()
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                raise UserError(f"loss {total} and gradient norm {norm} at step {step} are not both finite: training stops; "
+                                f"the last good checkpoint is in {args.out}; try a lower --lr (now {args.lr}) from there")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if step % args.log_every == 0 or step == steps:
+                now = time.time()
+                per_step = (now - last_log[1]) / (step - last_log[0])
+                last_log = (step, now)
+                speed = args.batch_tokens / per_step
+                print0(f"step {step}/{steps} | loss {ce:.4f}" + (f" | objective {total:.4f}" if teacher else "")
+                       + f" | lr {lr:.1e} | {per_step * 1000:.0f} ms | {speed:,.0f} tok/s | eta {clock(per_step * (steps - step))}")
+                write_log(args, step=step, loss=ce, objective=total, lr=lr, grad_norm=float(norm), tokens_per_s=speed)
+            if step % args.eval_every == 0 and step < steps:
+                val = evaluate(model, few_rows, procs, autocast)
+                print0(f"step {step}/{steps} | validation loss {val:.4f}")
+                write_log(args, step=step, val_loss=val)
+            if step % args.save_every == 0 and step < steps:
+                save_checkpoint(args, model, optimizer, step, history)
+        save_checkpoint(args, model, optimizer, step, history)
+    if step < steps:
+        print0(f"stopped at step {step} of {steps}; go on with: python train.py --resume --out={args.out}")
+        return
+    final = evaluate(model, rows, procs, autocast)
+    write_log(args, step=step, val_loss=final, final=True, seconds=time.time() - began)
+    full = donor.num_params() if donor else None
+    print0(f"\n{steps - start} steps in {clock(time.time() - began)}; checkpoint in {args.out}\n" + table(
+        [["model", "validation loss", "perplexity", "stored", "run per token"]]
+        + ([["donor", *score(history["donor"], full)]] if donor else [])
+        + [["converted" if donor else "start", *score(history["converted"], n)], ["uptrained" if donor else "trained", *score(final, n)]]))
+    if donor and history["converted"] > history["donor"]:
+        won = (history["converted"] - final) / (history["converted"] - history["donor"])
+        print0(f"{won:.0%} of what conversion cost is won back")
+
+
+def score(loss: float, n: dict) -> list[str]:
+    return [f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{n['stored'] / 1e6:.2f} M", f"{n['run'] / 1e6:.2f} M"]
+
+
+if __name__ == "__main__":
+    script(main)
