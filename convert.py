@@ -6,7 +6,7 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -73,14 +73,15 @@ def hf_name(name: str, arch: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a donor
 
-# What a config may say that this code does not do. Silently wrong would be the worst outcome, so each is refused by name.
+# What a config may ask for that this code does not do. Silently wrong is the worst outcome: each is refused by name.
 REFUSED = {
     "rope_scaling": "scaled rotary embeddings", "sliding_window": "sliding-window attention",
     "layer_types": "layers of different kinds", "attention_bias": "attention biases", "mlp_bias": "MLP biases",
     "attn_logit_softcapping": "soft-capping", "final_logit_softcapping": "soft-capping",
     "quantization_config": "quantised weights", "use_bidirectional_attention": "bidirectional attention",
 }
-ACTIVATIONS = {"gemma": ("gelu_pytorch_tanh", "gelu"), "llama": ("silu",), "gpt_neox": ("gelu",)}  # Gemma's "gelu" means tanh
+# Gemma's first releases say "gelu" and mean the tanh approximation, as transformers knows too.
+ACTIVATIONS = {"gemma": ("gelu_pytorch_tanh", "gelu"), "llama": ("silu",), "gpt_neox": ("gelu",)}
 
 
 def config_from_hf(hf: dict, where="config.json") -> Config:
@@ -128,7 +129,7 @@ def first(ids: int | list[int] | None) -> int | None:
 
 
 def find_donor(donor: str) -> Path:
-    """The folder of a donor: a local one, or a Hugging Face id (`owner/name`), downloaded once. UserError if neither."""
+    """The folder of a donor: a local one, or that of a Hugging Face id, downloaded once. UserError if it is neither."""
     folder = Path(donor)
     if folder.is_dir():
         return folder
@@ -137,7 +138,8 @@ def find_donor(donor: str) -> Path:
                         "or a Hugging Face id like EleutherAI/pythia-160m")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(donor, allow_patterns=["*.json", "*.safetensors", "*.tiktoken", "tokenizer.model"]))
+        wanted = ["*.json", "*.safetensors", "*.tiktoken", "tokenizer.model"]
+        return Path(snapshot_download(donor, allow_patterns=wanted))
     except Exception as e:  # the hub client raises many kinds, all of them "not to be had"
         raise UserError(f"cannot download {donor} ({str(e).splitlines()[0]}); give a local folder instead") from None
 
@@ -218,17 +220,18 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}; a donor is a folder with config.json and safetensors") from None
+        raise UserError(f"{path.parent} has no {path.name}; a donor has config.json and model.safetensors") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{path} is not readable JSON ({e})") from None
 
 
 def load_full(donor: str, dtype: torch.dtype | None = None) -> RecursiveTransformer:
-    """The full-size model (n_loop=1) in a Hugging Face folder or id, in eval mode; `dtype` None keeps the stored one."""
+    """The full-size model (n_loop=1) of a Hugging Face folder or id, in eval mode; dtype None keeps the stored one."""
     source = Donor(donor)
     with torch.device("meta"):
         model = RecursiveTransformer(source.config)
-    state = {name: source.read(name) for name in progress(list(model.state_dict()), desc="reading donor", unit="tensor")}
+    names = progress(list(model.state_dict()), desc="reading donor", unit="tensor")
+    state = {name: source.read(name) for name in names}
     model.load_state_dict({k: v.to(dtype) if dtype else v for k, v in state.items()}, assign=True)
     return model.eval()
 
@@ -270,7 +273,7 @@ def source_layers(n_layer: int, n_loop: int, init: str, rounding: str = "round")
 
 @torch.no_grad()
 def svd_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(A, B) with B @ A the best rank-r approximation of delta (out, in): A = V_r^T (R, in), B = U_r S_r (out, R), Eq. 4.
+    """(A, B) with B @ A the best rank-r approximation of delta (out, in), Eq. 4: A = V_r^T (R, in), B = U_r S_r (out, R).
 
     The small side's Gram matrix has the same singular vectors and is ~10x faster to decompose than a full SVD; fp64
     keeps what squaring costs. Directions without residual get a Gaussian row in A and zeros in B (App. C): a zero in
@@ -333,9 +336,9 @@ def loop_layers(config: Config, read: Callable[[str], Tensor], n_loop: int, init
         new[name] = shared.to(keep)
         if rank:
             deltas = (read(f"layers.{loop * k + i}.{rest}").float() - shared for loop in range(n_loop))
-            factors = relax(deltas, rank, lora_init, mirrored=init == "average" and n_loop == 2,
-                            kept=report.setdefault(rest.removesuffix(".weight"), [0.0, 0.0]) if report is not None else None)
             stem = name.removesuffix("weight")
+            energy = report.setdefault(rest.removesuffix(".weight"), [0.0, 0.0]) if report is not None else [0.0, 0.0]
+            factors = relax(deltas, rank, lora_init, init == "average" and n_loop == 2, energy)
             new[stem + "lora_a"], new[stem + "lora_b"] = (torch.stack(f).to(keep) for f in zip(*factors, strict=True))
     model.load_state_dict(new, assign=True)
     return model.eval()
@@ -349,8 +352,11 @@ def mean(read: Callable[[str], Tensor], layers: list[int], rest: str) -> Tensor:
     return total / len(layers)
 
 
-def relax(deltas, rank: int, lora_init: str, mirrored: bool, kept: list[float] | None) -> list[tuple[Tensor, Tensor]]:
-    """One (A, B) per loop for the residuals W_l - W' (taken in fp32). Zero residual or zero init: A Gaussian, B zero."""
+def relax(deltas, rank: int, lora_init: str, mirrored: bool, energy: list[float]) -> list[tuple[Tensor, Tensor]]:
+    """One (A, B) per loop for the fp32 residuals W_l - W'. Zero residual or zero init: A Gaussian, B zero (App. C).
+
+    Adds to `energy` the residuals' squared norm that the factors keep, and all of it.
+    """
     factors = []
     for delta in deltas:
         r = min(rank, *delta.shape)
@@ -360,9 +366,8 @@ def relax(deltas, rank: int, lora_init: str, mirrored: bool, kept: list[float] |
             factors.append((factors[0][0], -factors[0][1]))
         else:
             factors.append(svd_factors(delta, r))
-        if kept is not None:
-            kept[0] += factors[-1][1].square().sum().item()  # the rows of A have length 1, so B holds the energy
-            kept[1] += delta.square().sum().item()
+        energy[0] += factors[-1][1].square().sum().item()  # the rows of A have length 1, so B holds the energy
+        energy[1] += delta.square().sum().item()
     return factors
 
 
@@ -370,7 +375,7 @@ def to_recursive(full: RecursiveTransformer, n_loop: int = 2, init: Init = "step
                  lora_init: Literal["svd", "zero"] = "svd", vectors: Literal["tied", "per_loop"] = "tied",
                  rounding: Literal["round", "floor"] = "round", norms: Norms = "init",
                  dtype: torch.dtype | None = None) -> RecursiveTransformer:
-    """A recursive model of the same width and depth; `full` is left as it is. Raises UserError if the loops do not fit."""
+    """A recursive model of the same width and depth; `full` stays as it is. Raises UserError if the loops do not fit."""
     state = full.state_dict()
     return loop_layers(full.config, state.__getitem__, n_loop, init, rank, lora_init, vectors, rounding, norms, dtype)
 
@@ -397,7 +402,7 @@ def unroll(model: RecursiveTransformer) -> RecursiveTransformer:
 # Full-size -> Hugging Face
 
 def to_hf(model: RecursiveTransformer, folder) -> None:
-    """Write a full-size model so that transformers loads it as GemmaForCausalLM, LlamaForCausalLM or GPTNeoXForCausalLM.
+    """Write a full-size model that transformers loads as GemmaForCausalLM, LlamaForCausalLM or GPTNeoXForCausalLM.
 
     Raises UserError for a model that loops: transformers has no such class, `unroll` it first.
     """
@@ -439,8 +444,8 @@ class ConvertConfig:
     init: Init = "stepwise"          # which donor layers the stored ones start from (Figure 2)
     rank: int = 0                    # LoRA rank per loop and linear map; 0 ties strictly
     lora_init: Literal["svd", "zero"] = "svd"  # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
-    vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: tied (paper), or one per loop (far better start)
-    norms: Norms = "init"            # tied norm weights: as init says, averaged over the loops, or those of the first loop
+    vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: tied (paper), or one per loop (better start)
+    norms: Norms = "init"            # tied norm weights: as init says, averaged over the loops, or the first loop's
     rounding: Literal["round", "floor"] = "round"  # where a stepwise step falls between two layers
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # of the weights written; keep = the donor's
     unroll: bool = False             # instead: write the recursive --donor out at full size, in Hugging Face's layout

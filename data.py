@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -54,29 +55,30 @@ class Tokenizer:
         try:
             config = read_json(folder / "tokenizer_config.json")
             digest = hashlib.sha256(file.read_bytes())
+            fast = ranks = None
             if file.suffix == ".json":
                 from tokenizers import Tokenizer as Fast
-                fast, ranks = Fast.from_file(str(file)), None
+                fast = Fast.from_file(str(file))
                 fast.no_truncation()                         # some are saved with the limits of their last user
                 fast.no_padding()
                 ids = fast.get_vocab(with_added_tokens=True)
             else:
                 import tiktoken
-                pairs = (line.split() for line in file.read_bytes().splitlines() if line)
+                pairs = [line.split() for line in file.read_bytes().splitlines() if line]
                 merges = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-                fast, ids = None, config["special_tokens"]
-                ranks = tiktoken.Encoding("ranks", pat_str=config["pat_str"], mergeable_ranks=merges,
-                                          special_tokens=ids)
+                if sum(len(token) == 1 for token in merges) != 256:
+                    raise ValueError("single bytes are missing, so some texts could not be encoded")
+                ranks = tiktoken.Encoding(file.name, pat_str=config["pat_str"], mergeable_ranks=merges,
+                                          special_tokens=config["special_tokens"])
                 digest.update((folder / "tokenizer_config.json").read_bytes())
-                ids = {**ids, "": max(merges.values())}
-            size = max(ids.values()) + 1
-        # tokenizers raises bare Exceptions and tiktoken's Rust side panics with a BaseException.
-        except BaseException as e:
-            if isinstance(e, (KeyboardInterrupt, SystemExit, ImportError)):
-                raise
-            raise UserError(f"{file} cannot be read ({type(e).__name__}: {str(e)[:200]}); "
-                            "copy it again from the original checkpoint") from e
-        special = {name: special_id(folder, config, name, ids) for name in ("eos", "bos")}
+                ids = config["special_tokens"] | {"": max(merges.values())}
+            special = {name: special_id(folder, config, name, ids) for name in ("eos", "bos")}
+        except (KeyboardInterrupt, SystemExit, ImportError):
+            raise
+        except BaseException as e:                           # tokenizers raises Exception, a panic in Rust even less
+            raise UserError(f"the tokenizer in {folder} cannot be read ({type(e).__name__}: {str(e)[:200]}); "
+                            "copy its files again from the original checkpoint") from e
+        size = max(ids.values()) + 1
         needed = max(size, *(i + 1 for i in special.values() if i is not None), 0)
         if vocab_size is not None and needed > vocab_size:
             raise UserError(f"the tokenizer in {folder} has {needed} ids but the model's vocabulary is {vocab_size}: "
@@ -95,7 +97,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
-        ids = [int(i) for i in ids]
+        ids = [int(i) for i in ids if i < self.vocab_size]   # a model's padding beyond the tokenizer is no text
         return self.fast.decode(ids, skip_special_tokens=False) if self.fast else self.ranks.decode(ids)
 
 
@@ -251,8 +253,8 @@ def read_dataset(path: str, *args, **options) -> Iterator[str]:
     except UserError:
         raise
     except Exception as e:                                   # a missing dataset, no network, a broken file
-        raise UserError(f"{path} cannot be read as a dataset ({type(e).__name__}: {str(e)[:200]}); "
-                        "check the path or name, and the network if it is on the hub") from e
+        raise UserError(f"{path} cannot be read ({type(e).__name__}: {str(e)[:200]}); it should be a file or folder "
+                        "that is here, or a dataset on the Hugging Face hub that can be reached") from e
 
 
 def encode_documents(texts: Iterable[str], tokenizer: Tokenizer, vocab_size: int) -> Iterator[np.ndarray]:
@@ -260,15 +262,18 @@ def encode_documents(texts: Iterable[str], tokenizer: Tokenizer, vocab_size: int
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer names no end-of-text token, so documents would run together; "
                         "set eos_token in tokenizer_config.json")
-    dtype = np.uint16 if vocab_size <= 65536 else np.uint32
-    held, size = [], 0
-    for text in texts:
+    held, size = [], 0                                       # documents that are encoded together, on all cores
+    for text in chain(texts, [None]):
         if text:
             held, size = [*held, text], size + len(text)
-        if len(held) == 256 or size > 4_000_000:
-            yield from (np.array([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode_batch(held))
+        if len(held) == 256 or size > 4_000_000 or text is None:
+            yield from (np.array([*ids, tokenizer.eos_id], token_type(vocab_size))
+                        for ids in tokenizer.encode_batch(held))
             held, size = [], 0
-    yield from (np.array([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode_batch(held))
+
+
+def token_type(vocab_size: int) -> type:
+    return np.uint16 if vocab_size <= 65536 else np.uint32   # Gemma's 256,000 entries do not fit into 16 bits
 
 
 def write_shards(texts: Iterable[str], tokenizer: Tokenizer, folder, vocab_size: int,
@@ -279,12 +284,12 @@ def write_shards(texts: Iterable[str], tokenizer: Tokenizer, folder, vocab_size:
         raise UserError(f"{folder} already holds .safetensors files; give a new folder or remove them")
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"vocab_size": str(vocab_size), "tokenizer": tokenizer.hash}
-    total, shards, held, size = 0, 0, [], 0
+    total, shards, pending, size = 0, 0, [], 0
 
-    def write():
+    def write(ids):
         nonlocal shards
         path = folder / f"{shards:05d}.safetensors"
-        path.with_suffix(".tmp").write_bytes(save({"tokens": np.concatenate(held)}, metadata))
+        path.with_suffix(".tmp").write_bytes(save({"tokens": ids}, metadata))
         os.replace(path.with_suffix(".tmp"), path)           # a crash leaves no half shard under a shard's name
         shards += 1
 
@@ -293,16 +298,16 @@ def write_shards(texts: Iterable[str], tokenizer: Tokenizer, folder, vocab_size:
             ids = ids[:None if max_tokens is None else max_tokens - total]
             total += len(ids)
             bar.update(len(ids))
-            while size + len(ids) >= shard_tokens:
-                held.append(ids[:shard_tokens - size])
-                ids = ids[len(held[-1]):]
-                write()
-                held, size = [], 0
-            held, size = [*held, ids], size + len(ids)
+            pending, size = [*pending, ids], size + len(ids)
+            if size >= shard_tokens:
+                pending = [np.concatenate(pending)]
+                while size >= shard_tokens:
+                    write(pending[0][:shard_tokens])
+                    pending, size = [pending[0][shard_tokens:]], size - shard_tokens
             if total == max_tokens:
                 break
     if size:
-        write()
+        write(np.concatenate(pending))
     if total == 0:
         raise UserError("the text is empty: nothing was written")
     return total
@@ -339,13 +344,12 @@ def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
 
     Raises UserError for shards of another tokenizer or vocabulary, damaged shards, and empty text.
     """
-    arrays, text = [], False
+    arrays, shards = [], []
     for part in path.split(","):
         shards = sorted(Path(part).glob("*.safetensors")) if Path(part).is_dir() else []
-        text = not shards
-        arrays += ([open_shard(shard, tokenizer, vocab_size) for shard in shards] if shards else
-                   encode_documents(read_texts(part), tokenizer, vocab_size))
-    if text and arrays:
+        arrays += [open_shard(shard, tokenizer, vocab_size) for shard in shards] or [np.concatenate(
+            [np.empty(0, token_type(vocab_size)), *encode_documents(read_texts(part), tokenizer, vocab_size)])]
+    if not shards:
         arrays[-1] = arrays[-1][:-1]                         # EOS stands between documents: the last needs none
     tokens = Tokens([a for a in arrays if len(a)])
     if len(tokens) == 0:
@@ -407,7 +411,7 @@ def validation(tokens: Tokens, seq_len: int, max_tokens: int | None = None, rows
 
 @dataclass
 class DataConfig:
-    name: str = "assets/books/train"       # text: files or folders by comma, or a Hugging Face dataset owner/name:config
+    name: str = "assets/books/train"       # text: files, folders by comma, or a Hugging Face dataset owner/name:config
     tokenizer: str = "assets/donor"        # folder of the checkpoint whose tokenizer to use
     out: str = "out/data"                  # folder for the shards, or for the trained tokenizer
     tokens: int | None = None              # stop after so many tokens

@@ -34,7 +34,7 @@ class Config:
     n_layer: int = 12          # layers run per token; n_layer // n_loop of them are stored
     n_loop: int = 1            # how often the block of stored layers runs (the paper's B)
     rank: int = 0              # R, rank of the per-loop LoRA; 0 = strictly tied
-    vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: shared by the loops (paper), or one per loop
+    vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: shared (paper), or one per loop
     n_embd: int = 192          # C
     n_head: int = 4            # H
     n_kv_head: int = 1         # K; 1 = multi-query (Gemma), < H = grouped-query (TinyLlama), H = multi-head (Pythia)
@@ -140,7 +140,8 @@ class KVCache:
     (loop * n_unique + i), never to the (shared) layer. All memory is taken at the start."""
 
     def __init__(self, config: Config, batch: int, max_len: int, device="cpu", dtype=torch.float32):
-        self.k = torch.zeros(config.n_layer, batch, config.n_kv_head, max_len, config.head_dim, device=device, dtype=dtype)
+        shape = (config.n_layer, batch, config.n_kv_head, max_len, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.length = 0        # tokens held; RecursiveTransformer.forward moves it on
 
@@ -191,7 +192,8 @@ class Attention(nn.Module):
         past, mask = k.size(2) - T, None
         if past and T > 1:  # is_causal would align the mask to the wrong corner
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and not past, enable_gqa=q.size(1) != k.size(1))
+        causal, grouped = T > 1 and not past, q.size(1) != k.size(1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
         return self.o(y.transpose(1, 2).reshape(B, T, -1), loop)         # (B, T, C)
 
 
@@ -281,12 +283,13 @@ class RecursiveTransformer(nn.Module):
     # A checkpoint is a folder: config.json and model.safetensors (and beside them the tokenizer and train.pt)
 
     def save(self, folder) -> None:
-        """Replace `folder` whole (a crash leaves the old one or the new one). Raises UserError if it holds other things."""
+        """Replace `folder` whole: a crash leaves the old one or the new one. UserError if it holds something else."""
         with replace_folder(folder) as tmp:
             self.write(tmp)
 
     def write(self, folder) -> None:
-        (Path(folder) / "config.json").write_text(json.dumps({"format": "nanoRRT"} | asdict(self.config), indent=1) + "\n")
+        config = {"format": "nanoRRT"} | asdict(self.config)
+        (Path(folder) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
 
     @classmethod
@@ -314,14 +317,14 @@ class RecursiveTransformer(nn.Module):
 
 def is_matrix(name: str) -> bool:
     """True for the weight of a linear map, by its name inside the block: `attn.q.weight`, `mlp.up.weight`."""
-    return name.endswith((".q.weight", ".k.weight", ".v.weight", ".o.weight", ".gate.weight", ".up.weight", ".down.weight"))
+    return name.endswith(tuple(f".{kind}.weight" for kind in ("q", "k", "v", "o", "gate", "up", "down")))
 
 
 def read_config(folder) -> Config:
     """The Config in `folder`/config.json. Raises UserError if there is none of ours."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise UserError(f"no checkpoint in {folder}: {path.name} is missing; give a folder that convert.py or train.py wrote")
+        raise UserError(f"no checkpoint in {folder}: no config.json; give a folder that convert.py or train.py wrote")
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as e:
@@ -345,6 +348,6 @@ def check_tensors(want: dict[str, tuple], have: dict[str, tuple], where) -> None
     causes = {"missing": "a shard was not downloaded, or config.json counts more layers than the file has",
               "unexpected": "config.json counts fewer layers than the file has, or belongs to another model",
               "wrongly shaped": "config.json belongs to another size of this model"}
-    lines = [f"{len(names)} {kind} tensor{'s' * (len(names) > 1)} ({'; '.join(names[:3])}{' …' * (len(names) > 3)}): {causes[kind]}?"
+    lines = [f"{len(names)} {kind} ({'; '.join(names[:3])}{' …' * (len(names) > 3)}): {causes[kind]}?"
              for kind, names in (("missing", missing), ("unexpected", extra), ("wrongly shaped", wrong)) if names]
-    raise UserError(f"{where} does not fit its config.json: " + "; ".join(lines))
+    raise UserError(f"the tensors in {where} do not fit its config.json: " + "; ".join(lines))

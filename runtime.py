@@ -31,7 +31,7 @@ def boolean(text: str) -> bool:
 
 
 def parse_args(cls, argv=None, defaults=None):
-    """An instance of the dataclass `cls`, filled from `--field=value` flags, and from `defaults` where no flag is given.
+    """An instance of the dataclass `cls`, filled from `--field=value` flags, and from `defaults` where there is none.
 
     The comment that ends a field's line is its --help text, so a script's settings are written
     once and read three times: in the source, in --help and in the checkpoint.
@@ -148,8 +148,7 @@ def replace_folder(folder):
     Files that the block did not write (a log, a tokenizer) are carried over.
     """
     folder = Path(folder)
-    recover_folder(folder)
-    refuse_foreign_folder(folder)
+    check_out(folder)
     tmp, old = beside(folder, ".tmp"), beside(folder, ".old")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
@@ -188,8 +187,9 @@ def recover_folder(folder) -> None:
         old.rename(folder)
 
 
-def refuse_foreign_folder(folder) -> None:
+def check_out(folder) -> None:
     """Raise UserError if `folder` holds anything that is not a checkpoint, so that nobody's files are replaced."""
+    recover_folder(folder)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --out needs a folder that is new, empty or a checkpoint")

@@ -23,9 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from convert import Norms, config_from_hf, find_donor, load_any, read_json, to_recursive
 from data import Tokenizer, batch, copy_tokenizer, load_tokens, validation
 from exits import distill_loss
-from model import Config, RecursiveTransformer
-from runtime import (Processes, UserError, is_main, parse_args, print0, recover_folder, refuse_foreign_folder,
-                     replace_folder, script, start_processes, table)
+from model import RecursiveTransformer
+from runtime import Processes, UserError, check_out, parse_args, print0, replace_folder, script, start_processes, table
+
+
+TrainInit = Literal["stepwise", "average", "lower", "random", "scratch"]
 
 
 @dataclass
@@ -33,7 +35,7 @@ class TrainConfig:
     # what is trained
     donor: str = "assets/donor"            # full-size model and teacher: a folder or a Hugging Face id
     ckpt: str | None = None                # start from this checkpoint of ours instead of converting the donor
-    init: Literal["stepwise", "average", "lower", "random", "scratch"] = "stepwise"  # how the stored layers start (§2.2); scratch = the donor's shape at full size, random weights
+    init: TrainInit = "stepwise"           # how the stored layers start (§2.2); scratch = random weights at full size
     loops: int = 2                         # how often the shared block runs (the paper's B)
     rank: int = 0                          # LoRA rank per loop and linear map; 0 ties strictly
     lora_init: Literal["svd", "zero"] = "svd"  # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
@@ -71,7 +73,9 @@ class TrainConfig:
     compile: bool = False                  # torch.compile (a minute at the start)
 
 
-MAY_CHANGE = {"out", "resume", "eval_every", "eval_tokens", "save_every", "log_every", "device", "dtype", "compile", "micro_batch"}
+# What a resumed run may be given anew: how it runs and reports, and how long (the schedule is then that of the new length).
+MAY_CHANGE = {"out", "resume", "tokens", "eval_every", "eval_tokens", "save_every", "log_every", "micro_batch",
+              "device", "dtype", "compile"}
 
 
 class Objective(nn.Module):
@@ -126,7 +130,7 @@ def check_settings(args: TrainConfig) -> None:
         if not getattr(args, name) > 0:
             raise UserError(f"--{name}={getattr(args, name)} must be positive")
     if args.tokens < args.batch_tokens:
-        raise UserError(f"--tokens={args.tokens} is less than one batch of {args.batch_tokens} tokens; ask for more tokens")
+        raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ def check_settings(args: TrainConfig) -> None:
 
 def save_checkpoint(args: TrainConfig, model, optimizer, step: int, history: dict) -> None:
     """Replace the folder args.out: model, tokenizer, optimizer and where the run stands. The first process writes."""
-    if is_main():
+    if not dist.is_initialized() or dist.get_rank() == 0:
         with replace_folder(args.out) as tmp:
             model.write(tmp)
             copy_tokenizer(history["tokenizer"], tmp)
@@ -145,18 +149,18 @@ def save_checkpoint(args: TrainConfig, model, optimizer, step: int, history: dic
 
 
 def load_train_state(out: str) -> dict:
-    recover_folder(out)
+    check_out(out)
     path = Path(out) / "train.pt"
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; start without --resume, or name the run with --out")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises whatever its unpickler met
-        raise UserError(f"{path} is damaged ({str(e).splitlines()[0]}); start again from the model with --ckpt={out}") from None
+        raise UserError(f"{path} is damaged ({str(e).splitlines()[0]}); start anew with --ckpt={out}") from None
 
 
 def resumed_settings(argv, state: dict) -> TrainConfig:
-    """The settings of the run that is resumed; flags given now may change how often it reports, not what it computes."""
+    """The settings of the run that is resumed, with the flags given now. UserError if they would change what it is."""
     saved = TrainConfig(**state["args"])
     given, kept = parse_args(TrainConfig, argv), parse_args(TrainConfig, argv, defaults=saved)
     clash = [f"--{name}={value} (the run has {getattr(saved, name)})" for name, value in asdict(kept).items()
@@ -175,7 +179,7 @@ def drop_log_after(path: Path, step: int) -> None:
 
 
 def write_log(args: TrainConfig, **values) -> None:
-    if is_main():
+    if not dist.is_initialized() or dist.get_rank() == 0:
         with open(Path(args.out) / "log.jsonl", "a") as f:
             f.write(json.dumps(values) + "\n")
 
@@ -196,7 +200,8 @@ def build(args: TrainConfig, device) -> tuple[RecursiveTransformer, RecursiveTra
             raise UserError(f"{args.ckpt} has a vocabulary of {student.config.vocab_size}, its teacher {folder} one of "
                             f"{donor.config.vocab_size}: name its own --donor")
     else:
-        student = to_recursive(donor, args.loops, args.init, args.rank, args.lora_init, args.vectors, args.rounding, args.norms)
+        student = to_recursive(donor, args.loops, args.init, args.rank, args.lora_init, args.vectors,
+                               args.rounding, args.norms)
     return student.to(device), donor.requires_grad_(False).to(device), folder
 
 
@@ -252,7 +257,7 @@ def main(argv=None):
         state = load_train_state(args.out)
         args = resumed_settings(argv, state)
     check_settings(args)
-    refuse_foreign_folder(args.out)
+    check_out(args.out)
     if not args.resume and (Path(args.out) / "train.pt").exists():
         raise UserError(f"{args.out} holds a run already; go on with --resume, or give another --out")
     procs = start_processes(args.device)
@@ -266,8 +271,8 @@ def main(argv=None):
     tokenizer = Tokenizer.load(tokenizer_folder, model.config.vocab_size)
     train_tokens = load_tokens(args.data, tokenizer, model.config.vocab_size)
     valid_tokens = load_tokens(args.valid, tokenizer, model.config.vocab_size)
-    rows = validation(valid_tokens, args.seq_len, 4 * args.eval_tokens)
-    few_rows = rows[:max(1, len(rows) // 4)]
+    valid = validation(valid_tokens, args.seq_len, 4 * args.eval_tokens)
+    quick = valid[:max(1, len(valid) // 4)]
     batch(train_tokens, range(1), args.seq_len, args.seed)  # too little text is found out now
     teacher = donor if args.distill != "none" else None
     optimizer = make_optimizer(model, args, device)
@@ -284,19 +289,21 @@ def main(argv=None):
         drop_log_after(Path(args.out) / "log.jsonl", start)
 
     n = model.num_params()
-    print0(f"{args.ckpt or args.init}: {model.config.n_layer} layers as {model.config.n_loop} x {model.config.n_unique}, rank "
-           f"{model.config.rank}, {n['stored'] / 1e6:.2f} M parameters stored, {n['run'] / 1e6:.2f} M run per token | "
-           f"{len(train_tokens):,} training tokens | {procs.world} x {device.type}{' bf16' if bf16 else ''}")
+    c = model.config
+    print0(f"{args.ckpt or args.init}: {c.n_layer} layers as {c.n_loop} x {c.n_unique}, rank {c.rank} | parameters "
+           f"{n['stored'] / 1e6:.2f} M stored, {n['run'] / 1e6:.2f} M run per token | {len(train_tokens):,} training "
+           f"tokens | {procs.world} x {device.type}{' bf16' if bf16 else ''}")
     objective = Objective(model, args)
     if args.compile:
         objective.compile()
     wrapped = DistributedDataParallel(objective) if procs.world > 1 else objective
     if not state:
-        history["donor"] = evaluate(donor, rows, procs, autocast) if donor else None
-        history["converted"] = evaluate(model, rows, procs, autocast)
+        history["donor"] = evaluate(donor, valid, procs, autocast) if donor else None
+        history["converted"] = evaluate(model, valid, procs, autocast)
         save_checkpoint(args, model, optimizer, 0, history)
         write_log(args, step=0, val_loss=history["converted"], donor_loss=history["donor"])
-        print0("validation loss: " + (f"donor {history['donor']:.4f}, " if donor else "") + f"start {history['converted']:.4f}")
+        before = f"donor {history['donor']:.4f}, " if donor else ""
+        print0(f"validation loss: {before}start {history['converted']:.4f}")
     else:
         print0(f"resuming at step {start} of {steps}")
 
@@ -309,8 +316,9 @@ def main(argv=None):
                 group["lr"] = lr
             sums = torch.zeros(2, device=device)
             for micro in range(micro_steps):
-                at = ((step * micro_steps + micro) * procs.world + procs.rank) * args.micro_batch
-                idx, targets = (t.to(device) for t in batch(train_tokens, range(at, at + args.micro_batch), args.seq_len, args.seed))
+                first = ((step * micro_steps + micro) * procs.world + procs.rank) * args.micro_batch
+                rows = range(first, first + args.micro_batch)
+                idx, targets = (t.to(device) for t in batch(train_tokens, rows, args.seq_len, args.seed))
                 last = micro == micro_steps - 1
                 with nullcontext() if last or procs.world == 1 else wrapped.no_sync(), autocast:
                     with torch.no_grad():
@@ -323,8 +331,8 @@ def main(argv=None):
                 dist.all_reduce(sums)
             total, ce = (sums / procs.world).tolist()
             if not (math.isfinite(total) and math.isfinite(norm)):
-                raise UserError(f"loss {total} and gradient norm {norm} at step {step} are not both finite: training stops; "
-                                f"the last good checkpoint is in {args.out}; try a lower --lr (now {args.lr}) from there")
+                raise UserError(f"loss {total}, gradient norm {norm} at step {step + 1}: not finite, training stops; the last "
+                                f"good checkpoint is in {args.out}; start from it with --ckpt and a lower --lr ({args.lr})")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -333,11 +341,12 @@ def main(argv=None):
                 per_step = (now - last_log[1]) / (step - last_log[0])
                 last_log = (step, now)
                 speed = args.batch_tokens / per_step
-                print0(f"step {step}/{steps} | loss {ce:.4f}" + (f" | objective {total:.4f}" if teacher else "")
-                       + f" | lr {lr:.1e} | {per_step * 1000:.0f} ms | {speed:,.0f} tok/s | eta {clock(per_step * (steps - step))}")
+                both = f" | with distillation {total:.4f}" if teacher else ""
+                print0(f"step {step}/{steps} | loss {ce:.4f}{both} | lr {lr:.1e} | {per_step * 1000:.0f} ms | "
+                       f"{speed:,.0f} tok/s | eta {clock(per_step * (steps - step))}")
                 write_log(args, step=step, loss=ce, objective=total, lr=lr, grad_norm=float(norm), tokens_per_s=speed)
             if step % args.eval_every == 0 and step < steps:
-                val = evaluate(model, few_rows, procs, autocast)
+                val = evaluate(model, quick, procs, autocast)
                 print0(f"step {step}/{steps} | validation loss {val:.4f}")
                 write_log(args, step=step, val_loss=val)
             if step % args.save_every == 0 and step < steps:
@@ -346,13 +355,14 @@ def main(argv=None):
     if step < steps:
         print0(f"stopped at step {step} of {steps}; go on with: python train.py --resume --out={args.out}")
         return
-    final = evaluate(model, rows, procs, autocast)
+    final = evaluate(model, valid, procs, autocast)
     write_log(args, step=step, val_loss=final, final=True, seconds=time.time() - began)
-    full = donor.num_params() if donor else None
-    print0(f"\n{steps - start} steps in {clock(time.time() - began)}; checkpoint in {args.out}\n" + table(
-        [["model", "validation loss", "perplexity", "stored", "run per token"]]
-        + ([["donor", *score(history["donor"], full)]] if donor else [])
-        + [["converted" if donor else "start", *score(history["converted"], n)], ["uptrained" if donor else "trained", *score(final, n)]]))
+    lines = [["model", "validation loss", "perplexity", "stored", "run per token"]]
+    if donor:
+        lines.append(["donor", *score(history["donor"], donor.num_params())])
+    lines += [["converted" if donor else "start", *score(history["converted"], n)],
+              ["uptrained" if donor else "trained", *score(final, n)]]
+    print0(f"\n{steps - start} steps in {clock(time.time() - began)}; checkpoint in {args.out}\n{table(lines)}")
     if donor and history["converted"] > history["donor"]:
         won = (history["converted"] - final) / (history["converted"] - history["donor"])
         print0(f"{won:.0%} of what conversion cost is won back")

@@ -16,7 +16,7 @@ BOILERPLATE = re.compile(
     r"prepared by|proof(?:ed|read)|scanned|digiti[sz]ed|project gutenberg|pgdp\.net|gutenberg\.org|"
     r"transcriber['’]?s?['’]? notes?|html version|distributed proof\w*)", re.I | re.S)
 SMALL_PRINT = re.compile(r"\*END\W*THE SMALL PRINT[^\n]*\n|\*\*\* ?START OF TH[^\n]*\n", re.I)
-BRACKETED = re.compile(r"\[(?:illustration|picture|frontispiece|image|decoration|pg|page)\b[^\]]{0,1000}\]|\{\d+\}", re.I)
+BRACKETED = re.compile(r"\[(?:illustration|picture|frontispiece|image|pg|page)\b[^\]]{0,1000}\]|\{\d+\}", re.I)
 
 
 def clean(text: str) -> str:
