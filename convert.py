@@ -273,7 +273,7 @@ def source_layers(n_layer: int, n_loop: int, init: str, rounding: str = "round")
 
 @torch.no_grad()
 def svd_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(A, B) with B @ A the best rank-r approximation of delta (out, in), Eq. 4: A = V_r^T (R, in), B = U_r S_r (out, R).
+    """(A, B) with B @ A the best rank-r approximation of delta (out, in): A = V_r^T (R, in), B = U_r S_r (Eq. 4).
 
     The small side's Gram matrix has the same singular vectors and is ~10x faster to decompose than a full SVD; fp64
     keeps what squaring costs. Directions without residual get a Gaussian row in A and zeros in B (App. C): a zero in
@@ -375,7 +375,7 @@ def to_recursive(full: RecursiveTransformer, n_loop: int = 2, init: Init = "step
                  lora_init: Literal["svd", "zero"] = "svd", vectors: Literal["tied", "per_loop"] = "tied",
                  rounding: Literal["round", "floor"] = "round", norms: Norms = "init",
                  dtype: torch.dtype | None = None) -> RecursiveTransformer:
-    """A recursive model of the same width and depth; `full` stays as it is. Raises UserError if the loops do not fit."""
+    """A recursive model of the same width and depth; `full` stays as it is. UserError if the loops do not divide it."""
     state = full.state_dict()
     return loop_layers(full.config, state.__getitem__, n_loop, init, rank, lora_init, vectors, rounding, norms, dtype)
 
@@ -444,10 +444,10 @@ class ConvertConfig:
     init: Init = "stepwise"          # which donor layers the stored ones start from (Figure 2)
     rank: int = 0                    # LoRA rank per loop and linear map; 0 ties strictly
     lora_init: Literal["svd", "zero"] = "svd"  # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
-    vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: tied (paper), or one per loop (better start)
-    norms: Norms = "init"            # tied norm weights: as init says, averaged over the loops, or the first loop's
+    vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: tied (paper), or one per loop
+    norms: Norms = "init"            # tied norm weights: as init says, averaged, or the first loop's
     rounding: Literal["round", "floor"] = "round"  # where a stepwise step falls between two layers
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # of the weights written; keep = the donor's
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # of the weights written; keep: as the donor
     unroll: bool = False             # instead: write the recursive --donor out at full size, in Hugging Face's layout
     seed: int = 0                    # for what is random: init=random, zero-residual LoRA
 

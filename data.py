@@ -298,7 +298,8 @@ def write_shards(texts: Iterable[str], tokenizer: Tokenizer, folder, vocab_size:
             ids = ids[:None if max_tokens is None else max_tokens - total]
             total += len(ids)
             bar.update(len(ids))
-            pending, size = [*pending, ids], size + len(ids)
+            pending.append(ids)
+            size += len(ids)
             if size >= shard_tokens:
                 pending = [np.concatenate(pending)]
                 while size >= shard_tokens:

@@ -26,7 +26,6 @@ from exits import distill_loss
 from model import RecursiveTransformer
 from runtime import Processes, UserError, check_out, parse_args, print0, replace_folder, script, start_processes, table
 
-
 TrainInit = Literal["stepwise", "average", "lower", "random", "scratch"]
 
 
@@ -73,7 +72,7 @@ class TrainConfig:
     compile: bool = False                  # torch.compile (a minute at the start)
 
 
-# What a resumed run may be given anew: how it runs and reports, and how long (the schedule is then that of the new length).
+# What a resumed run may be given anew: how it runs and reports, and how long (with the schedule of that length).
 MAY_CHANGE = {"out", "resume", "tokens", "eval_every", "eval_tokens", "save_every", "log_every", "micro_batch",
               "device", "dtype", "compile"}
 
@@ -331,8 +330,8 @@ def main(argv=None):
                 dist.all_reduce(sums)
             total, ce = (sums / procs.world).tolist()
             if not (math.isfinite(total) and math.isfinite(norm)):
-                raise UserError(f"loss {total}, gradient norm {norm} at step {step + 1}: not finite, training stops; the last "
-                                f"good checkpoint is in {args.out}; start from it with --ckpt and a lower --lr ({args.lr})")
+                raise UserError(f"loss {total}, gradient norm {norm} at step {step + 1}: not finite, training stops; "
+                                f"{args.out} holds the last good checkpoint: start anew with --ckpt and a lower --lr")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1

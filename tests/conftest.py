@@ -1,0 +1,12 @@
+"""What holds for all tests: the files under test import from the repository's root; no GPU means Triton's interpreter."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")           # read when a kernel is defined: before anything imports it
+torch.set_num_threads(2)

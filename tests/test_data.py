@@ -1,0 +1,391 @@
+"""Tokenizers in and out, shards that refuse the wrong tokenizer, batches that depend on nothing but their numbers."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+import data
+from data import (
+    TextStream,
+    Tokenizer,
+    Tokens,
+    batch,
+    load_tokens,
+    read_texts,
+    train_tokenizer,
+    validation,
+    write_shards,
+)
+from runtime import UserError
+
+PLAIN = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 20
+HARD = "naïve café  — 你好，世界! 👩‍👩‍👧 🏴‍☠️\n\n\tdon’t <|endoftext|> 1234567 ٣ ﷽ \u0301e zero\u200bwidth"
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """A tiktoken ranks folder, 300 entries."""
+    folder = tmp_path_factory.mktemp("ranks")
+    train_tokenizer([PLAIN], 300, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory):
+    """tokenizer.json in the manner of Pythia: byte-level BPE."""
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast.train_from_iterator([PLAIN], trainers.BpeTrainer(
+        vocab_size=290, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["</s>"],
+        show_progress=False))
+    return save(fast, tmp_path_factory.mktemp("byte_level"))
+
+
+@pytest.fixture(scope="session")
+def metaspace(tmp_path_factory):
+    """tokenizer.json in the manner of Llama: spaces as ▁, one in front, unknown characters as bytes."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"▁abcdefghijklmnopqrstuvwxyzIé.,;", "▁a",
+             "▁t", "▁th", "▁the"]
+    fast = Fast(models.BPE({w: i for i, w in enumerate(words)}, [("▁", "a"), ("▁", "t"), ("▁t", "h"), ("▁th", "e")],
+                           unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    fast.add_special_tokens(["<unk>", "<s>", "</s>"])
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(" ", 1, 0)])
+    return save(fast, tmp_path_factory.mktemp("metaspace"))
+
+
+def save(fast, folder, eos="</s>"):
+    fast.enable_truncation(7)                                # as a careless last user left it
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": eos}}))
+    return folder
+
+
+BACKENDS = pytest.mark.parametrize("kind", ["ranks", "byte_level", "metaspace"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+@BACKENDS
+@pytest.mark.parametrize("text", [PLAIN, HARD, "", " ", "a", "  two leading", "trailing \n\n", "\ufffd"])
+def test_round_trip(kind, text, request):
+    tokenizer = Tokenizer.load(request.getfixturevalue(kind))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_batch([text, "a"]) == [ids, tokenizer.encode("a")]
+    assert tokenizer.eos_id not in ids
+    assert max(ids, default=0) < tokenizer.vocab_size
+
+
+def test_trained_vocabulary_is_full_and_ends_with_eos(ranks):
+    tokenizer = Tokenizer.load(ranks, vocab_size=300)
+    assert tokenizer.vocab_size == 300 and tokenizer.eos_id == 299 and tokenizer.bos_id is None
+    assert tokenizer.decode([299]) == "<|endoftext|>"
+    assert len((ranks / "tokenizer.tiktoken").read_text().splitlines()) == 299
+    assert len(tokenizer.encode(PLAIN)) < len(PLAIN) / 2     # merges are used
+
+
+def test_ids_of_padded_embeddings_decode_to_nothing(ranks):
+    assert Tokenizer.load(ranks, vocab_size=320).decode([72, 310, 73]) == Tokenizer.load(ranks).decode([72, 73])
+
+
+def test_training_refuses_too_little(tmp_path):
+    with pytest.raises(UserError, match="gives only .* 4096 were asked for"):
+        train_tokenizer(["abc abc"], 4096, tmp_path)
+    with pytest.raises(UserError, match="too small"):
+        train_tokenizer(["abc abc"], 100, tmp_path)
+
+
+@pytest.mark.parametrize("config,expected", [
+    ({"eos_token_id": 3}, 3), ({"eos_token_id": [5, 3]}, 5), ({}, None), ({"eos_token_id": None}, None)])
+def test_eos_falls_back_to_the_models_config(byte_level, tmp_path, config, expected):
+    (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Tokenizer.load(tmp_path).eos_id == expected
+
+
+def test_a_tokenizer_of_another_model_is_refused(ranks, byte_level, tmp_path):
+    for folder, n in ((ranks, 300), (byte_level, 290)):
+        Tokenizer.load(folder, vocab_size=n + 20)            # padded embeddings
+        with pytest.raises(UserError, match=f"has {n} ids but the model's vocabulary is {n - 1}: it belongs"):
+            Tokenizer.load(folder, vocab_size=n - 1)
+    (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1000}')
+    with pytest.raises(UserError, match="has 1001 ids"):
+        Tokenizer.load(tmp_path, vocab_size=290)
+
+
+def test_missing_and_corrupt_tokenizers(ranks, tmp_path):
+    with pytest.raises(UserError, match="no tokenizer in .*: need tokenizer.json or tokenizer.tiktoken; copy it"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="no tokenizer in"):
+        data.copy_tokenizer(tmp_path, tmp_path)
+    whole = {p.name: p.read_bytes() for p in ranks.iterdir()}
+    ranks_file, config_file = "tokenizer.tiktoken", "tokenizer_config.json"
+    damaged = {"no config": {ranks_file: whole[ranks_file]},
+               "cut": {**whole, ranks_file: whole[ranks_file][:1003]},
+               "garbage": {**whole, ranks_file: b"\xff\xfe not base64"},
+               "config": {**whole, config_file: whole[config_file][:50]},
+               "pattern": {**whole, config_file: whole[config_file].replace(b"(?!", b"(((")},
+               "json": {"tokenizer.json": b'{"version": "1.0", "model"'},
+               "empty": {"tokenizer.json": b""}}
+    for name, files in damaged.items():
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file).write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read .* copy its files again"):
+            Tokenizer.load(tmp_path / name)
+
+
+def test_hash_follows_the_files_that_decide_the_ids(ranks, byte_level, tmp_path):
+    data.copy_tokenizer(ranks, tmp_path)
+    data.copy_tokenizer(tmp_path, tmp_path)                  # onto itself: nothing happens
+    assert Tokenizer.load(tmp_path).hash == Tokenizer.load(ranks).hash != Tokenizer.load(byte_level).hash
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pat_str": r"\w+|\W"}))
+    assert Tokenizer.load(tmp_path).hash != Tokenizer.load(ranks).hash
+
+
+@BACKENDS
+@pytest.mark.parametrize("text", [PLAIN[:200], HARD, "👩‍👩‍👧" * 40, "  a the \ufffd 你 the\n", "你好世界" * 9, "a " * 30])
+def test_stream_is_the_whole_decode_and_never_half_a_character(kind, text, request):
+    tokenizer = Tokenizer.load(request.getfixturevalue(kind))
+    stream = TextStream(tokenizer)
+    parts = [stream.push(i) for i in tokenizer.encode(text)]
+    assert "".join(parts) + stream.flush() == text
+    assert sum(p.count("\ufffd") for p in parts) <= text.count("\ufffd")
+    for i in tokenizer.encode(text):                         # the same object serves a second text
+        stream.push(i)
+    stream.flush()
+    assert stream.flush() == ""
+
+
+@BACKENDS
+def test_stream_gives_text_out_as_soon_as_it_is_whole(kind, request):
+    tokenizer = Tokenizer.load(request.getfixturevalue(kind))
+    for text in (PLAIN[:100], "the 你 the"):
+        stream, ids, shown = TextStream(tokenizer), tokenizer.encode(text), ""
+        for n, i in enumerate(ids, 1):
+            shown += stream.push(i)
+            whole = tokenizer.decode(ids[:n])
+            if not whole.endswith("\ufffd"):
+                assert shown == whole
+
+
+@pytest.mark.parametrize("kind", ["ranks", "byte_level"])
+def test_stream_survives_bytes_that_are_no_text(kind, request):
+    """An untrained model emits any id: the stream goes on, equals the whole decode and keeps a short window."""
+    tokenizer, rng = Tokenizer.load(request.getfixturevalue(kind)), random.Random(0)
+    for ids in ([rng.randrange(tokenizer.vocab_size) for _ in range(2000)], [130] * 50, tokenizer.encode("👩" * 9)[:-1]):
+        stream, longest = TextStream(tokenizer), 0
+        text = ""
+        for i in ids:
+            text += stream.push(i)
+            longest = max(longest, len(stream.ids))
+        assert text + stream.flush() == tokenizer.decode(ids)
+        assert longest <= 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts
+
+def test_every_kind_of_text_file(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    lines = "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(("one", "two 你", "")))
+    (tmp_path / "a.txt").write_text("\ufeffplain\r\ntext 你\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(lines)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "d.json").write_text(json.dumps([{"text": "in a list"}]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["column"], "n": [1]}), tmp_path / "e.parquet")
+    (tmp_path / "ignored.csv").write_text("no")
+    expected = {"a.txt": ["plain\ntext 你\n"], "b.jsonl": ["one", "two 你", ""], "c.jsonl.gz": ["one", "two 你", ""],
+                "d.json": ["in a list"], "e.parquet": ["column"]}
+    for name, texts in expected.items():
+        assert list(read_texts(str(tmp_path / name))) == texts
+    assert list(read_texts(str(tmp_path))) == sum(expected.values(), [])
+
+
+def test_texts_that_cannot_be_read(tmp_path):
+    for name, content, message in (
+            ("columns.jsonl", b'{"content": "x", "title": "y"}\n', "needs a column `text` .* content, title"),
+            ("number.jsonl", b'{"text": 3}\n', "needs a column `text` of strings"),
+            ("broken.jsonl", b'{"text": \n\n', "broken.jsonl cannot be read"),
+            ("latin.txt", b"caf\xe9", "not UTF-8"),
+            ("table.csv", b"text\nx", "of no known kind; allowed: .txt")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            list(read_texts(str(tmp_path / name)))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="no text in"):
+        list(read_texts(str(tmp_path / "folder")))
+    for missing in (str(tmp_path / "gone.txt"), "gone.txt", "some/gone.jsonl"):
+        with pytest.raises(UserError, match="does not exist: give a file"):
+            list(read_texts(missing))
+
+
+def test_json_without_the_datasets_package(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="needs the package datasets: pip install"):
+        list(read_texts(str(tmp_path / "a.jsonl")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+@pytest.mark.parametrize("vocab_size,dtype", [(300, "U16"), (65536, "U16"), (65537, "U32"), (256_000, "U32")])
+def test_shards_hold_the_documents_each_with_eos(ranks, tmp_path, vocab_size, dtype):
+    tokenizer, texts = Tokenizer.load(ranks), ["one dark night", "", HARD, "the rain"]
+    expected = [i for text in texts if text for i in (*tokenizer.encode(text), 299)]
+    total = write_shards(texts, tokenizer, tmp_path / "shards", vocab_size, shard_tokens=10)
+    files = sorted(p.name for p in (tmp_path / "shards").iterdir())
+    assert files == [f"{i:05d}.safetensors" for i in range(-(-len(expected) // 10))]
+    with data.safe_open(tmp_path / "shards" / files[0], framework="numpy") as f:
+        assert f.get_slice("tokens").get_dtype() == dtype
+        assert f.metadata() == {"vocab_size": str(vocab_size), "tokenizer": tokenizer.hash}
+    tokens = load_tokens(str(tmp_path / "shards"), tokenizer, vocab_size)
+    assert total == len(tokens) == len(expected) and tokens[:].tolist() == expected
+    for a, b in ((0, 10), (9, 11), (3, 35), (10, 20), (5, 5), (len(expected) - 3, len(expected) + 5)):
+        assert tokens[a:b].tolist() == expected[a:b] and tokens[a:b].dtype == np.int64
+
+
+def test_large_ids_survive(ranks, tmp_path, monkeypatch):
+    tokenizer = Tokenizer.load(ranks)
+    monkeypatch.setattr(tokenizer, "eos_id", 255_999)
+    write_shards(["a"], tokenizer, tmp_path, 256_000)
+    assert load_tokens(str(tmp_path), tokenizer, 256_000)[-1:].tolist() == [255_999]
+
+
+@pytest.mark.parametrize("limit", [1, 10, 25, 10_000])
+def test_max_tokens(ranks, tmp_path, limit):
+    tokenizer = Tokenizer.load(ranks)
+    whole = write_shards([PLAIN], tokenizer, tmp_path / "all", 300)
+    assert write_shards([PLAIN], tokenizer, tmp_path / "some", 300, 10, limit) == min(limit, whole)
+    assert len(load_tokens(str(tmp_path / "some"), tokenizer, 300)) == min(limit, whole)
+
+
+def test_shards_of_another_tokenizer_are_refused(ranks, byte_level, tmp_path):
+    tokenizer = Tokenizer.load(ranks)
+    write_shards([PLAIN], tokenizer, tmp_path, 300)
+    for other, vocab_size in ((Tokenizer.load(byte_level), 300), (tokenizer, 320)):
+        with pytest.raises(UserError, match="made with another tokenizer"):
+            load_tokens(str(tmp_path), other, vocab_size)
+    with pytest.raises(UserError, match="already holds"):
+        write_shards([PLAIN], tokenizer, tmp_path, 300)
+
+
+def test_damaged_shards_are_refused(ranks, tmp_path):
+    tokenizer = Tokenizer.load(ranks)
+    write_shards([PLAIN], tokenizer, tmp_path, 300)
+    shard = tmp_path / "00000.safetensors"
+    whole = shard.read_bytes()
+    for damaged in (whole[:-1], whole[:20], b"", whole + b"\0\0", whole.replace(b"tokens", b"tokems"),
+                    whole.replace(b"U16", b"I16")):
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match="not a whole token shard"):
+            load_tokens(str(tmp_path), tokenizer, 300)
+
+
+def test_a_failed_write_leaves_no_shard(ranks, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+    monkeypatch.setattr(data.os, "replace", fail)
+    with pytest.raises(OSError):
+        write_shards([PLAIN], Tokenizer.load(ranks), tmp_path, 300)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_texts_and_shards_together(ranks, tmp_path):
+    tokenizer = Tokenizer.load(ranks)
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    write_shards(["three"], tokenizer, tmp_path / "shards", 300)
+    one, two, three = (tokenizer.encode(t) for t in ("one", "two", "three"))
+    a, b, shards = (str(tmp_path / n) for n in ("a.txt", "b.txt", "shards"))
+    assert load_tokens(a, tokenizer, 300)[:].tolist() == one
+    assert load_tokens(f"{a},{b}", tokenizer, 300)[:].tolist() == [*one, 299, *two]
+    assert load_tokens(str(tmp_path), tokenizer, 300)[:].tolist() == [*one, 299, *two]
+    assert load_tokens(f"{shards},{a}", tokenizer, 300)[:].tolist() == [*three, 299, *one]
+    assert load_tokens(f"{a},{shards}", tokenizer, 300)[:].tolist() == [*one, 299, *three, 299]
+
+
+def test_empty_text(ranks, tmp_path):
+    tokenizer = Tokenizer.load(ranks)
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        load_tokens(str(tmp_path / "a.txt"), tokenizer, 300)
+    with pytest.raises(UserError, match="is empty"):
+        write_shards([""], tokenizer, tmp_path, 300)
+    tokenizer.eos_id = None
+    with pytest.raises(UserError, match="names no end-of-text token"):
+        write_shards(["a"], tokenizer, tmp_path, 300)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+TOKENS = Tokens([np.arange(0, 40, dtype=np.uint16), np.arange(40, 101, dtype=np.uint16)])  # 10 windows of 10
+
+
+def test_targets_are_the_next_tokens():
+    inputs, targets = batch(TOKENS, range(5), 10, seed=0)
+    assert inputs.shape == targets.shape == (5, 10) and inputs.dtype == targets.dtype == torch.int64
+    assert torch.equal(targets, inputs + 1)
+    assert (inputs[:, 0] % 10 == 0).all()
+
+
+def test_each_epoch_has_every_window_once_in_its_own_order():
+    starts = batch(TOKENS, range(30), 10, seed=0)[0][:, 0].view(3, 10) // 10
+    assert all(sorted(epoch) == list(range(10)) for epoch in starts.tolist())
+    assert len({tuple(epoch) for epoch in starts.tolist()}) == 3
+    assert not torch.equal(starts, batch(TOKENS, range(30), 10, seed=1)[0][:, 0].view(3, 10) // 10)
+
+
+def test_rows_do_not_depend_on_how_they_are_dealt():
+    whole = batch(TOKENS, range(24), 10, seed=3)
+    for n in (1, 2, 3, 8):
+        parts = [batch(TOKENS, range(i, i + n), 10, seed=3) for i in reversed(range(0, 24, n))][::-1]
+        assert all(torch.equal(torch.cat([p[k] for p in parts]), whole[k]) for k in (0, 1))
+    code = ("import numpy as np; from data import *; t = Tokens([np.arange(101, dtype=np.uint16)]);"
+            "print(batch(t, range(24), 10, 3)[0][:, 0].tolist())")
+    other = subprocess.run([sys.executable, "-c", code], cwd=data.__file__.rpartition("/")[0], capture_output=True)
+    assert json.loads(other.stdout) == whole[0][:, 0].tolist(), other.stderr   # another process sees the same data
+
+
+def test_too_short_a_text():
+    assert batch(TOKENS, range(1), 100, seed=0)[0].shape == (1, 100)
+    for take in (lambda: batch(TOKENS, range(1), 101, seed=0), lambda: validation(TOKENS, 101)):
+        with pytest.raises(UserError, match="101 tokens, need at least 102"):
+            take()
+
+
+def test_validation_reads_from_the_start_in_order():
+    batches = validation(TOKENS, 10, rows=4)
+    assert [len(inputs) for inputs, _ in batches] == [4, 4, 2]
+    assert torch.cat([inputs for inputs, _ in batches]).flatten().tolist() == list(range(100))
+    assert torch.cat([targets for _, targets in batches]).flatten().tolist() == list(range(1, 101))
+    assert [len(inputs) for inputs, _ in validation(TOKENS, 10, max_tokens=59, rows=4)] == [4, 1]
+    assert [len(inputs) for inputs, _ in validation(TOKENS, 10, max_tokens=3)] == [1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_command_line(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(PLAIN)
+    data.main([f"--name={tmp_path / 'a.txt'}", "--train_tokenizer=300", f"--out={tmp_path / 'donor'}"])
+    assert "300 entries from 1,820 characters" in capsys.readouterr().out
+    data.main([f"--name={tmp_path / 'a.txt'}", f"--tokenizer={tmp_path / 'donor'}", f"--out={tmp_path / 'shards'}",
+               "--tokens=50", "--vocab_size=320"])
+    assert "50 tokens" in capsys.readouterr().out
+    assert len(load_tokens(str(tmp_path / "shards"), Tokenizer.load(tmp_path / "donor"), 320)) == 50
