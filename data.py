@@ -89,6 +89,14 @@ class Tokenizer:
         """The text's ids and nothing else: no BOS, no EOS."""
         return self.encode_batch([text])[0]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids a prompt starts with: as the tokenizer's own template has it (Gemma's BOS), never none at all."""
+        ids = self.fast.encode(text, add_special_tokens=True).ids if self.fast else self.encode(text)
+        start = self.eos_id if self.bos_id is None else self.bos_id
+        if not ids and start is None:
+            raise UserError("the prompt is empty and the tokenizer has no token to begin with; give a prompt")
+        return ids or [start]
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, on all cores."""
         if self.fast:

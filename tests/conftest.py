@@ -1,4 +1,4 @@
-"""What holds for all tests: the files under test import from the repository's root; no GPU means Triton's interpreter."""
+"""What holds for all tests: imports start at the repository's root, and no GPU means Triton's interpreter."""
 
 import os
 import sys

@@ -157,7 +157,7 @@ def test_hash_follows_the_files_that_decide_the_ids(ranks, byte_level, tmp_path)
 
 
 @BACKENDS
-@pytest.mark.parametrize("text", [PLAIN[:200], HARD, "👩‍👩‍👧" * 40, "  a the \ufffd 你 the\n", "你好世界" * 9, "a " * 30])
+@pytest.mark.parametrize("text", [PLAIN, HARD, "👩‍👩‍👧" * 9, "  a the \ufffd 你 the\n", "你好" * 9, "a " * 9])
 def test_stream_is_the_whole_decode_and_never_half_a_character(kind, text, request):
     tokenizer = Tokenizer.load(request.getfixturevalue(kind))
     stream = TextStream(tokenizer)
@@ -186,7 +186,8 @@ def test_stream_gives_text_out_as_soon_as_it_is_whole(kind, request):
 def test_stream_survives_bytes_that_are_no_text(kind, request):
     """An untrained model emits any id: the stream goes on, equals the whole decode and keeps a short window."""
     tokenizer, rng = Tokenizer.load(request.getfixturevalue(kind)), random.Random(0)
-    for ids in ([rng.randrange(tokenizer.vocab_size) for _ in range(2000)], [130] * 50, tokenizer.encode("👩" * 9)[:-1]):
+    noise = [rng.randrange(tokenizer.vocab_size) for _ in range(2000)]
+    for ids in (noise, [130] * 50, tokenizer.encode("👩" * 9)[:-1]):
         stream, longest = TextStream(tokenizer), 0
         text = ""
         for i in ids:
@@ -248,7 +249,7 @@ def test_json_without_the_datasets_package(tmp_path, monkeypatch):
 def test_shards_hold_the_documents_each_with_eos(ranks, tmp_path, vocab_size, dtype):
     tokenizer, texts = Tokenizer.load(ranks), ["one dark night", "", HARD, "the rain"]
     expected = [i for text in texts if text for i in (*tokenizer.encode(text), 299)]
-    total = write_shards(texts, tokenizer, tmp_path / "shards", vocab_size, shard_tokens=10)
+    total = data.write_shards(texts, tokenizer, tmp_path / "shards", vocab_size, shard_tokens=10)
     files = sorted(p.name for p in (tmp_path / "shards").iterdir())
     assert files == [f"{i:05d}.safetensors" for i in range(-(-len(expected) // 10))]
     with data.safe_open(tmp_path / "shards" / files[0], framework="numpy") as f:
@@ -263,31 +264,31 @@ def test_shards_hold_the_documents_each_with_eos(ranks, tmp_path, vocab_size, dt
 def test_large_ids_survive(ranks, tmp_path, monkeypatch):
     tokenizer = Tokenizer.load(ranks)
     monkeypatch.setattr(tokenizer, "eos_id", 255_999)
-    write_shards(["a"], tokenizer, tmp_path, 256_000)
+    data.write_shards(["a"], tokenizer, tmp_path, 256_000)
     assert load_tokens(str(tmp_path), tokenizer, 256_000)[-1:].tolist() == [255_999]
 
 
 @pytest.mark.parametrize("limit", [1, 10, 25, 10_000])
 def test_max_tokens(ranks, tmp_path, limit):
     tokenizer = Tokenizer.load(ranks)
-    whole = write_shards([PLAIN], tokenizer, tmp_path / "all", 300)
-    assert write_shards([PLAIN], tokenizer, tmp_path / "some", 300, 10, limit) == min(limit, whole)
+    whole = data.write_shards([PLAIN], tokenizer, tmp_path / "all", 300)
+    assert data.write_shards([PLAIN], tokenizer, tmp_path / "some", 300, 10, limit) == min(limit, whole)
     assert len(load_tokens(str(tmp_path / "some"), tokenizer, 300)) == min(limit, whole)
 
 
 def test_shards_of_another_tokenizer_are_refused(ranks, byte_level, tmp_path):
     tokenizer = Tokenizer.load(ranks)
-    write_shards([PLAIN], tokenizer, tmp_path, 300)
+    data.write_shards([PLAIN], tokenizer, tmp_path, 300)
     for other, vocab_size in ((Tokenizer.load(byte_level), 300), (tokenizer, 320)):
         with pytest.raises(UserError, match="made with another tokenizer"):
             load_tokens(str(tmp_path), other, vocab_size)
     with pytest.raises(UserError, match="already holds"):
-        write_shards([PLAIN], tokenizer, tmp_path, 300)
+        data.write_shards([PLAIN], tokenizer, tmp_path, 300)
 
 
 def test_damaged_shards_are_refused(ranks, tmp_path):
     tokenizer = Tokenizer.load(ranks)
-    write_shards([PLAIN], tokenizer, tmp_path, 300)
+    data.write_shards([PLAIN], tokenizer, tmp_path, 300)
     shard = tmp_path / "00000.safetensors"
     whole = shard.read_bytes()
     for damaged in (whole[:-1], whole[:20], b"", whole + b"\0\0", whole.replace(b"tokens", b"tokems"),
@@ -302,7 +303,7 @@ def test_a_failed_write_leaves_no_shard(ranks, tmp_path, monkeypatch):
         raise OSError("disk full")
     monkeypatch.setattr(data.os, "replace", fail)
     with pytest.raises(OSError):
-        write_shards([PLAIN], Tokenizer.load(ranks), tmp_path, 300)
+        data.write_shards([PLAIN], Tokenizer.load(ranks), tmp_path, 300)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
@@ -310,7 +311,7 @@ def test_texts_and_shards_together(ranks, tmp_path):
     tokenizer = Tokenizer.load(ranks)
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("two")
-    write_shards(["three"], tokenizer, tmp_path / "shards", 300)
+    data.write_shards(["three"], tokenizer, tmp_path / "shards", 300)
     one, two, three = (tokenizer.encode(t) for t in ("one", "two", "three"))
     a, b, shards = (str(tmp_path / n) for n in ("a.txt", "b.txt", "shards"))
     assert load_tokens(a, tokenizer, 300)[:].tolist() == one
@@ -326,10 +327,10 @@ def test_empty_text(ranks, tmp_path):
     with pytest.raises(UserError, match="is empty"):
         load_tokens(str(tmp_path / "a.txt"), tokenizer, 300)
     with pytest.raises(UserError, match="is empty"):
-        write_shards([""], tokenizer, tmp_path, 300)
+        data.write_shards([""], tokenizer, tmp_path, 300)
     tokenizer.eos_id = None
     with pytest.raises(UserError, match="names no end-of-text token"):
-        write_shards(["a"], tokenizer, tmp_path, 300)
+        data.write_shards(["a"], tokenizer, tmp_path, 300)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
