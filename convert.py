@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,6 +87,9 @@ ACTIVATIONS = {"gemma": ("gelu_pytorch_tanh", "gelu"), "llama": ("silu",), "gpt_
 def config_from_hf(hf: dict, where="config.json") -> Config:
     """The full-size Config for a Hugging Face config.json. Raises UserError for whatever this code would get wrong."""
     arch = hf.get("model_type")
+    if hf.get("format") == "nanoRRT":
+        raise UserError(f"{where} is of a checkpoint of this project; a donor is a Hugging Face one: "
+                        "write it out with python convert.py --unroll first")
     if arch not in NAMES:
         raise UserError(f"{where}: model_type {arch!r} is not supported; donors are of type {', '.join(NAMES)}")
     for key, meaning in REFUSED.items():
@@ -95,7 +98,7 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
             continue
         if key == "sliding_window" and hf.get("use_sliding_window") is False:
             continue
-        if key == "rope_scaling" and (hf.get(key) or {}).get("rope_type") == "default":
+        if key == "rope_scaling" and hf.get(key) == {"rope_type": "default"}:
             continue
         if hf.get(key) not in off:
             raise UserError(f"{where}: {key}={hf[key]!r} ({meaning}) is not supported; choose a donor without it")
@@ -218,10 +221,10 @@ def hf_shapes(config: Config) -> dict[str, tuple]:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}; a donor has config.json and model.safetensors") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path} is not readable JSON ({e})") from None
 
 
@@ -248,6 +251,8 @@ def load_any(folder: str, dtype: torch.dtype | None = None) -> RecursiveTransfor
 # Full-size -> recursive
 
 Init = Literal["stepwise", "average", "lower", "random"]
+LoraInit = Literal["svd", "zero"]
+Rounding = Literal["round", "floor"]
 Norms = Literal["init", "average", "pick"]
 
 
@@ -260,7 +265,7 @@ def source_layers(n_layer: int, n_loop: int, init: str, rounding: str = "round")
     Stepwise takes evenly spaced layers, the first and the last among them; where a step falls between two layers,
     `rounding` says which: "round" (half to even, the authors' later code) or "floor" (fits Figure 2 as well).
     """
-    k = n_layer // n_loop
+    k = Config(n_layer=n_layer, n_loop=n_loop).n_unique  # UserError if the loops do not fit
     if init == "stepwise":
         steps = [i * (n_layer - 1) / max(k - 1, 1) for i in range(k)]
         return [[round(s) if rounding == "round" else int(s)] for s in steps]
@@ -294,8 +299,19 @@ def svd_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         s = b.norm(dim=0)
     dead = s <= 1e-6 * s.max().clamp_min(1e-30)
     if dead.any():
-        a[dead], b[:, dead] = torch.randn(int(dead.sum()), a.size(1)) / a.size(1) ** 0.5, 0.0
+        a[dead], b[:, dead] = gaussian(int(dead.sum()), a), 0.0
     return a, b
+
+
+def gaussian(rank: int, like: Tensor) -> Tensor:
+    """A (R, in) of the usual LoRA start, on `like`'s device; drawn on the CPU, so the same on every device."""
+    return (torch.randn(rank, like.size(1)) / like.size(1) ** 0.5).to(like.device)
+
+
+def refuse_looped(config: Config, instead: str) -> None:
+    if config.n_loop != 1 or config.rank or config.vectors != "tied":
+        raise UserError(f"this is a recursive model already ({config.n_loop} loops, rank {config.rank}, vectors "
+                        f"{config.vectors}); {instead}")
 
 
 @torch.no_grad()
@@ -305,11 +321,13 @@ def loop_layers(config: Config, read: Callable[[str], Tensor], n_loop: int, init
 
     `report`, if given, is filled with kind of matrix -> [residual energy kept by the rank, residual energy].
     """
-    if config.n_loop != 1:
-        raise UserError(f"the donor loops already ({config.n_loop} times); convert a full-size model, see unroll")
+    refuse_looped(config, "convert a full-size model, or unroll this one first")
+    for given, allowed in ((init, Init), (lora_init, LoraInit), (rounding, Rounding), (norms, Norms)):
+        if given not in get_args(allowed):
+            raise UserError(f"{given!r} is unknown here; use one of {', '.join(get_args(allowed))}")
     target = replace(config, n_loop=n_loop, rank=rank, vectors=vectors)
     if init == "random":  # the paper's baseline: the donor's shape, none of its weights
-        return RecursiveTransformer(target).to(dtype or torch.float32).eval()
+        return RecursiveTransformer(target).to(dtype or read("norm.weight").dtype).eval()
     sources = source_layers(config.n_layer, n_loop, init, rounding)
     averaged = source_layers(config.n_layer, n_loop, "average")
     with torch.device("meta"):
@@ -318,8 +336,7 @@ def loop_layers(config: Config, read: Callable[[str], Tensor], n_loop: int, init
     names = [n for n in model.state_dict() if "lora_" not in n]
     for name in progress(names, desc="converting", unit="tensor"):
         if not name.startswith("layers."):
-            new[name] = read(name)                                       # embedding, final norm, head: the donor's own
-            new[name] = new[name].to(dtype or new[name].dtype)
+            new[name] = read(name).to(dtype, copy=True)                  # embedding, final norm, head: copied
             continue
         _, i, rest = name.split(".", 2)
         i = int(i)
@@ -361,7 +378,7 @@ def relax(deltas, rank: int, lora_init: str, mirrored: bool, energy: list[float]
     for delta in deltas:
         r = min(rank, *delta.shape)
         if lora_init == "zero" or not delta.any():
-            factors.append((torch.randn(r, delta.size(1)) / delta.size(1) ** 0.5, torch.zeros(delta.size(0), r)))
+            factors.append((gaussian(r, delta), delta.new_zeros(delta.size(0), r)))
         elif mirrored and factors:  # the mean of two is equally far from both: the second residual is minus the first
             factors.append((factors[0][0], -factors[0][1]))
         else:
@@ -372,8 +389,8 @@ def relax(deltas, rank: int, lora_init: str, mirrored: bool, energy: list[float]
 
 
 def to_recursive(full: RecursiveTransformer, n_loop: int = 2, init: Init = "stepwise", rank: int = 0,
-                 lora_init: Literal["svd", "zero"] = "svd", vectors: Literal["tied", "per_loop"] = "tied",
-                 rounding: Literal["round", "floor"] = "round", norms: Norms = "init",
+                 lora_init: LoraInit = "svd", vectors: Literal["tied", "per_loop"] = "tied",
+                 rounding: Rounding = "round", norms: Norms = "init",
                  dtype: torch.dtype | None = None) -> RecursiveTransformer:
     """A recursive model of the same width and depth; `full` stays as it is. UserError if the loops do not divide it."""
     state = full.state_dict()
@@ -385,7 +402,7 @@ def unroll(model: RecursiveTransformer) -> RecursiveTransformer:
     """The ordinary full-size model that computes the same: W' + B A written out for every depth."""
     full = RecursiveTransformer(replace(model.config, n_loop=1, rank=0, vectors="tied"))
     k, state = model.config.n_unique, dict(model.state_dict())
-    out = {n: w for n, w in state.items() if not n.startswith("layers.")}
+    out = {n: w.clone() for n, w in state.items() if not n.startswith("layers.")}
     for name in (n for n in state if n.startswith("layers.") and "lora_" not in n):
         _, i, rest = name.split(".", 2)
         for loop in range(model.config.n_loop):
@@ -401,18 +418,12 @@ def unroll(model: RecursiveTransformer) -> RecursiveTransformer:
 # ---------------------------------------------------------------------------------------------------------------------
 # Full-size -> Hugging Face
 
-def to_hf(model: RecursiveTransformer, folder) -> None:
-    """Write a full-size model that transformers loads as GemmaForCausalLM, LlamaForCausalLM or GPTNeoXForCausalLM.
-
-    Raises UserError for a model that loops: transformers has no such class, `unroll` it first.
-    """
-    c = model.config
-    if c.n_loop != 1:
-        raise UserError(f"a model with {c.n_loop} loops has no Hugging Face class; export unroll(model)")
+def hf_config(c: Config, dtype: torch.dtype) -> dict:
+    """The config.json that transformers reads for a full-size model."""
     hf = {"model_type": c.arch, "vocab_size": c.vocab_size, "num_hidden_layers": c.n_layer, "hidden_size": c.n_embd,
           "num_attention_heads": c.n_head, "intermediate_size": c.n_hidden, "max_position_embeddings": c.n_ctx,
           "tie_word_embeddings": c.tie_head, "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id,
-          "pad_token_id": None, "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
+          "pad_token_id": None, "torch_dtype": str(dtype).removeprefix("torch.")}
     if c.arch == "gpt_neox":
         hf |= {"architectures": ["GPTNeoXForCausalLM"], "layer_norm_eps": c.norm_eps, "rotary_emb_base": c.rope_theta,
                "rotary_pct": c.rotary_pct, "use_parallel_residual": c.parallel, "attention_bias": c.attn_bias,
@@ -421,6 +432,17 @@ def to_hf(model: RecursiveTransformer, folder) -> None:
         hf |= {"architectures": [c.arch.capitalize() + "ForCausalLM"], "num_key_value_heads": c.n_kv_head,
                "head_dim": c.head_dim, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "attention_bias": False,
                "hidden_act": ACTIVATIONS[c.arch][0]}
+    return hf
+
+
+def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
+    """Write a full-size model that transformers loads as GemmaForCausalLM, LlamaForCausalLM or GPTNeoXForCausalLM.
+
+    `tokenizer`: a folder whose tokenizer files go with it. Raises UserError for a model that loops: transformers has no
+    such class, `unroll` it first.
+    """
+    c = model.config
+    refuse_looped(c, "it has no Hugging Face class: export unroll(model)")
     tensors, fused = {}, {}
     for name, w in model.state_dict().items():
         theirs, _, part = hf_name(name, c.arch).partition("#")
@@ -430,7 +452,9 @@ def to_hf(model: RecursiveTransformer, folder) -> None:
             tensors[theirs] = w.contiguous()
     tensors |= {name: torch.cat(parts, dim=1).flatten(0, 2).contiguous() for name, parts in fused.items()}
     with replace_folder(folder) as tmp:
-        (tmp / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
+        if tokenizer:
+            copy_tokenizer(tokenizer, tmp)
+        (tmp / "config.json").write_text(json.dumps(hf_config(c, model.embed.weight.dtype), indent=1) + "\n")
         save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -443,10 +467,10 @@ class ConvertConfig:
     loops: int = 2                   # how often the shared block runs (the paper's B); 1 leaves the model at full size
     init: Init = "stepwise"          # which donor layers the stored ones start from (Figure 2)
     rank: int = 0                    # LoRA rank per loop and linear map; 0 ties strictly
-    lora_init: Literal["svd", "zero"] = "svd"  # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
+    lora_init: LoraInit = "svd"      # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
     vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: tied (paper), or one per loop
     norms: Norms = "init"            # tied norm weights: as init says, averaged, or the first loop's
-    rounding: Literal["round", "floor"] = "round"  # where a stepwise step falls between two layers
+    rounding: Rounding = "round"     # where a stepwise step falls between two layers
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # of the weights written; keep: as the donor
     unroll: bool = False             # instead: write the recursive --donor out at full size, in Hugging Face's layout
     seed: int = 0                    # for what is random: init=random, zero-residual LoRA
@@ -455,10 +479,11 @@ class ConvertConfig:
 def main(argv=None):
     args = parse_args(ConvertConfig, argv)
     torch.manual_seed(args.seed)
+    if Path(args.out).resolve() == Path(args.donor).resolve():
+        raise UserError(f"--out={args.out} is the donor itself and would replace it; give another folder")
     if args.unroll:
         model = RecursiveTransformer.load(args.donor)
-        to_hf(unroll(model), args.out)
-        copy_tokenizer(args.donor, args.out)
+        to_hf(unroll(model), args.out, tokenizer=args.donor)
         print0(f"{args.donor} unrolled -> {args.out}: {model.config.n_layer} layers, for transformers")
         return
     source, report = Donor(args.donor), {}

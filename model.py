@@ -326,8 +326,8 @@ def read_config(folder) -> Config:
     if not path.exists():
         raise UserError(f"no checkpoint in {folder}: no config.json; give a folder that convert.py or train.py wrote")
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+        values = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path} is not readable JSON ({e})") from None
     if values.pop("format", None) != "nanoRRT":
         raise UserError(f"{folder} is not a checkpoint of this project"

@@ -7,13 +7,14 @@ import re
 import shutil
 import sys
 import types
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 
@@ -143,12 +144,12 @@ def table(rows: list[list]) -> str:
 def replace_folder(folder):
     """Yield a temporary folder that becomes `folder` when the block ends; on an error `folder` stays as it was.
 
-    A crash at any moment leaves the old folder or the new one: everything is written to `folder.tmp`, flushed to the
-    disk, and renamed. Between the two renames the old one is called `folder.old`, which `recover_folder` puts back.
-    Files that the block did not write (a log, a tokenizer) are carried over.
+    A crash at any moment leaves the old folder or the new one: everything is written to `.folder.tmp`, flushed to the
+    disk, and renamed. Between the two renames the old one is called `.folder.old`, which `recover_folder` puts back.
+    What the block did not write (a log, a tokenizer, a folder inside) is carried over.
     """
-    folder = Path(folder)
     check_out(folder)
+    folder = Path(folder).resolve()  # where a link points to is replaced, not the link
     tmp, old = beside(folder, ".tmp"), beside(folder, ".old")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
@@ -156,27 +157,33 @@ def replace_folder(folder):
         yield tmp
         if folder.exists():
             for path in folder.iterdir():
-                if path.is_file() and not (tmp / path.name).exists() and path.name != "train.pt":
-                    shutil.copy2(path, tmp)
+                if (tmp / path.name).exists() or path.name == "train.pt":
+                    continue
+                if path.is_dir():  # perhaps another run: its files are linked, not copied
+                    shutil.copytree(path, tmp / path.name, symlinks=True, copy_function=os.link)
+                else:
+                    shutil.copy2(path, tmp, follow_symlinks=False)
         for path in (*tmp.iterdir(), tmp):
             fd = os.open(path, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
-    except OSError as e:
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        tmp.rename(folder)
+    except BaseException as e:
+        recover_folder(folder)
         shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(f"cannot write {folder}: {e.strerror or e}; what was there before is untouched") from e
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
+        if isinstance(e, (OSError, SafetensorError)):
+            reason = getattr(e, "strerror", None) or e
+            raise UserError(f"cannot write {folder}: {reason}; what was there before is untouched") from e
         raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    tmp.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def beside(folder: Path, suffix: str) -> Path:
-    return folder.absolute().with_name(folder.absolute().name + suffix)
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name}{suffix}")  # hidden: `mv out out.old` is what people do by hand
 
 
 def recover_folder(folder) -> None:
@@ -184,7 +191,8 @@ def recover_folder(folder) -> None:
     folder = Path(folder)
     old = beside(folder, ".old")
     if not folder.exists() and old.exists():
-        old.rename(folder)
+        with suppress(FileNotFoundError):  # another process of this run was faster
+            old.rename(folder.resolve())
 
 
 def check_out(folder) -> None:

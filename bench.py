@@ -1,0 +1,186 @@
+"""Measure: a table for people, then one JSON line with hardware, versions, commit, settings and every number.
+
+    python bench.py --what=convert --donor=FOLDER --text=FILE     # what conversion costs, against transformers
+    python bench.py --what=svd                                    # our SVD of a residual against torch.linalg.svd
+    python bench.py --what=scale                                  # convert a checkpoint of Gemma 2B's exact shapes
+"""
+
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+import convert
+from convert import hf_shapes, load_full, svd_factors, to_recursive
+from data import Tokenizer, load_tokens, windows
+from model import Config
+from runtime import UserError, parse_args, progress, script, table
+
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class BenchConfig:
+    what: Literal["convert", "svd", "scale"] = "convert"  # which measurement
+    donor: str = "assets/donor"            # convert: full-size model, a folder or a Hugging Face id
+    text: str = "assets/books/valid.txt"   # convert: text whose loss is measured
+    tokens: int = 16_384                   # convert: of that text, in windows spread evenly over it
+    seq_len: int = 256                     # convert: tokens in a window
+    loops: str = "2,3"                     # convert: numbers of loops, by comma
+    inits: str = "stepwise,average,lower"  # convert: inits, by comma
+    ranks: str = "0,16,64"                 # convert: LoRA ranks, by comma; "full" is full rank
+    tmp: str = "out/bench"                 # scale: where the random checkpoint is written and converted
+    save: str | None = None                # also append the JSON line to this file
+
+
+def run_info(config: BenchConfig) -> dict:
+    """Where and how a figure was measured."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
+    return {"what": config.what, "settings": asdict(config), "cpu": cpu or platform.processor(), "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip() or None,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What conversion costs
+
+@torch.no_grad()
+def mean_loss(logits_of, rows: list[tuple[Tensor, Tensor]]) -> float:
+    """Mean cross entropy in nats of `logits_of(idx)` over windows, summed in fp64."""
+    total = sum(F.cross_entropy(logits_of(idx).flatten(0, 1).float(), targets.flatten(), reduction="sum").double()
+                for idx, targets in rows)
+    return (total / sum(targets.numel() for _, targets in rows)).item()
+
+
+def bench_convert(config: BenchConfig) -> dict:
+    """Loss right after conversion, before any training: loops x init x rank x vectors, beside the donor's."""
+    full = load_full(config.donor, torch.float32)
+    folder = convert.find_donor(config.donor)
+    tokens = load_tokens(config.text, Tokenizer.load(folder, full.config.vocab_size), full.config.vocab_size)
+    n, stride = config.tokens // config.seq_len, (len(tokens) - 1) // config.seq_len
+    if not 0 < n <= stride:
+        raise UserError(f"--tokens={config.tokens} in windows of {config.seq_len}: the text holds {stride} windows")
+    rows = [windows(tokens, config.seq_len, [i * stride // n]) for i in range(n)]
+
+    def loss_of(model):
+        return mean_loss(lambda idx: model.logits(model(idx)[-1]), rows)
+    numbers = {"donor_loss": loss_of(full), "tokens": n * config.seq_len, "rows": []}
+    try:
+        from transformers import AutoModelForCausalLM
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        numbers["transformers_loss"] = mean_loss(lambda idx: theirs(idx).logits, rows)
+        idx, _ = rows[0]
+        gap = theirs(idx).logits - full.logits(full(idx)[-1])
+        numbers["largest_logit_difference"] = gap.abs().max().item()
+    except ImportError:
+        print("transformers is not installed: not compared", file=sys.stderr)
+
+    small = min(full.config.n_embd, full.config.n_hidden)
+    cases = [(loops, init, small if rank == "full" else int(rank), vectors)
+             for loops in map(int, config.loops.split(",")) for init in config.inits.split(",")
+             for rank in config.ranks.split(",") for vectors in ("tied", "per_loop")]
+    for loops, init, rank, vectors in progress(cases, desc="conversions", unit="model"):
+        began = time.perf_counter()
+        model = to_recursive(full, loops, init, rank, vectors=vectors)
+        seconds = time.perf_counter() - began
+        loss = loss_of(model)
+        numbers["rows"].append({"loops": loops, "init": init, "rank": rank, "vectors": vectors, "loss": loss,
+                                "stored": model.num_params()["stored"], "seconds": seconds})
+    lines = [["loops", "init", "rank", "vectors", "loss", "perplexity", "stored"]]
+    lines.append([1, "donor", "", "", f"{numbers['donor_loss']:.4f}", f"{math.exp(numbers['donor_loss']):.4f}",
+                  f"{full.num_params()['stored'] / 1e6:.1f} M"])
+    lines += [[r["loops"], r["init"], r["rank"], r["vectors"], f"{r['loss']:.4f}", f"{math.exp(r['loss']):.5g}",
+               f"{r['stored'] / 1e6:.1f} M"] for r in numbers["rows"]]
+    print(table(lines))
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How long conversion takes
+
+def bench_svd(config: BenchConfig) -> dict:
+    """Seconds and residual norm of the best rank-512 approximation, ours against torch.linalg.svd, at real shapes."""
+    rank, numbers = 512, []
+    lines = [["residual", "linalg.svd", "ours", "speed-up", "norm ratio - 1"]]
+    for shape in ((2048, 2048), (2048, 16384), (16384, 2048), (2048, 5632), (2048, 8192)):
+        delta = torch.randn(shape) / shape[1] ** 0.5
+        began = time.perf_counter()
+        a, b = svd_factors(delta, rank)
+        ours = time.perf_counter() - began
+        began = time.perf_counter()
+        u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+        theirs = time.perf_counter() - began
+        norms = [(delta - b @ a).norm().item(), (delta - (u[:, :rank] * s[:rank]) @ vt[:rank]).norm().item()]
+        numbers.append({"shape": shape, "ours_s": ours, "linalg_s": theirs, "norms": norms})
+        lines.append([f"{shape[0]} x {shape[1]}", f"{theirs:.2f} s", f"{ours:.2f} s", f"{theirs / ours:.1f} x",
+                      f"{norms[0] / norms[1] - 1:.1e}"])
+    print(table(lines))
+    return {"rank": rank, "rows": numbers}
+
+
+GEMMA_2B = Config(vocab_size=256_000, n_layer=18, n_embd=2048, n_head=8, n_kv_head=1, head_dim=256, n_hidden=16384,
+                  n_ctx=8192)
+
+
+def write_random_checkpoint(config: Config, folder: Path, layers_per_shard: int = 6) -> None:
+    """A Gemma checkpoint of these shapes in sharded bf16, random weights, with the shipped donor's tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes, weight_map, generator = hf_shapes(config), {}, torch.Generator().manual_seed(0)
+    shard_of = {n: int(n.split(".")[2]) // layers_per_shard + 1 if ".layers." in n else 0 for n in shapes}
+    last = max(shard_of.values())
+    for shard in range(last + 1):
+        file = f"model-{shard + 1:05d}-of-{last + 1:05d}.safetensors"
+        names = [n for n in shapes if shard_of[n] == shard]
+        save_file({n: (torch.randn(shapes[n], generator=generator) * 0.02).bfloat16() for n in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    hf = convert.hf_config(config, torch.bfloat16)
+    (folder / "config.json").write_text(json.dumps(hf))
+    convert.copy_tokenizer(HERE / "assets/donor", folder)
+
+
+def bench_scale(config: BenchConfig) -> dict:
+    """Seconds and peak memory of `convert.py --loops=2 --init=average --rank=512` on Gemma 2B's shapes."""
+    tmp = Path(config.tmp)
+    write_random_checkpoint(GEMMA_2B, tmp / "donor")
+    began = time.perf_counter()
+    flags = [f"--donor={tmp / 'donor'}", "--loops=2", "--init=average", "--rank=512", f"--out={tmp / 'recursive'}"]
+    subprocess.run([sys.executable, HERE / "convert.py", *flags], check=True)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    written = sum(p.stat().st_size for p in (tmp / "recursive").iterdir()) / 2**30
+    shutil.rmtree(tmp)
+    print(table([["Gemma 2B shapes, 2 loops, average, rank 512", ""], ["seconds", f"{seconds:.0f}"],
+                 ["peak memory", f"{peak:.2f} GiB"], ["written", f"{written:.2f} GiB"]]))
+    return {"seconds": seconds, "peak_gib": peak, "written_gib": written}
+
+
+def main(argv=None):
+    config = parse_args(BenchConfig, argv)
+    numbers = {"convert": bench_convert, "svd": bench_svd, "scale": bench_scale}[config.what](config)
+    line = json.dumps(run_info(config) | numbers)
+    print(line)
+    if config.save:
+        with open(config.save, "a") as f:
+            f.write(line + "\n")
+
+
+if __name__ == "__main__":
+    script(main)
