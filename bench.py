@@ -29,7 +29,6 @@ from data import Tokenizer, load_tokens, windows
 from model import Config
 from runtime import UserError, parse_args, progress, script, table
 
-
 HERE = Path(__file__).parent
 
 
@@ -52,10 +51,10 @@ def run_info(config: BenchConfig) -> dict:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
-    return {"what": config.what, "settings": asdict(config), "cpu": cpu or platform.processor(), "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip() or None,
-            "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"what": config.what, "settings": asdict(config), "cpu": cpu or platform.processor(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "gpu": gpu, "python": platform.python_version(),
+            "torch": torch.__version__, "commit": git.stdout.strip() or None, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

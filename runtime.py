@@ -159,11 +159,11 @@ def replace_folder(folder):
             for path in folder.iterdir():
                 if (tmp / path.name).exists() or path.name == "train.pt":
                     continue
-                if path.is_dir():  # perhaps another run: its files are linked, not copied
+                if path.is_dir() and not path.is_symlink():  # perhaps another run: its files are linked, not copied
                     shutil.copytree(path, tmp / path.name, symlinks=True, copy_function=os.link)
                 else:
                     shutil.copy2(path, tmp, follow_symlinks=False)
-        for path in (*tmp.iterdir(), tmp):
+        for path in (*filter(Path.exists, tmp.iterdir()), tmp):
             fd = os.open(path, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)

@@ -23,8 +23,19 @@ from torch.nn.parallel import DistributedDataParallel
 from convert import Norms, config_from_hf, find_donor, load_any, read_json, to_recursive
 from data import Tokenizer, batch, copy_tokenizer, load_tokens, validation
 from exits import distill_loss
-from model import RecursiveTransformer
-from runtime import Processes, UserError, check_out, parse_args, print0, replace_folder, script, start_processes, table
+from model import Config, RecursiveTransformer, read_config
+from runtime import (
+    Processes,
+    UserError,
+    check_out,
+    is_main,
+    parse_args,
+    print0,
+    replace_folder,
+    script,
+    start_processes,
+    table,
+)
 
 TrainInit = Literal["stepwise", "average", "lower", "random", "scratch"]
 
@@ -99,7 +110,7 @@ def learning_rate(step: int, steps: int, args: TrainConfig) -> float:
     """Linear warm-up, then a cosine down to min_lr x lr at the last step."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, steps - args.warmup)
+    done = (step - args.warmup) / max(1, steps - 1 - args.warmup)
     return args.lr * (args.min_lr + (1 - args.min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -115,19 +126,26 @@ def make_optimizer(model: nn.Module, args: TrainConfig, device: torch.device) ->
 def accumulation(args: TrainConfig, world: int) -> int:
     """Micro-steps per optimizer step. Raises UserError if the batch cannot be dealt out evenly, and says what could."""
     one = args.micro_batch * args.seq_len * world
-    if min(args.micro_batch, args.seq_len, args.batch_tokens) < 1 or args.batch_tokens % one:
-        near = max(1, round(args.batch_tokens / max(one, 1)))
+    if args.batch_tokens % one:
+        near = max(1, args.batch_tokens // one)
         raise UserError(
             f"batch_tokens={args.batch_tokens} is not a multiple of micro_batch x seq_len x processes = "
             f"{args.micro_batch} x {args.seq_len} x {world} = {one}; use --batch_tokens={near * one} or "
-            f"{(near + 1) * one}, or a smaller --micro_batch")
+            f"--batch_tokens={(near + 1) * one}, or a smaller --micro_batch")
     return args.batch_tokens // one
 
 
 def check_settings(args: TrainConfig) -> None:
-    for name in ("tokens", "lr", "temperature", "eval_every", "save_every", "log_every", "eval_tokens", "clip"):
+    for name in ("tokens", "batch_tokens", "seq_len", "micro_batch", "lr", "temperature", "eval_every", "save_every",
+                 "log_every", "eval_tokens", "clip"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name}={getattr(args, name)} must be positive")
+    for name in ("rank", "min_lr", "warmup", "weight_decay", "distill_weight", "seed"):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name}={getattr(args, name)} must not be negative")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 0 and less than 1")
     if args.tokens < args.batch_tokens:
         raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
 
@@ -137,12 +155,15 @@ def check_settings(args: TrainConfig) -> None:
 
 def save_checkpoint(args: TrainConfig, model, optimizer, step: int, history: dict) -> None:
     """Replace the folder args.out: model, tokenizer, optimizer and where the run stands. The first process writes."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_main():
         with replace_folder(args.out) as tmp:
             model.write(tmp)
             copy_tokenizer(history["tokenizer"], tmp)
-            torch.save({"step": step, "args": asdict(args), "history": history,
-                        "optimizer": optimizer.state_dict()}, tmp / "train.pt")
+            state = {"step": step, "args": asdict(args), "history": history, "optimizer": optimizer.state_dict()}
+            try:
+                torch.save(state, tmp / "train.pt")
+            except RuntimeError as e:  # what torch makes of a full disk
+                raise OSError(f"train.pt: {e} (is the disk full?)") from e
     if dist.is_initialized():
         dist.barrier()
 
@@ -153,55 +174,74 @@ def load_train_state(out: str) -> dict:
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; start without --resume, or name the run with --out")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state | {"args": TrainConfig(**state["args"])}
     except Exception as e:  # torch raises whatever its unpickler met
         raise UserError(f"{path} is damaged ({str(e).splitlines()[0]}); start anew with --ckpt={out}") from None
 
 
 def resumed_settings(argv, state: dict) -> TrainConfig:
     """The settings of the run that is resumed, with the flags given now. UserError if they would change what it is."""
-    saved = TrainConfig(**state["args"])
-    given, kept = parse_args(TrainConfig, argv), parse_args(TrainConfig, argv, defaults=saved)
+    saved, given = state["args"], parse_args(TrainConfig, argv)
+    kept = parse_args(TrainConfig, argv, defaults=saved)
     clash = [f"--{name}={value} (the run has {getattr(saved, name)})" for name, value in asdict(kept).items()
              if value != getattr(saved, name) and name not in MAY_CHANGE]
     if clash:
         raise UserError(f"--resume continues the run in {given.out} as it was, but {', '.join(clash)} was given; "
                         f"drop the flag, or start a new run from it with --ckpt={given.out} and another --out")
-    return replace(kept, resume=True)
+    return replace(kept, resume=True, out=given.out)  # the folder may have been moved
 
 
 def drop_log_after(path: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint that the run goes on from."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+    """Forget what was logged after the checkpoint that the run goes on from, and how it ended if it was at its end."""
+    if is_main() and path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a crash may cut the last one
+        logged = [values for values in map(json.loads, lines) if values["step"] <= step and "final" not in values]
+        path.write_text("".join(json.dumps(values) + "\n" for values in logged))
 
 
 def write_log(args: TrainConfig, **values) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        with open(Path(args.out) / "log.jsonl", "a") as f:
-            f.write(json.dumps(values) + "\n")
+    if is_main():
+        try:
+            with open(Path(args.out) / "log.jsonl", "a") as f:
+                f.write(json.dumps(values) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {e.filename or 'log.jsonl'} ({e.strerror}); {args.out} holds the last "
+                            f"checkpoint: make room, then go on with --resume --out={args.out}") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces of the run
 
-def build(args: TrainConfig, device) -> tuple[RecursiveTransformer, RecursiveTransformer | None, str]:
-    """The student in fp32, the teacher (None where nothing is distilled), and the folder that has their tokenizer."""
-    if args.init == "scratch" and not args.ckpt:  # needs no weights, only a config and a tokenizer
-        folder = find_donor(args.donor)
-        return RecursiveTransformer(config_from_hf(read_json(folder / "config.json"))).to(device), None, str(folder)
-    folder = args.donor if Path(args.donor).is_dir() else str(find_donor(args.donor))
-    donor = load_any(folder, torch.float32)
-    if args.ckpt:
-        student = RecursiveTransformer.load(args.ckpt, dtype=torch.float32)
-        if student.config.vocab_size != donor.config.vocab_size:
-            raise UserError(f"{args.ckpt} has a vocabulary of {student.config.vocab_size}, its teacher {folder} one of "
-                            f"{donor.config.vocab_size}: name its own --donor")
+def donor_config(folder: Path) -> Config:
+    hf = read_json(folder / "config.json")
+    return config_from_hf(hf, folder / "config.json") if "model_type" in hf else read_config(folder)
+
+
+def check_start(args: TrainConfig, config: Config, state: dict | None) -> None:
+    """Raise UserError if the donor's config fits neither --ckpt nor the run that is resumed: before any real work."""
+    if state and asdict(config) != state["history"]["donor_config"]:
+        changed = ", ".join(f"{k}={v} (was {state['history']['donor_config'].get(k)})"
+                            for k, v in asdict(config).items() if v != state["history"]["donor_config"].get(k))
+        raise UserError(f"the donor {args.donor} is of another architecture than when the run in {args.out} started: "
+                        f"{changed}; resume with the donor it was made from")
+    if args.ckpt and not state and (size := read_config(args.ckpt).vocab_size) != config.vocab_size:
+        raise UserError(f"{args.ckpt} has a vocabulary of {size}, its teacher {args.donor} one of "
+                        f"{config.vocab_size}: name its own --donor")
+
+
+def build(args: TrainConfig, folder: Path, device) -> tuple[RecursiveTransformer, RecursiveTransformer | None]:
+    """(student, donor) in fp32; the donor is None for init=scratch, which needs its config but no weights."""
+    scratch = args.init == "scratch" and not args.ckpt
+    donor = None if scratch else load_any(str(folder), torch.float32).requires_grad_(False).to(device)
+    if args.resume or args.ckpt:
+        student = RecursiveTransformer.load(args.out if args.resume else args.ckpt, dtype=torch.float32)
+    elif scratch:
+        student = RecursiveTransformer(donor_config(folder))
     else:
         student = to_recursive(donor, args.loops, args.init, args.rank, args.lora_init, args.vectors,
                                args.rounding, args.norms)
-    return student.to(device), donor.requires_grad_(False).to(device), folder
+    return student.to(device), donor
 
 
 @torch.no_grad()
@@ -259,32 +299,36 @@ def main(argv=None):
     check_out(args.out)
     if not args.resume and (Path(args.out) / "train.pt").exists():
         raise UserError(f"{args.out} holds a run already; go on with --resume, or give another --out")
+    if not args.resume and (Path(args.out) / "model.safetensors").exists():  # somebody's donor, perhaps
+        raise UserError(f"{args.out} holds a model already; give another --out, and --ckpt={args.out} to start from it")
     procs = start_processes(args.device)
     device = procs.device
     micro_steps, steps = accumulation(args, procs.world), args.tokens // args.batch_tokens
+    if state and steps < state["step"]:
+        raise UserError(f"--tokens={args.tokens} are {steps} steps, the run in {args.out} has done {state['step']}; "
+                        f"ask for at least --tokens={state['step'] * args.batch_tokens}")
     torch.manual_seed(args.seed)
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
-    model, donor, tokenizer_folder = build(args, device)
-    tokenizer = Tokenizer.load(tokenizer_folder, model.config.vocab_size)
-    train_tokens = load_tokens(args.data, tokenizer, model.config.vocab_size)
-    valid_tokens = load_tokens(args.valid, tokenizer, model.config.vocab_size)
-    valid = validation(valid_tokens, args.seq_len, 4 * args.eval_tokens)
+    folder = find_donor(args.donor)                     # what can be wrong is found out before the minutes of work
+    config = donor_config(folder)
+    check_start(args, config, state)
+    tokenizer = Tokenizer.load(folder, config.vocab_size)
+    texts = {name: load_tokens(getattr(args, name), tokenizer, config.vocab_size) for name in ("data", "valid")}
+    for name, tokens in texts.items():
+        if len(tokens) <= args.seq_len:
+            raise UserError(f"--{name}={getattr(args, name)} has {len(tokens)} tokens, one sequence needs "
+                            f"{args.seq_len + 1} (seq_len + 1); give more text or a smaller --seq_len")
+    train_tokens, valid = texts["data"], validation(texts["valid"], args.seq_len, 4 * args.eval_tokens)
     quick = valid[:max(1, len(valid) // 4)]
-    batch(train_tokens, range(1), args.seq_len, args.seed)  # too little text is found out now
+    model, donor = build(args, folder, device)
     teacher = donor if args.distill != "none" else None
     optimizer = make_optimizer(model, args, device)
-    start, history = 0, {"tokenizer": tokenizer_folder}
+    start, history = 0, {"tokenizer": str(folder), "donor_config": asdict(config)}
     if state:
-        try:
-            saved = RecursiveTransformer.load(args.out, dtype=torch.float32)
-            model.load_state_dict(saved.state_dict())
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as e:
-            raise UserError(f"the checkpoint in {args.out} is of another architecture than this run's "
-                            f"({str(e).splitlines()[0]}); resume with the donor it was made from") from None
         start, history = state["step"], state["history"]
+        optimizer.load_state_dict(state["optimizer"])
         drop_log_after(Path(args.out) / "log.jsonl", start)
 
     n = model.num_params()
@@ -368,7 +412,7 @@ def main(argv=None):
 
 
 def score(loss: float, n: dict) -> list[str]:
-    return [f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{n['stored'] / 1e6:.2f} M", f"{n['run'] / 1e6:.2f} M"]
+    return [f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}", f"{n['stored'] / 1e6:.2f} M", f"{n['run'] / 1e6:.2f} M"]
 
 
 if __name__ == "__main__":
