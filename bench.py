@@ -42,7 +42,7 @@ class BenchConfig:
     loops: str = "2,3"                     # convert: numbers of loops, by comma
     inits: str = "stepwise,average,lower"  # convert: inits, by comma
     ranks: str = "0,16,64"                 # convert: LoRA ranks, by comma; "full" is full rank
-    tmp: str = "out/bench"                 # scale: where the random checkpoint is written and converted
+    tmp: str = "out_bench"                 # scale: where the random checkpoint is written and converted
     save: str | None = None                # also append the JSON line to this file
 
 
@@ -52,9 +52,9 @@ def run_info(config: BenchConfig) -> dict:
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"what": config.what, "settings": asdict(config), "cpu": cpu or platform.processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "gpu": gpu, "python": platform.python_version(),
-            "torch": torch.__version__, "commit": git.stdout.strip() or None, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    return {"what": config.what, "settings": asdict(config), "cpu": cpu or platform.processor(), "gpu": gpu,
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "torch": torch.__version__, "commit": git.stdout.strip() or None, "time": time.strftime("%F %T")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Turn a pretrained Gemma, Llama or Pythia checkpoint into a (Relaxed) Recursive Transformer, and back (§2.2, §2.3).
 
-    python convert.py --donor=assets/donor --loops=2 --init=average --rank=64 --out=out/relaxed
+    python convert.py --donor=assets/donor --loops=2 --init=average --rank=64 --out=out_relaxed
 """
 
 import json
@@ -463,7 +463,7 @@ def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
 @dataclass
 class ConvertConfig:
     donor: str = "assets/donor"      # full-size model: a folder or a Hugging Face id
-    out: str = "out/recursive"       # folder to write
+    out: str = "out_recursive"       # folder to write
     loops: int = 2                   # how often the shared block runs (the paper's B); 1 leaves the model at full size
     init: Init = "stepwise"          # which donor layers the stored ones start from (Figure 2)
     rank: int = 0                    # LoRA rank per loop and linear map; 0 ties strictly
@@ -481,13 +481,13 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if Path(args.out).resolve() == Path(args.donor).resolve():
         raise UserError(f"--out={args.out} is the donor itself and would replace it; give another folder")
+    dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     if args.unroll:
         model = RecursiveTransformer.load(args.donor)
-        to_hf(unroll(model), args.out, tokenizer=args.donor)
+        to_hf(unroll(model).to(dtype), args.out, tokenizer=args.donor)
         print0(f"{args.donor} unrolled -> {args.out}: {model.config.n_layer} layers, for transformers")
         return
     source, report = Donor(args.donor), {}
-    dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     c = source.config
     print0(f"{args.donor}: {c.arch}, {c.n_layer} layers of width {c.n_embd} -> {args.loops} loops, "
            f"init {args.init}, rank {args.rank}, vectors {args.vectors}")

@@ -1,6 +1,6 @@
 """Text for training: the donor's own tokenizer, text -> token shards -> batches.
 
-python data.py --name=FILES --tokenizer=assets/donor --out=out/data       writes token shards
+python data.py --name=FILES --tokenizer=assets/donor --out=out_data       writes token shards
 python data.py --name=FILES --train_tokenizer=4096 --out=assets/donor     trains a tokenizer
 """
 
@@ -340,11 +340,11 @@ class Tokens:
         start, stop, step = key.indices(len(self))
         assert step == 1, key
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        parts = [np.empty(0, np.int64)]
+        parts = [np.empty(0, np.int64)]                      # makes the whole int64, and is it if nothing is asked
         for array, offset in zip(self.arrays[first:], self.starts[first:], strict=False):
             if offset >= stop:
                 break
-            parts.append(array[max(start - offset, 0):stop - offset].astype(np.int64))
+            parts.append(array[max(start - offset, 0):stop - offset])
         return np.concatenate(parts)
 
 
@@ -422,7 +422,7 @@ def validation(tokens: Tokens, seq_len: int, max_tokens: int | None = None, rows
 class DataConfig:
     name: str = "assets/books/train"       # text: files, folders by comma, or a Hugging Face dataset owner/name:config
     tokenizer: str = "assets/donor"        # folder of the checkpoint whose tokenizer to use
-    out: str = "out/data"                  # folder for the shards, or for the trained tokenizer
+    out: str = "out_data"                  # folder for the shards, or for the trained tokenizer
     tokens: int | None = None              # stop after so many tokens
     shard_tokens: int = 100_000_000        # tokens in one file
     vocab_size: int | None = None          # of the model, if larger than the tokenizer's

@@ -5,25 +5,16 @@ import json
 import random
 import subprocess
 import sys
+from itertools import repeat
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
-from data import (
-    TextStream,
-    Tokenizer,
-    Tokens,
-    batch,
-    load_tokens,
-    read_texts,
-    train_tokenizer,
-    validation,
-    write_shards,
-)
+from data import TextStream, Tokenizer, Tokens, batch, load_tokens, read_texts, train_tokenizer, validation
 from runtime import UserError
 
 PLAIN = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 20
@@ -34,7 +25,7 @@ HARD = "naïve café  — 你好，世界! 👩‍👩‍👧 🏴‍☠️\n\n\
 def ranks(tmp_path_factory):
     """A tiktoken ranks folder, 300 entries."""
     folder = tmp_path_factory.mktemp("ranks")
-    train_tokenizer([PLAIN], 300, folder)
+    train_tokenizer([PLAIN, "?👩?😀?🚀" * 20], 300, folder)    # merges "?" with half an emoji
     return folder
 
 
@@ -60,6 +51,7 @@ def metaspace(tmp_path_factory):
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                       decoders.Strip(" ", 1, 0)])
+    fast.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     return save(fast, tmp_path_factory.mktemp("metaspace"))
 
 
@@ -84,6 +76,7 @@ def test_round_trip(kind, text, request):
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode_batch([text, "a"]) == [ids, tokenizer.encode("a")]
     assert tokenizer.eos_id not in ids
+    assert tokenizer.decode([tokenizer.eos_id]) in ("</s>", "<|endoftext|>")
     assert max(ids, default=0) < tokenizer.vocab_size
 
 
@@ -157,17 +150,17 @@ def test_hash_follows_the_files_that_decide_the_ids(ranks, byte_level, tmp_path)
 
 
 @BACKENDS
-@pytest.mark.parametrize("text", [PLAIN, HARD, "👩‍👩‍👧" * 9, "  a the \ufffd 你 the\n", "你好" * 9, "a " * 9])
+@pytest.mark.parametrize("text", [PLAIN, HARD, "?👩?😀" * 9, "  a the \ufffd 你 the\n", "你好" * 9, "a " * 9])
 def test_stream_is_the_whole_decode_and_never_half_a_character(kind, text, request):
     tokenizer = Tokenizer.load(request.getfixturevalue(kind))
     stream = TextStream(tokenizer)
     parts = [stream.push(i) for i in tokenizer.encode(text)]
     assert "".join(parts) + stream.flush() == text
     assert sum(p.count("\ufffd") for p in parts) <= text.count("\ufffd")
-    for i in tokenizer.encode(text):                         # the same object serves a second text
-        stream.push(i)
-    stream.flush()
-    assert stream.flush() == ""
+    half = tokenizer.encode("👩")[:-1]                       # cut off in the middle, and the same object used again
+    assert [stream.push(i) for i in half] == [""] * len(half)
+    assert stream.flush().strip("\ufffd") == "" == stream.flush()
+    assert "".join([stream.push(i) for i in tokenizer.encode("a")]) == "a"
 
 
 @BACKENDS
@@ -187,7 +180,8 @@ def test_stream_survives_bytes_that_are_no_text(kind, request):
     """An untrained model emits any id: the stream goes on, equals the whole decode and keeps a short window."""
     tokenizer, rng = Tokenizer.load(request.getfixturevalue(kind)), random.Random(0)
     noise = [rng.randrange(tokenizer.vocab_size) for _ in range(2000)]
-    for ids in (noise, [130] * 50, tokenizer.encode("👩" * 9)[:-1]):
+    emoji = tokenizer.encode("👩")
+    for ids in (noise, emoji[-1:] * 50, (emoji * 9)[:-1], [*emoji[-1:] * 6, *emoji]):
         stream, longest = TextStream(tokenizer), 0
         text = ""
         for i in ids:
@@ -274,6 +268,7 @@ def test_max_tokens(ranks, tmp_path, limit):
     whole = data.write_shards([PLAIN], tokenizer, tmp_path / "all", 300)
     assert data.write_shards([PLAIN], tokenizer, tmp_path / "some", 300, 10, limit) == min(limit, whole)
     assert len(load_tokens(str(tmp_path / "some"), tokenizer, 300)) == min(limit, whole)
+    assert data.write_shards(repeat(PLAIN), tokenizer, tmp_path / "endless", 300, max_tokens=limit) == limit
 
 
 def test_shards_of_another_tokenizer_are_refused(ranks, byte_level, tmp_path):

@@ -1,0 +1,80 @@
+"""Every command of the README, run in its order as a reader would, with small settings."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from convert import to_hf
+from data import train_tokenizer
+from model import Config, RecursiveTransformer
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [part.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+            for line in block.splitlines() for part in line.split("&&") if not part.strip().startswith("pip ")]
+SMALL = {  # added to a command: the last of two equal flags counts
+    "train.py": "--tokens=1024 --batch_tokens=512 --micro_batch=1 --seq_len=64 --eval_tokens=256 --log_every=1",
+    "sample.py": "--max_new_tokens=8", "convert.py": "", "data.py": "",
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A folder that looks like a clone, where commands may write, with a small Llama and a small text of its own."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in (*ROOT.glob("*.py"), ROOT / "assets"):
+        (folder / path.name).symlink_to(path)
+    text = "It was a dark night, and the old man looked at the sea. " * 300
+    (folder / "small.txt").write_text(text)
+    torch.manual_seed(0)
+    config = Config(arch="llama", tie_head=False, vocab_size=300, n_layer=4, n_embd=16, n_head=2, head_dim=8, n_hidden=32)
+    to_hf(RecursiveTransformer(config), folder / "llama")
+    train_tokenizer([text], 300, folder / "llama")
+    return folder
+
+
+def small(command: str) -> list[str]:
+    """The command's words, with this Python, a checkpoint and a text that are here, and small settings."""
+    words = shlex.split(command)
+    script = next(w for w in words if w.endswith(".py"))
+    words = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]] + words[1:]
+    if "TinyLlama" in command or "out_" in command:
+        words = [re.sub("TinyLlama/[^ ]+", "llama", w).replace("assets/books/train", "small.txt") for w in words]
+        words += ["--valid=small.txt"] * (script == "train.py" and "--resume" not in command)
+    return words + SMALL[script].split() * ("--resume" not in command)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" not in c])
+def test_command_runs(clone, command):
+    if "--resume" in command:  # as if the run had been stopped: there is more to do
+        command += " --tokens=1536"
+    done = subprocess.run(small(command), cwd=clone, capture_output=True, text=True, timeout=280,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_python_block_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    block = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    names = {"idx": torch.randint(0, 4096, (1, 8))}
+    with torch.no_grad():
+        exec(block, names)
+        want, got = names["logits"], names["same"].logits(names["same"](names["idx"])[-1])
+    torch.testing.assert_close(got, want, atol=0.15, rtol=0.05)  # the shipped weights are bfloat16
+
+
+def test_ci_runs_what_the_readme_says():
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert 'pip install -q -e ".[test]"' in ci and "python -m pytest" in ci
+    assert 'pip install -e ".[test]" && python -m pytest' in README
+
+
+def test_files_named_in_the_readme_exist():
+    for name in re.findall(r"`([\w./]+(?:\.py|/))`", README):
+        assert (ROOT / name).exists(), name
