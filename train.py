@@ -146,6 +146,12 @@ def check_settings(args: TrainConfig) -> None:
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 0 and less than 1")
+    if args.ckpt or args.init == "scratch":
+        given = "--ckpt" if args.ckpt else "--init=scratch"
+        for name in ("rank", "loops", "lora_init", "vectors", "norms", "rounding", *["init"] * bool(args.ckpt)):
+            if getattr(args, name) != getattr(TrainConfig, name):
+                raise UserError(f"--{name}={getattr(args, name)} says how a donor is converted, and {given} converts "
+                                "none: drop one of the two")
     if args.tokens < args.batch_tokens:
         raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import runpy
 import subprocess
 import sys
 from itertools import repeat
@@ -385,3 +386,15 @@ def test_command_line(tmp_path, capsys):
                "--tokens=50", "--vocab_size=320"])
     assert "50 tokens" in capsys.readouterr().out
     assert len(load_tokens(str(tmp_path / "shards"), Tokenizer.load(tmp_path / "donor"), 320)) == 50
+
+
+def test_books_are_unwrapped():
+    clean = runpy.run_path(data.__file__.replace("data.py", "runs/books.py"))["clean"]
+    wrapped = ("It was a _dark_ and stormy night; the rain fell in torrents,\n"
+               "except at  occasional intervals, when it was checked by a\nviolent gust of wind.")
+    verse = "Tyger tyger, burning bright,\n  In the forests of the night;"
+    text = f"TRENCK***\n\n\nProduced by\nSomebody\n\n\n[Illustration: a\nboat]\n\n{wrapped}\n\n   * * *\n\n{verse}\r\n"
+    assert clean(text) == (
+        "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals, when it was "
+        "checked by a violent gust of wind.\n\n"
+        "* * *\n\nTyger tyger, burning bright,\nIn the forests of the night;\n")

@@ -151,9 +151,10 @@ def test_lora_is_on_every_map_of_the_block(arch):
     assert not any("lora" in n for n in RecursiveTransformer(Config(**SMALL | ARCHS[arch], n_loop=3)).state_dict())
 
 
-def test_every_parameter_learns():
+@pytest.mark.parametrize("n", [3, 30], ids=["separate", "merged"])
+def test_every_parameter_learns(n):
     model = tiny("gpt_neox", n_loop=2, rank=2, vectors="per_loop")
-    F.cross_entropy(model.logits(model(tokens(2, 9))[-1]).flatten(0, 1), tokens(18)).backward()
+    F.cross_entropy(model.logits(model(tokens(1, n))[-1])[0], tokens(n)).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.any(), name
         if "lora" in name or p.dim() == 2 and p.size(0) == 2:

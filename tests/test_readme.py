@@ -33,7 +33,7 @@ def clone(tmp_path_factory):
     text = "It was a dark night, and the old man looked at the sea. " * 300
     (folder / "small.txt").write_text(text)
     torch.manual_seed(0)
-    config = Config(arch="llama", tie_head=False, vocab_size=300, n_layer=4, n_embd=16, n_head=2, head_dim=8, n_hidden=32)
+    config = Config(arch="llama", vocab_size=300, n_layer=4, n_embd=16, n_head=2, head_dim=8, n_hidden=32)
     to_hf(RecursiveTransformer(config), folder / "llama")
     train_tokenizer([text], 300, folder / "llama")
     return folder
@@ -43,7 +43,8 @@ def small(command: str) -> list[str]:
     """The command's words, with this Python, a checkpoint and a text that are here, and small settings."""
     words = shlex.split(command)
     script = next(w for w in words if w.endswith(".py"))
-    words = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]] + words[1:]
+    launch = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    words = launch[words[0]] + words[1:]
     if "TinyLlama" in command or "out_" in command:
         words = [re.sub("TinyLlama/[^ ]+", "llama", w).replace("assets/books/train", "small.txt") for w in words]
         words += ["--valid=small.txt"] * (script == "train.py" and "--resume" not in command)

@@ -1,0 +1,642 @@
+"""Uptraining on a donor of a few thousand weights: that it learns, that equivalent runs are equal, that no moment of
+being interrupted loses anything, and that a mistake is named before anything is overwritten."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import convert
+import train
+from convert import to_hf
+from data import Tokenizer, copy_tokenizer, load_tokens, train_tokenizer, validation, write_shards
+from exits import distill_loss
+from model import Config, RecursiveTransformer, is_matrix
+from runtime import UserError, script
+
+ROOT = Path(__file__).resolve().parent.parent
+DONOR = Config(vocab_size=320, n_layer=4, n_embd=32, n_head=4, n_kv_head=1, head_dim=8, n_hidden=64, n_ctx=64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the order of sums, and so the last bit, depends on it
+    yield
+    torch.set_num_threads(before)
+
+
+def story(seed: int, sentences: int) -> str:
+    """Sentences of a small grammar: quickly learnt, and never the same twice."""
+    rng = random.Random(seed)
+    parts = (["The cat", "A dog", "My aunt", "The old king"], ["sees", "eats", "finds", "loves"],
+             ["a mouse", "the bread", "her garden", "some gold"])
+    return " ".join(" ".join(map(rng.choice, parts)) + "." for _ in range(sentences))
+
+
+def write_donor(model: RecursiveTransformer, tokenizer: Path, folder: Path) -> Path:
+    to_hf(model, folder)
+    copy_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with donor/ (trained a little, in Gemma's layout), train.txt and valid.txt."""
+    home = tmp_path_factory.mktemp("home")
+    words = random.Random(3)
+    noise = " ".join("".join(words.choices("abcdefgh", k=words.randint(2, 5))) for _ in range(2000))
+    train_tokenizer([story(1, 300) + noise], DONOR.vocab_size, home / "tokenizer")
+    (home / "train.txt").write_text(story(1, 3000))
+    (home / "valid.txt").write_text(story(2, 300))
+    torch.manual_seed(0)
+    write_donor(RecursiveTransformer(DONOR), home / "tokenizer", home / "donor")
+    run(home, home / "full", "--init=scratch", "--tokens=12800", "--lr=5e-3", "--eval_every=1000")
+    write_donor(RecursiveTransformer.load(home / "full"), home / "tokenizer", home / "donor")
+    return home
+
+
+def flags(home: Path, out: Path, *more: str) -> list[str]:
+    return [f"--donor={home}/donor", f"--data={home}/train.txt", f"--valid={home}/valid.txt", f"--out={out}",
+            "--tokens=2560", "--batch_tokens=128", "--seq_len=16", "--micro_batch=8", "--eval_tokens=256",
+            "--eval_every=5", "--log_every=1", "--warmup=2", "--device=cpu", *more]
+
+
+def run(home: Path, out: Path, *more: str) -> list[dict]:
+    train.main(flags(home, out, *more))
+    return read_log(out)
+
+
+def read_log(out: Path) -> list[dict]:
+    """log.jsonl without what differs from run to run."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "seconds")} for line in lines]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return RecursiveTransformer.load(out).state_dict()
+
+
+def assert_same_weights(a: Path, b: Path, **tolerance) -> None:
+    want, have = weights(a), weights(b)
+    assert want.keys() == have.keys()
+    for name in want:
+        torch.testing.assert_close(have[name], want[name], msg=name, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def assert_close_logs(a: list[dict], b: list[dict], tolerance: float = 1e-5) -> None:
+    assert [(line["step"], sorted(line)) for line in a] == [(line["step"], sorted(line)) for line in b]
+    for x, y in zip(a, b, strict=True):
+        for key in x.keys() & {"loss", "objective", "val_loss", "donor_loss", "lr"}:
+            assert x[key] == pytest.approx(y[key], abs=tolerance), (x, y)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@contextmanager
+def interrupt_at(step: int, how):
+    """Call `how()` when training begins the step after `step` steps."""
+    schedule = train.learning_rate
+
+    def interrupting(at, *rest):
+        if at == step:
+            how()
+        return schedule(at, *rest)
+    train.learning_rate = interrupting
+    try:
+        yield
+    finally:
+        train.learning_rate = schedule
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces
+
+def reference_divergence(s: list[float], t: list[float], kind: str) -> float:
+    """One token's divergence of student p from teacher q, entry by entry."""
+    p, q = ([math.exp(x) / sum(math.exp(y) for y in logits) for x in logits] for logits in (s, t))
+    total = 0.0
+    for a, b in zip(p, q, strict=True):
+        m = (a + b) / 2
+        total += {"fkl": b * math.log(b / a), "rkl": a * math.log(a / b), "tvd": abs(a - b) / 2,
+                  "jsd": (a * math.log(a / m) + b * math.log(b / m)) / 2}[kind]
+    return total
+
+
+@pytest.mark.parametrize("kind", ["fkl", "rkl", "jsd", "tvd"])
+def test_distill_loss_is_the_divergence_written_out(kind):
+    torch.manual_seed(1)
+    s, t = (3 * torch.randn(2, 3, 11, dtype=torch.float64) for _ in "st")
+    want = [reference_divergence(a, b, kind) for a, b in
+            zip(s.flatten(0, 1).tolist(), t.flatten(0, 1).tolist(), strict=True)]
+    assert distill_loss(s, t, kind).item() == pytest.approx(sum(want) / 6, rel=1e-12)
+    assert distill_loss(s.float(), t.float(), kind).item() == pytest.approx(sum(want) / 6, rel=1e-5)
+    assert distill_loss(s, s + 5, kind).item() == pytest.approx(0, abs=1e-12)  # a shift is no difference
+    with pytest.raises(ValueError, match="unknown distillation 'kl'"):
+        distill_loss(s, t, "kl")
+
+
+@pytest.mark.parametrize("weight, temperature, kind", [(1.0, 1.0, "fkl"), (0.5, 3.0, "rkl"), (2.0, 0.5, "tvd")])
+def test_objective_is_cross_entropy_plus_scaled_distillation(weight, temperature, kind):
+    torch.manual_seed(2)
+    args = train.TrainConfig(distill=kind, distill_weight=weight, temperature=temperature)
+    model, (idx, targets) = RecursiveTransformer(DONOR), torch.randint(DONOR.vocab_size, (2, 2, 5))
+    teacher = 2 * torch.randn(2, 5, DONOR.vocab_size)
+    loss, ce = train.Objective(model, args)(idx, targets, teacher)
+    logits = model.logits(model(idx)[-1])
+    want = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
+    apart = distill_loss(logits / temperature, teacher / temperature, kind)
+    torch.testing.assert_close(ce, want)
+    torch.testing.assert_close(loss, want + weight * temperature**2 * apart)
+    assert not ce.requires_grad and loss.requires_grad
+    plain, ce = train.Objective(model, args)(idx, targets, None)
+    torch.testing.assert_close((plain, ce), (want, want))
+
+
+def test_learning_rate_goes_from_warmup_over_its_peak_to_its_end():
+    args = train.TrainConfig(lr=2.0, min_lr=0.1, warmup=4)
+    lr = [train.learning_rate(step, 21, args) for step in range(21)]
+    assert lr[:4] == [0.5, 1.0, 1.5, 2.0] and max(lr) == 2.0
+    assert lr[4] == pytest.approx(2.0) and lr[12] == pytest.approx(1.1) and lr[20] == pytest.approx(0.2)
+    assert lr[4:] == sorted(lr[4:], reverse=True)
+    assert train.learning_rate(0, 1, replace(args, warmup=0)) == 2.0
+    assert train.learning_rate(2, 3, replace(args, warmup=100)) == pytest.approx(0.06)  # warm-up longer than the run
+
+
+@pytest.mark.parametrize("arch, vectors", [("gemma", "tied"), ("llama", "per_loop"), ("gpt_neox", "per_loop")])
+def test_weight_decay_is_for_matrices_and_lora_only(arch, vectors):
+    neox = arch == "gpt_neox"
+    model = RecursiveTransformer(replace(DONOR, arch=arch, vectors=vectors, n_loop=2, rank=2, tie_head=not neox,
+                                         attn_bias=neox, mlp_bias=neox, n_kv_head=4))
+    args = train.TrainConfig(weight_decay=0.3, lr=0.5, beta1=0.8, beta2=0.9)
+    optimizer = train.make_optimizer(model, args, torch.device("cpu"))
+    names = {p: n for n, p in model.named_parameters()}
+    decay = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay.keys() == set(names.values())
+    for name, value in decay.items():
+        decayed = is_matrix(name) or "lora_" in name or name in ("embed.weight", "head.weight")
+        assert value == (0.3 if decayed else 0.0), name
+    assert {g["betas"] for g in optimizer.param_groups} == {(0.8, 0.9)}
+
+
+@pytest.mark.parametrize("batch_tokens, micro_batch, seq_len, world", [
+    (2048, 8, 256, 3), (100, 8, 16, 1), (1000, 3, 7, 2), (129, 8, 16, 1), (5, 1, 1, 8)])
+def test_a_batch_that_cannot_be_dealt_out_gets_numbers_that_can(batch_tokens, micro_batch, seq_len, world):
+    args = train.TrainConfig(batch_tokens=batch_tokens, micro_batch=micro_batch, seq_len=seq_len)
+    with pytest.raises(UserError, match=f"batch_tokens={batch_tokens} is not a multiple") as e:
+        train.accumulation(args, world)
+    offers = [int(part.split()[0].rstrip(",")) for part in str(e.value).split("--batch_tokens=")[1:]]
+    assert len(set(offers)) == 2
+    for offer in offers:
+        steps = train.accumulation(replace(args, batch_tokens=offer), world)
+        assert steps >= 1 and steps * micro_batch * seq_len * world == offer
+
+
+def test_a_run_of_many_tokens_is_announced_in_few_characters():
+    assert [train.clock(s) for s in (8.4, 600, 7200)] == ["8s", "10m", "2.0h"]
+    assert train.score(10_000.0, {"stored": 1, "run": 1})[0] == "10000.0000"  # diverged: no overflow at the very end
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+@pytest.mark.parametrize("more, expected", [
+    (["--init=stepwise"], {"n_loop": 2, "rank": 0, "vectors": "tied"}),
+    (["--init=average", "--rank=4"], {"n_loop": 2, "rank": 4}),
+    (["--init=lower", "--loops=4", "--vectors=per_loop", "--rank=2"], {"n_loop": 4, "rank": 2, "vectors": "per_loop"}),
+    (["--init=random", "--rank=4", "--lora_init=zero"], {"n_loop": 2, "rank": 4}),
+    (["--init=scratch"], {"n_loop": 1, "rank": 0}),
+    (["--init=stepwise", "--distill=none", "--norms=average", "--rounding=floor"], {"n_loop": 2}),
+    (["--init=stepwise", "--dtype=bfloat16"], {"n_loop": 2}),
+])
+def test_training_lowers_the_loss(home, tmp_path, capsys, more, expected):
+    log = run(home, tmp_path / "out", *more)
+    first, last = log[0], log[-1]
+    assert first["step"] == 0 and last["step"] == 20 and last["final"]
+    assert last["val_loss"] < first["val_loss"] - 0.05
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 21))
+    model = RecursiveTransformer.load(tmp_path / "out")
+    assert {name: getattr(model.config, name) for name in expected} == expected
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    Tokenizer.load(tmp_path / "out", model.config.vocab_size)
+    distilled = "scratch" not in more[0] and "--distill=none" not in more
+    assert all((line["objective"] > line["loss"] + 1e-4) == distilled for line in log if "loss" in line)
+    printed = capsys.readouterr().out
+    assert f"step 20/20 | loss {log[-2]['loss']:.4f}" in printed and f"{last['val_loss']:.4f}" in printed
+    assert ("donor" in printed) == (first["donor_loss"] is not None) == ("--init=scratch" not in more)
+
+
+def test_distillation_pulls_towards_the_teacher(home, tmp_path):
+    """The teacher says other things than the text does, so cross entropy alone leads away from it."""
+    torch.manual_seed(5)
+    teacher = RecursiveTransformer(DONOR).eval()
+    teacher.embed.weight.data *= 4
+    write_donor(teacher, home / "tokenizer", tmp_path / "donor")
+    tokens = load_tokens(f"{home}/valid.txt", Tokenizer.load(tmp_path / "donor"), DONOR.vocab_size)
+    (idx, _), = validation(tokens, 16, 128)
+
+    @torch.no_grad()
+    def distance(out, kind):
+        student = RecursiveTransformer.load(out)
+        return distill_loss(student.logits(student(idx)[-1]), teacher.logits(teacher(idx)[-1]), kind).item()
+
+    def distances(kind):
+        out = tmp_path / kind
+        run(home, out, f"--donor={tmp_path}/donor", f"--distill={kind}", "--distill_weight=20", "--init=random",
+            "--tokens=5120", "--lr=5e-3", "--eval_every=1000")
+        return [distance(out, k) for k in ("fkl", "rkl", "jsd", "tvd")]
+
+    alone = dict(zip(("fkl", "rkl", "jsd", "tvd"), distances("none"), strict=True))
+    for i, kind in enumerate(alone):
+        assert distances(kind)[i] < 0.8 * alone[kind], kind
+
+
+@pytest.mark.parametrize("arch, vectors", [("gemma", "per_loop"), ("gpt_neox", "per_loop"), ("llama", "tied")])
+def test_every_parameter_gets_a_gradient(arch, vectors):
+    torch.manual_seed(6)
+    neox = arch == "gpt_neox"
+    full = RecursiveTransformer(replace(DONOR, arch=arch, attn_bias=neox, mlp_bias=neox, parallel=neox, n_kv_head=4))
+    student = convert.to_recursive(full, 2, "average", 4, vectors=vectors)
+    idx, targets = torch.randint(DONOR.vocab_size, (2, 2, 9))
+    loss, _ = train.Objective(student, train.TrainConfig())(idx, targets, full.logits(full(idx)[-1]).detach())
+    loss.backward()
+    for name, p in student.named_parameters():
+        assert p.grad is not None, name
+        per_loop = p.grad.flatten(1).abs().amax(1) if student.owned_by_loop(name, p) else p.grad.abs().max()[None]
+        if not name.endswith("k.bias"):  # a key bias moves all scores of a query alike: softmax does not see it
+            assert (per_loop > 0).all(), (name, per_loop)
+
+
+def test_a_converted_checkpoint_is_a_start(home, tmp_path):
+    how = ["--init=average", "--rank=4", "--vectors=per_loop"]
+    convert.main([f"--donor={home}/donor", f"--out={tmp_path}/converted", *how])
+    before = contents(tmp_path / "converted")
+    from_ckpt = run(home, tmp_path / "a", f"--ckpt={tmp_path}/converted")
+    assert from_ckpt == run(home, tmp_path / "b", *how)
+    assert contents(tmp_path / "converted") == before
+    shutil.rmtree(tmp_path / "converted")
+    run(home, tmp_path / "a", "--resume", f"--ckpt={tmp_path}/converted", "--tokens=2816")  # no longer needed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equal runs
+
+def test_accumulated_micro_batches_are_one_batch(home, tmp_path):
+    a = run(home, tmp_path / "a", "--batch_tokens=256", "--micro_batch=16", "--rank=2")
+    b = run(home, tmp_path / "b", "--batch_tokens=256", "--micro_batch=8", "--rank=2")
+    assert len(a) > 10
+    assert_close_logs(a, b)
+    assert_same_weights(tmp_path / "a", tmp_path / "b", rtol=1e-3, atol=1e-4)
+
+
+def child(argv: list[str], output: str, env: dict) -> None:
+    """One process of a run, with real signals, exit code and output."""
+    os.environ.update(env)
+    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1), os.dup2(fd, 2)
+    torch.set_num_threads(1)
+    script(lambda: train.main(argv))
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(argv, output, **env): a process that trains. They are forked from a server that has imported all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "tiktoken", "torch._dynamo"])  # the last is what optimizers import late
+
+    def start(argv, output, **env):
+        process = context.Process(target=child, args=(argv, str(output), env), daemon=True)
+        process.start()
+        return process
+    return start
+
+
+def start_two(start, argv, output):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    return [start(argv, output, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=port) for rank in range(2)]
+
+
+def join(processes) -> list[int]:
+    for process in processes:
+        process.join(100)
+    return [process.exitcode for process in processes]
+
+
+def wait_for_step(out: Path, step: int, alive) -> None:
+    until = time.time() + 100
+    while time.time() < until and alive():
+        if (out / "log.jsonl").exists() and f'"step": {step}, "loss"' in (out / "log.jsonl").read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_two_processes_are_one_that_accumulates_also_when_stopped_between(home, tmp_path, start):
+    more = ["--batch_tokens=256", "--tokens=10240", "--rank=2", "--vectors=per_loop", "--eval_every=15"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    want = run(home, one, *more, "--micro_batch=8")
+    processes = start_two(start, flags(home, two, *more, "--micro_batch=4"), tmp_path / "output")
+    wait_for_step(two, 8, lambda: all(p.is_alive() for p in processes))
+    os.kill(processes[1].pid, signal.SIGINT)                           # any process may be the one that is told
+    assert join(processes) == [0, 0], (tmp_path / "output").read_text()
+    assert (tmp_path / "output").read_text().count(f"--resume --out={two}") == 1
+    assert 8 <= torch.load(two / "train.pt")["step"] < 40
+    processes = start_two(start, ["--resume", f"--out={two}"], tmp_path / "output")
+    assert join(processes) == [0, 0], (tmp_path / "output").read_text()
+    assert_close_logs(want, read_log(two), 2e-5)
+    assert_same_weights(one, two, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("number, more", [
+    (signal.SIGTERM, ["--init=average", "--rank=4", "--vectors=per_loop"]),
+    (signal.SIGINT, ["--init=scratch"]),
+])
+def test_stopped_and_resumed_is_straight_through(home, tmp_path, capsys, number, more):
+    more = [*more, "--save_every=4"]
+    want = run(home, tmp_path / "straight", *more)
+    out = tmp_path / "stopped"
+    for step in (3, 10):  # the signal comes within a step, which is finished first
+        capsys.readouterr()
+        with interrupt_at(step, lambda: os.kill(os.getpid(), number)), pytest.raises(SystemExit) as e:
+            script(lambda: train.main(flags(home, out, *more) if step == 3 else ["--resume", f"--out={out}"]))  # noqa: B023
+        assert e.value.code == 0 and torch.load(out / "train.pt")["step"] == step + 1
+        assert f"go on with: python train.py --resume --out={out}" in capsys.readouterr().out
+    train.main(["--resume", f"--out={out}"])
+    assert read_log(out) == want
+    assert_same_weights(tmp_path / "straight", out)
+    states = [torch.load(o / "train.pt")["optimizer"]["state"] for o in (tmp_path / "straight", out)]
+    assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
+
+
+def test_crashed_and_resumed_is_straight_through(home, tmp_path):
+    more = ["--save_every=4", "--rank=2", "--eval_every=3"]
+    want = run(home, tmp_path / "straight", *more)
+    out = tmp_path / "crashed"
+    for step in (7, 15):  # resumes after steps 4 and 12: what was logged since is computed again
+        with interrupt_at(step, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
+            train.main(flags(home, out, *more) if step == 7 else ["--resume", f"--out={out}"])
+        with open(out / "log.jsonl", "a") as f:
+            f.write('{"step": 5, "lo')                                 # cut short by the crash
+    train.main(["--resume", f"--out={out}"])
+    assert read_log(out) == want
+    assert_same_weights(tmp_path / "straight", out)
+    train.main(["--resume", f"--out={out}"])                           # at its end already
+    assert read_log(out) == want
+    assert_same_weights(tmp_path / "straight", out)
+
+
+def test_a_run_may_be_made_longer_and_moved(home, tmp_path):
+    run(home, tmp_path / "a", "--save_every=7", "--lr=3e-3", "--rank=2")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a").mkdir()                                           # where it says it is, somebody else lives now
+    train.main(["--resume", f"--out={tmp_path}/b", "--tokens=3840", "--log_every=5"])
+    state = torch.load(tmp_path / "b" / "train.pt")
+    assert state["step"] == 30 and state["args"]["lr"] == 3e-3 and state["args"]["log_every"] == 5
+    assert state["args"]["out"] == str(tmp_path / "b") and not any((tmp_path / "a").iterdir())
+    assert sum("final" in line for line in read_log(tmp_path / "b")) == 1
+    with pytest.raises(UserError, match="has done 30; ask for at least --tokens=3840"):
+        train.main(["--resume", f"--out={tmp_path}/b", "--tokens=2560"])
+
+
+def written(out: Path) -> float:
+    """When the checkpoint was written; 0 if there is none, or for the moment between two renames."""
+    try:
+        return (out / "train.pt").stat().st_mtime
+    except FileNotFoundError:
+        return 0
+
+
+def test_kill_9_at_any_moment_loses_nothing_but_the_last_step(home, tmp_path, start, monkeypatch):
+    """Every checkpoint found after a kill is, bit for bit, that of an undisturbed run at the same step."""
+    more = ["--tokens=2400", "--batch_tokens=8", "--seq_len=8", "--micro_batch=1", "--save_every=1",
+            "--eval_every=1000", "--eval_tokens=8", f"--data={home}/valid.txt"]
+    sums, save = {}, train.save_checkpoint
+
+    def fingerprint(state):
+        return [w.double().sum().item() for w in state.values()] + [next(iter(state.values())).double().std().item()]
+
+    def recorded(args, model, optimizer, step, history):
+        sums[step] = fingerprint(model.state_dict())
+        if step in (0, 300):
+            save(args, model, optimizer, step, history)
+    monkeypatch.setattr(train, "save_checkpoint", recorded)
+    want = run(home, tmp_path / "straight", *more)
+    monkeypatch.undo()
+
+    out, rng, reached = tmp_path / "killed", random.Random(0), set()
+    for _ in range(20):
+        process = start(["--resume", f"--out={out}"] if reached else flags(home, out, *more), tmp_path / "output")
+        was, before = max(reached, default=0), written(out)
+        while process.is_alive() and written(out) == before:           # until it has got as far as to write
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        state = weights(out)
+        step = torch.load(out / "train.pt")["step"]
+        assert fingerprint(state) == sums[step] and step >= was
+        reached.add(step)
+    assert len(reached) > 10 and max(reached) < 300, reached
+    train.main(["--resume", f"--out={out}"])
+    assert read_log(out) == want
+    assert_same_weights(tmp_path / "straight", out)
+    assert {p.name for p in tmp_path.iterdir()} == {"straight", "killed", "output"}
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_torchrun_stops_with_a_checkpoint(home, tmp_path, group):
+    """SIGTERM to the launcher, as a cluster sends it; Ctrl-C, which the terminal sends to all."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
+               *flags(home, tmp_path / "out", "--tokens=12800000", "--micro_batch=4", "--save_every=100000")]
+    with open(tmp_path / "output", "w") as f:
+        launcher = subprocess.Popen(command, stdout=f, stderr=f, cwd=ROOT, start_new_session=True,
+                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        wait_for_step(tmp_path / "out", 3, lambda: launcher.poll() is None)
+        (os.killpg if group else os.kill)(launcher.pid, signal.SIGINT if group else signal.SIGTERM)
+        launcher.wait(60)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    output = (tmp_path / "output").read_text()
+    step = torch.load(tmp_path / "out" / "train.pt")["step"]
+    assert step >= 3, output
+    assert output.count(f"stopped at step {step} of 100000; go on with: python train.py --resume") == 1, output
+    RecursiveTransformer.load(tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes and accidents
+
+@contextmanager
+def files_end_at(size: int):
+    """Writing a file beyond `size` bytes fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("what", ["model.safetensors", "train.pt", "log.jsonl"])
+def test_a_full_disk_leaves_the_previous_checkpoint(home, tmp_path, what):
+    out = tmp_path / "out"
+    run(home, out, "--save_every=5")
+    state, size = weights(out), {p.name: p.stat().st_size for p in out.iterdir()}
+    if what == "log.jsonl":
+        with open(out / what, "a") as f:
+            f.write(json.dumps({"step": 0, "pad": "x" * size["train.pt"]}) + "\n")
+    limit = {"model.safetensors": size["model.safetensors"] - 1, "train.pt": size["train.pt"] - 1,
+             "log.jsonl": (out / "log.jsonl").stat().st_size + 1}[what]
+    with files_end_at(limit), pytest.raises(UserError, match="cannot write") as e:
+        train.main(["--resume", f"--out={out}", "--tokens=25600"])
+    says = "holds the last checkpoint" if what == "log.jsonl" else "what was there before is untouched"
+    assert says in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert torch.load(out / "train.pt")["step"] == 20
+    assert all(torch.equal(w, state[n]) for n, w in weights(out).items())
+    train.main(["--resume", f"--out={out}", "--tokens=2688"])
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(home, tmp_path):
+    with pytest.raises(UserError, match=r"at step 2: not finite.*holds the last good checkpoint.*lower --lr"):
+        run(home, tmp_path / "out", "--lr=1e30")
+    assert torch.load(tmp_path / "out" / "train.pt")["step"] == 0
+    assert all(w.isfinite().all() for w in weights(tmp_path / "out").values())
+
+
+BAD = {  # flags -> what the message says
+    "--batch_tokens=100": r"use --batch_tokens=128 or --batch_tokens=256",
+    "--micro_batch=3": r"3 x 16 x 1 = 48; use --batch_tokens=96 or --batch_tokens=144, or a smaller --micro_batch",
+    "--tokens=127": r"--tokens=127 is less than one step of 128",
+    "--seq_len=0": r"--seq_len=0 must be positive",
+    "--seq_len=-16": r"--seq_len=-16 must be positive",
+    "--micro_batch=0": r"--micro_batch=0 must be positive",
+    "--batch_tokens=0": r"--batch_tokens=0 must be positive",
+    "--tokens=-1": r"--tokens=-1 must be positive",
+    "--lr=0": r"--lr=0.0 must be positive",
+    "--lr=nan": r"--lr=nan must be positive",
+    "--clip=0": r"--clip=0.0 must be positive",
+    "--temperature=-1": r"--temperature=-1.0 must be positive",
+    "--save_every=0": r"--save_every=0 must be positive",
+    "--eval_every=0": r"--eval_every=0 must be positive",
+    "--log_every=0": r"--log_every=0 must be positive",
+    "--eval_tokens=0": r"--eval_tokens=0 must be positive",
+    "--warmup=-1": r"--warmup=-1 must not be negative",
+    "--weight_decay=-1": r"--weight_decay=-1.0 must not be negative",
+    "--distill_weight=-1": r"--distill_weight=-1.0 must not be negative",
+    "--min_lr=-1": r"--min_lr=-1.0 must not be negative",
+    "--rank=-1": r"--rank=-1 must not be negative",
+    "--seed=-1": r"--seed=-1 must not be negative",
+    "--beta2=1": r"--beta2=1.0 must be at least 0 and less than 1",
+    "--loops=3": r"3 loops do not divide the 4 layers; use one of 1, 2, 4",
+    "--loops=0": r"0 loops do not divide the 4 layers; use one of 1, 2, 4",
+    "--data={home}/nothing.txt": r"nothing.txt does not exist",
+    "--data={home}/empty.txt": r"empty.txt is empty",
+    "--data={home}/short.txt": r"--data=\S*short.txt has \d+ tokens, one sequence needs 17.*smaller --seq_len",
+    "--valid={home}/short.txt": r"--valid=\S*short.txt has \d+ tokens, one sequence needs 17.*smaller --seq_len",
+    "--data={home}/shards": r"made with another tokenizer",
+    "--donor={home}/nothing": r"donor \S*nothing does not exist",
+    "--donor={home}/no_tokenizer": r"no tokenizer in \S*no_tokenizer",
+    "--donor={home}/small_vocabulary": r"has 320 ids but the model's vocabulary is 300",
+    "--ckpt={home}/nothing": r"no checkpoint in \S*nothing",
+    "--ckpt={home}/donor": r"convert it first",
+    "--ckpt={home}/other_vocabulary": r"has a vocabulary of 300, its teacher \S*donor one of 320: name its own --donor",
+    "--ckpt={home}/full --rank=4": r"--rank=4 says how a donor is converted, and --ckpt converts none",
+    "--init=scratch --rank=4": r"--rank=4 says how a donor is converted, and --init=scratch converts none",
+    "--device=cuda": r"--device=cuda cannot be used here",
+    "--device=abacus": r"--device=abacus cannot be used here",
+    "--out={home}/something": r"holds something that is not a checkpoint \(precious.txt\)",
+    "--out={home}/valid.txt": r"is a file; --out needs a folder",
+    "--out={home}/full": r"full holds a run already; go on with --resume, or give another --out",
+    "--out={home}/donor": r"donor holds a model already; give another --out",
+    "--resume": r"nothing to resume: \S*train.pt does not exist",
+    "--resume --out={home}/damaged": r"train.pt is damaged",
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(home):
+    """What the flags above name."""
+    (home / "empty.txt").write_text("")
+    (home / "short.txt").write_text("the cat")
+    (home / "something").mkdir()
+    (home / "something" / "precious.txt").write_text("poem")
+    other = train_tokenizer([story(9, 300)], 290, home / "other_tokenizer")
+    other = Tokenizer.load(home / "other_tokenizer")
+    write_shards([story(1, 100)], other, home / "shards", DONOR.vocab_size)
+    small = replace(DONOR, vocab_size=300)
+    to_hf(RecursiveTransformer(DONOR), home / "no_tokenizer")
+    write_donor(RecursiveTransformer(small), home / "tokenizer", home / "small_vocabulary")
+    RecursiveTransformer(replace(small, n_loop=2)).save(home / "other_vocabulary")
+    shutil.copytree(home / "full", home / "damaged")
+    (home / "damaged" / "train.pt").write_bytes((home / "full" / "train.pt").read_bytes()[:1000])
+    return home
+
+
+@pytest.mark.parametrize("given", BAD)
+def test_a_mistake_is_named_before_anything_is_written(mistakes, tmp_path, monkeypatch, given):
+    if given == "--device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    monkeypatch.setattr(train, "to_recursive", lambda *a: convert.to_recursive(*a) if "loops" in given else 1 / 0)
+    before = contents(mistakes)
+    with pytest.raises(UserError, match=BAD[given]):
+        run(mistakes, tmp_path / "out", *given.format(home=mistakes).split())
+    assert contents(mistakes) == before and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given, says", [
+    ("--init=stepwize", "choose from 'stepwise', 'average', 'lower', 'random', 'scratch'"),
+    ("--distill=kl", "'fkl', 'rkl', 'jsd', 'tvd', 'none'"), ("--tokens=many", "invalid int value: 'many'"),
+    ("--loop=2", "unrecognized arguments: --loop=2"), ("--compile=maybe", "expected True or False, got 'maybe'")])
+def test_a_flag_that_cannot_be_read_exits_with_2(tmp_path, capsys, given, says):
+    with pytest.raises(SystemExit) as e:
+        train.main([f"--out={tmp_path}/out", given])
+    assert e.value.code == 2 and says in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given, says", [
+    ("--rank=2", r"--rank=2 \(the run has 4\)"), ("--lr=1e-4", r"--lr=0.0001 \(the run has 0.002\)"),
+    ("--seed=1", r"--seed=1 \(the run has 0\)"), ("--batch_tokens=256", r"--batch_tokens=256 \(the run has 128\)"),
+    ("--loops=4 --init=average", r"--init=average \(the run has stepwise\), --loops=4 \(the run has 2\)"),
+    ("--distill=none", r"--distill=none \(the run has fkl\)"), ("--data=x", r"--data=x \(the run has \S*train.txt\)")])
+def test_resume_refuses_what_would_change_the_run(home, tmp_path_factory, given, says):
+    out = tmp_path_factory.getbasetemp() / "refused"
+    if not out.exists():
+        run(home, out, "--rank=4", "--lr=2e-3", "--tokens=256")
+    before = contents(out)
+    with pytest.raises(UserError, match=says + r" was given; drop the flag, or start a new run"):
+        train.main(["--resume", f"--out={out}", *given.split()])
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("change", [{"n_layer": 8}, {"n_head": 2, "head_dim": 16}, {"vocab_size": 400}])
+def test_resume_refuses_another_donor(home, tmp_path, change):
+    """The second has tensors of the same shapes."""
+    shutil.copytree(home / "donor", tmp_path / "donor")
+    run(home, tmp_path / "out", f"--donor={tmp_path}/donor", "--tokens=256")
+    to_hf(RecursiveTransformer(replace(DONOR, **change)), tmp_path / "donor")
+    before, (name, value) = contents(tmp_path / "out"), next(iter(change.items()))
+    with pytest.raises(UserError, match=rf"another architecture.*{name}={value} \(was {getattr(DONOR, name)}\)"):
+        train.main(["--resume", f"--out={tmp_path}/out"])
+    assert contents(tmp_path / "out") == before
