@@ -5,6 +5,7 @@
     python bench.py --what=scale                                  # convert a checkpoint of Gemma 2B's exact shapes
 """
 
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,10 +24,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-import convert
-from convert import hf_shapes, load_full, svd_factors, to_recursive
-from data import Tokenizer, load_tokens, windows
-from model import Config
+from convert import svd_factors, to_recursive
+from data import Tokenizer, copy_tokenizer, load_tokens, windows
+from hf import find_donor, hf_config, hf_shapes, load_full
+from model import Config, RecursiveTransformer
 from runtime import UserError, parse_args, progress, script, table
 
 HERE = Path(__file__).parent
@@ -71,7 +72,7 @@ def mean_loss(logits_of, rows: list[tuple[Tensor, Tensor]]) -> float:
 def bench_convert(config: BenchConfig) -> dict:
     """Loss right after conversion, before any training: loops x init x rank x vectors, beside the donor's."""
     full = load_full(config.donor, torch.float32)
-    folder = convert.find_donor(config.donor)
+    folder = find_donor(config.donor)
     tokens = load_tokens(config.text, Tokenizer.load(folder, full.config.vocab_size), full.config.vocab_size)
     n, stride = config.tokens // config.seq_len, (len(tokens) - 1) // config.seq_len
     if not 0 < n <= stride:
@@ -92,16 +93,14 @@ def bench_convert(config: BenchConfig) -> dict:
         print("transformers is not installed: not compared", file=sys.stderr)
 
     small = min(full.config.n_embd, full.config.n_hidden)
-    cases = [(loops, init, small if rank == "full" else int(rank), vectors)
-             for loops in map(int, config.loops.split(",")) for init in config.inits.split(",")
-             for rank in config.ranks.split(",") for vectors in ("tied", "per_loop")]
-    for loops, init, rank, vectors in progress(cases, desc="conversions", unit="model"):
-        began = time.perf_counter()
-        model = to_recursive(full, loops, init, rank, vectors=vectors)
-        seconds = time.perf_counter() - began
-        loss = loss_of(model)
-        numbers["rows"].append({"loops": loops, "init": init, "rank": rank, "vectors": vectors, "loss": loss,
-                                "stored": model.num_params()["stored"], "seconds": seconds})
+    ranks = [small if rank == "full" else int(rank) for rank in config.ranks.split(",")]
+    cases = list(itertools.product(map(int, config.loops.split(",")), config.inits.split(","), ("tied", "per_loop")))
+    for loops, init, vectors in progress(cases, desc="conversions", unit="model"):
+        largest = to_recursive(full, loops, init, max(ranks), vectors=vectors)
+        for rank in ranks:
+            model = of_rank(largest, rank)
+            numbers["rows"].append({"loops": loops, "init": init, "rank": rank, "vectors": vectors,
+                                    "loss": loss_of(model), "stored": model.num_params()["stored"]})
     lines = [["loops", "init", "rank", "vectors", "loss", "perplexity", "stored"]]
     lines.append([1, "donor", "", "", f"{numbers['donor_loss']:.4f}", f"{math.exp(numbers['donor_loss']):.4f}",
                   f"{full.num_params()['stored'] / 1e6:.1f} M"])
@@ -109,6 +108,16 @@ def bench_convert(config: BenchConfig) -> dict:
                f"{r['stored'] / 1e6:.1f} M"] for r in numbers["rows"]]
     print(table(lines))
     return numbers
+
+
+def of_rank(model: RecursiveTransformer, rank: int) -> RecursiveTransformer:
+    """The same conversion at a smaller LoRA rank: singular vectors come largest first, so its factors are a part."""
+    with torch.device("meta"):
+        smaller = RecursiveTransformer(replace(model.config, rank=rank))
+    state = model.state_dict()
+    smaller.load_state_dict({name: state[name][tuple(slice(n) for n in p.shape)]
+                             for name, p in smaller.state_dict().items()}, assign=True)
+    return smaller.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,9 +159,9 @@ def write_random_checkpoint(config: Config, folder: Path, layers_per_shard: int 
         save_file({n: (torch.randn(shapes[n], generator=generator) * 0.02).bfloat16() for n in names}, folder / file)
         weight_map |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    hf = convert.hf_config(config, torch.bfloat16)
+    hf = hf_config(config, torch.bfloat16)
     (folder / "config.json").write_text(json.dumps(hf))
-    convert.copy_tokenizer(HERE / "assets/donor", folder)
+    copy_tokenizer(HERE / "assets/donor", folder)
 
 
 def bench_scale(config: BenchConfig) -> dict:

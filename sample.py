@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convert import find_donor, load_any
 from data import TextStream, Tokenizer
+from hf import find_donor, load_any
 from model import KVCache, RecursiveTransformer
 from runtime import UserError, parse_args, pick_device, progress, script
 

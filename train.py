@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from convert import Norms, config_from_hf, find_donor, load_any, read_json, to_recursive
+from convert import LoraInit, Norms, Rounding, Vectors, to_recursive
 from data import Tokenizer, batch, copy_tokenizer, load_tokens, validation
 from exits import distill_loss
+from hf import config_from_hf, find_donor, load_any, read_json
 from model import Config, RecursiveTransformer, read_config
 from runtime import (
     Processes,
@@ -48,10 +49,10 @@ class TrainConfig:
     init: TrainInit = "stepwise"           # how the stored layers start (§2.2); scratch = random weights at full size
     loops: int = 2                         # how often the shared block runs (the paper's B)
     rank: int = 0                          # LoRA rank per loop and linear map; 0 ties strictly
-    lora_init: Literal["svd", "zero"] = "svd"  # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
-    vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: tied (paper), or one per loop
+    lora_init: LoraInit = "svd"            # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
+    vectors: Vectors = "tied"              # norm weights and biases: tied (paper), or one per loop
     norms: Norms = "init"                  # tied norm weights: as init says, averaged, or those of the first loop
-    rounding: Literal["round", "floor"] = "round"  # where a stepwise step falls between two layers
+    rounding: Rounding = "round"           # where a stepwise step falls between two layers
     # on what
     data: str = "assets/books/train"       # text files or a folder of token shards; several by comma
     valid: str = "assets/books/valid.txt"  # the same, never trained on
