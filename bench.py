@@ -25,10 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from convert import svd_factors, to_recursive
-from data import Tokenizer, copy_tokenizer, load_tokens, windows
+from data import load_tokens, windows
 from hf import find_donor, hf_config, hf_shapes, load_full
 from model import Config, RecursiveTransformer
 from runtime import UserError, parse_args, progress, script, table
+from tokenizer import Tokenizer, copy_tokenizer
 
 HERE = Path(__file__).parent
 

@@ -11,10 +11,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from data import copy_tokenizer
 from hf import Donor, load_any, load_full, refuse_looped, to_hf
 from model import Config, RecursiveTransformer, is_matrix
 from runtime import UserError, parse_args, print0, progress, replace_folder, script, table
+from tokenizer import copy_tokenizer
 
 __all__ = ["load_any", "load_full", "loop_layers", "source_layers", "svd_factors", "to_hf", "to_recursive", "unroll"]
 

@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data import copy_tokenizer
 from model import Config, RecursiveTransformer, check_tensors
 from runtime import UserError, progress, replace_folder
+from tokenizer import copy_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face's names for our tensors. NeoX fuses q, k and v head by head: "name#0" is the first third of each head.

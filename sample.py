@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import TextStream, Tokenizer
 from hf import find_donor, load_any
 from model import KVCache, RecursiveTransformer
 from runtime import UserError, parse_args, pick_device, progress, script
+from tokenizer import TextStream, Tokenizer
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from convert import LoraInit, Norms, Rounding, Vectors, to_recursive
-from data import Tokenizer, batch, copy_tokenizer, load_tokens, validation
+from data import batch, load_tokens, validation
 from exits import distill_loss
 from hf import config_from_hf, find_donor, load_any, read_json
 from model import Config, RecursiveTransformer, read_config
@@ -37,6 +37,7 @@ from runtime import (
     start_processes,
     table,
 )
+from tokenizer import Tokenizer, copy_tokenizer
 
 TrainInit = Literal["stepwise", "average", "lower", "random", "scratch"]
 

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
-from data import TextStream, Tokenizer, Tokens, batch, load_tokens, read_texts, train_tokenizer, validation
+from data import Tokens, batch, load_tokens, read_texts, validation
 from runtime import UserError
+from tokenizer import TextStream, Tokenizer, copy_tokenizer, train_tokenizer
 
 PLAIN = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 20
 HARD = "naïve café  — 你好，世界! 👩‍👩‍👧 🏴‍☠️\n\n\tdon’t <|endoftext|> 1234567 ٣ ﷽ \u0301e zero\u200bwidth"
@@ -123,7 +124,7 @@ def test_missing_and_corrupt_tokenizers(ranks, tmp_path):
     with pytest.raises(UserError, match="no tokenizer in .*: need tokenizer.json or tokenizer.tiktoken; copy it"):
         Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no tokenizer in"):
-        data.copy_tokenizer(tmp_path, tmp_path)
+        copy_tokenizer(tmp_path, tmp_path)
     whole = {p.name: p.read_bytes() for p in ranks.iterdir()}
     ranks_file, config_file = "tokenizer.tiktoken", "tokenizer_config.json"
     damaged = {"no config": {ranks_file: whole[ranks_file]},
@@ -142,8 +143,8 @@ def test_missing_and_corrupt_tokenizers(ranks, tmp_path):
 
 
 def test_hash_follows_the_files_that_decide_the_ids(ranks, byte_level, tmp_path):
-    data.copy_tokenizer(ranks, tmp_path)
-    data.copy_tokenizer(tmp_path, tmp_path)                  # onto itself: nothing happens
+    copy_tokenizer(ranks, tmp_path)
+    copy_tokenizer(tmp_path, tmp_path)                  # onto itself: nothing happens
     assert Tokenizer.load(tmp_path).hash == Tokenizer.load(ranks).hash != Tokenizer.load(byte_level).hash
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pat_str": r"\w+|\W"}))

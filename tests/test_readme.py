@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from convert import to_hf
-from data import train_tokenizer
 from model import Config, RecursiveTransformer
+from tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

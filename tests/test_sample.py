@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import sample
-from data import train_tokenizer
 from model import Config, RecursiveTransformer
 from runtime import UserError
+from tokenizer import Tokenizer, train_tokenizer
 
 TEXT = ["the cat sat on the mat and the dog – naïve 日本 🙂 – ran away. " * 40]
 
@@ -80,7 +80,7 @@ def test_stops_at_end_of_text_and_says_so(ckpt, capsys, monkeypatch, samples):
 
 def test_streams_whole_characters_only(ckpt, capsys, monkeypatch):
     """Every print is valid text, though a smiling face is four tokens."""
-    tokens = sample.Tokenizer.load(ckpt)
+    tokens = Tokenizer.load(ckpt)
     ids = tokens.encode("日🙂é")
     assert len(ids) > 3
     pieces = []

@@ -23,10 +23,11 @@ import torch
 import convert
 import train
 from convert import to_hf
-from data import Tokenizer, copy_tokenizer, load_tokens, train_tokenizer, validation, write_shards
+from data import load_tokens, validation, write_shards
 from exits import distill_loss
 from model import Config, RecursiveTransformer, is_matrix
 from runtime import UserError, script
+from tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DONOR = Config(vocab_size=320, n_layer=4, n_embd=32, n_head=4, n_kv_head=1, head_dim=8, n_hidden=64, n_ctx=64)
