@@ -5,6 +5,7 @@
     python bench.py --what=scale                                  # convert a checkpoint of Gemma 2B's exact shapes
 """
 
+import importlib.util
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,11 +26,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from convert import svd_factors, to_recursive
+from convert import svd_factors, to_hf, to_recursive, unroll
 from data import load_tokens, windows
 from hf import find_donor, hf_config, hf_shapes, load_full
 from model import Config, RecursiveTransformer
 from runtime import UserError, parse_args, progress, script, table
+from sample import generate
 from tokenizer import Tokenizer, copy_tokenizer
 
 HERE = Path(__file__).parent
@@ -83,16 +86,9 @@ def bench_convert(config: BenchConfig) -> dict:
     def loss_of(model):
         return mean_loss(lambda idx: model.logits(model(idx)[-1]), rows)
     numbers = {"donor_loss": loss_of(full), "tokens": n * config.seq_len, "rows": []}
-    try:
-        from transformers import AutoModelForCausalLM
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        numbers["transformers_loss"] = mean_loss(lambda idx: theirs(idx).logits, rows)
-        idx, _ = rows[0]
-        gap = theirs(idx).logits - full.logits(full(idx)[-1])
-        numbers["largest_logit_difference"] = gap.abs().max().item()
-    except ImportError:
-        print("transformers is not installed: not compared", file=sys.stderr)
-
+    if importlib.util.find_spec("transformers"):
+        numbers |= compare_with_transformers(full, folder, rows)
+        print("transformers: " + ", ".join(f"{k} {v:.6g}" for k, v in numbers.items() if k != "rows"))
     small = min(full.config.n_embd, full.config.n_hidden)
     ranks = [small if rank == "full" else int(rank) for rank in config.ranks.split(",")]
     cases = list(itertools.product(map(int, config.loops.split(",")), config.inits.split(","), ("tied", "per_loop")))
@@ -109,6 +105,29 @@ def bench_convert(config: BenchConfig) -> dict:
                f"{r['stored'] / 1e6:.1f} M"] for r in numbers["rows"]]
     print(table(lines))
     return numbers
+
+
+@torch.no_grad()
+def compare_with_transformers(full: RecursiveTransformer, folder: Path, rows: list) -> dict:
+    """The donor, and a relaxed model unrolled and exported, in transformers: loss, logits and greedy text."""
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    idx, _ = rows[0]
+    prompt = idx[:, :32]
+    greedy = theirs.generate(prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False)[0, 32:].tolist()
+    ours = [token.item() for token in generate(full, prompt, 64, temperature=0)]
+    relaxed = to_recursive(full, 2, "average", 64, vectors="per_loop")
+    with tempfile.TemporaryDirectory() as tmp:
+        to_hf(unroll(relaxed), Path(tmp) / "hf")
+        exported = AutoModelForCausalLM.from_pretrained(Path(tmp) / "hf", dtype=torch.float32).eval()
+
+    def difference(model, ours):
+        return (model(idx).logits - ours.logits(ours(idx)[-1])).abs().max().item()
+    return {"transformers_loss": mean_loss(lambda idx: theirs(idx).logits, rows),
+            "largest_logit": theirs(idx).logits.abs().max().item(),
+            "largest_logit_difference": difference(theirs, full),
+            "largest_logit_difference_unrolled": difference(exported, relaxed),
+            "greedy_tokens_equal_of_64": sum(a == b for a, b in zip(ours, greedy, strict=True))}
 
 
 def of_rank(model: RecursiveTransformer, rank: int) -> RecursiveTransformer:
