@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,7 +46,7 @@ class BenchConfig:
     loops: str = "2,3"                     # convert: numbers of loops, by comma
     inits: str = "stepwise,average,lower"  # convert: inits, by comma
     ranks: str = "0,16,64"                 # convert: LoRA ranks, by comma; "full" is full rank
-    tmp: str = "out_bench"                 # scale: where the random checkpoint is written and converted
+    tmp: str | None = None                 # scale: folder with 10 GB to spare; not set = the system's
     save: str | None = None                # also append the JSON line to this file
 
 
@@ -86,7 +85,9 @@ def bench_convert(config: BenchConfig) -> dict:
     def loss_of(model):
         return mean_loss(lambda idx: model.logits(model(idx)[-1]), rows)
     numbers = {"donor_loss": loss_of(full), "tokens": n * config.seq_len, "rows": []}
-    if importlib.util.find_spec("transformers"):
+    if not importlib.util.find_spec("transformers"):
+        print("transformers is not installed: nothing to compare with", file=sys.stderr)
+    else:
         numbers |= compare_with_transformers(full, folder, rows)
         print("transformers: " + ", ".join(f"{k} {v:.6g}" for k, v in numbers.items() if k != "rows"))
     small = min(full.config.n_embd, full.config.n_hidden)
@@ -111,7 +112,8 @@ def bench_convert(config: BenchConfig) -> dict:
 def compare_with_transformers(full: RecursiveTransformer, folder: Path, rows: list) -> dict:
     """The donor, and a relaxed model unrolled and exported, in transformers: loss, logits and greedy text."""
     from transformers import AutoModelForCausalLM
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    plain = {"dtype": torch.float32, "attn_implementation": "eager"}
+    theirs = AutoModelForCausalLM.from_pretrained(folder, **plain).eval()
     idx, _ = rows[0]
     prompt = idx[:, :32]
     greedy = theirs.generate(prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False)[0, 32:].tolist()
@@ -119,7 +121,7 @@ def compare_with_transformers(full: RecursiveTransformer, folder: Path, rows: li
     relaxed = to_recursive(full, 2, "average", 64, vectors="per_loop")
     with tempfile.TemporaryDirectory() as tmp:
         to_hf(unroll(relaxed), Path(tmp) / "hf")
-        exported = AutoModelForCausalLM.from_pretrained(Path(tmp) / "hf", dtype=torch.float32).eval()
+        exported = AutoModelForCausalLM.from_pretrained(Path(tmp) / "hf", **plain).eval()
 
     def difference(model, ours):
         return (model(idx).logits - ours.logits(ours(idx)[-1])).abs().max().item()
@@ -186,15 +188,15 @@ def write_random_checkpoint(config: Config, folder: Path, layers_per_shard: int 
 
 def bench_scale(config: BenchConfig) -> dict:
     """Seconds and peak memory of `convert.py --loops=2 --init=average --rank=512` on Gemma 2B's shapes."""
-    tmp = Path(config.tmp)
-    write_random_checkpoint(GEMMA_2B, tmp / "donor")
-    began = time.perf_counter()
-    flags = [f"--donor={tmp / 'donor'}", "--loops=2", "--init=average", "--rank=512", f"--out={tmp / 'recursive'}"]
-    subprocess.run([sys.executable, HERE / "convert.py", *flags], check=True)
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    written = sum(p.stat().st_size for p in (tmp / "recursive").iterdir()) / 2**30
-    shutil.rmtree(tmp)
+    with tempfile.TemporaryDirectory(dir=config.tmp) as tmp:
+        donor, out = Path(tmp) / "donor", Path(tmp) / "recursive"
+        write_random_checkpoint(GEMMA_2B, donor)
+        began = time.perf_counter()
+        flags = [f"--donor={donor}", "--loops=2", "--init=average", "--rank=512", f"--out={out}"]
+        subprocess.run([sys.executable, HERE / "convert.py", *flags], check=True)
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        written = sum(p.stat().st_size for p in out.iterdir()) / 2**30
     print(table([["Gemma 2B shapes, 2 loops, average, rank 512", ""], ["seconds", f"{seconds:.0f}"],
                  ["peak memory", f"{peak:.2f} GiB"], ["written", f"{written:.2f} GiB"]]))
     return {"seconds": seconds, "peak_gib": peak, "written_gib": written}

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf import Donor, load_any, load_full, refuse_looped, to_hf
 from model import Config, RecursiveTransformer, is_matrix
 from runtime import UserError, parse_args, print0, progress, replace_folder, script, table
-from tokenizer import copy_tokenizer
+from tokenizer import Tokenizer, copy_tokenizer
 
 __all__ = ["load_any", "load_full", "loop_layers", "source_layers", "svd_factors", "to_hf", "to_recursive", "unroll"]
 
@@ -162,7 +162,8 @@ def to_recursive(full: RecursiveTransformer, n_loop: int = 2, init: Init = "step
 @torch.no_grad()
 def unroll(model: RecursiveTransformer) -> RecursiveTransformer:
     """The ordinary full-size model that computes the same: W' + B A written out for every depth."""
-    full = RecursiveTransformer(replace(model.config, n_loop=1, rank=0, vectors="tied"))
+    with torch.device("meta"):
+        full = RecursiveTransformer(replace(model.config, n_loop=1, rank=0, vectors="tied"))
     k, state = model.config.n_unique, dict(model.state_dict())
     out = {n: w.clone() for n, w in state.items() if not n.startswith("layers.")}
     for name in (n for n in state if n.startswith("layers.") and "lora_" not in n):
@@ -208,6 +209,7 @@ def main(argv=None):
         return
     source, report = Donor(args.donor), {}
     c = source.config
+    Tokenizer.load(source.folder, c.vocab_size)         # a wrong one is found out before the work
     print0(f"{args.donor}: {c.arch}, {c.n_layer} layers of width {c.n_embd} -> {args.loops} loops, "
            f"init {args.init}, rank {args.rank}, vectors {args.vectors}")
     with replace_folder(args.out) as tmp:
@@ -223,7 +225,8 @@ def main(argv=None):
     print0(table([["parameters", "stored", "run per token", "stored, without embeddings"]] + [
         [name, f"{n['stored']:,}", f"{n['run']:,}", f"{n['stored_block']:,}"]
         for name, n in (("donor", full), ("recursive", model.num_params()))]))
-    print0(f"wrote {args.out}; next: python train.py --ckpt={args.out} or python sample.py --ckpt={args.out}")
+    print0(f"wrote {args.out}; next: python train.py --donor={args.donor} --ckpt={args.out} --out=..., "
+           f"or python sample.py --ckpt={args.out}")
 
 
 if __name__ == "__main__":

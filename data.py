@@ -1,7 +1,7 @@
 """Text for training: the donor's own tokenizer, text -> token shards -> batches.
 
 python data.py --name=FILES --tokenizer=assets/donor --out=out_data       writes token shards
-python data.py --name=FILES --train_tokenizer=4096 --out=assets/donor     trains a tokenizer
+python data.py --name=FILES --train_tokenizer=4096 --out=out_tokenizer    trains a tokenizer
 """
 
 import os
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from runtime import UserError, parse_args, print0, progress, script
-from tokenizer import Tokenizer, train_tokenizer
+from tokenizer import Tokenizer, read_json, train_tokenizer
 
 TEXT_FILES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".parquet")
 
@@ -135,10 +135,13 @@ def write_shards(texts: Iterable[str], tokenizer: Tokenizer, folder, vocab_size:
 # Tokens -> batches
 
 class Tokens:
-    """One long row of tokens, read across the borders of the arrays (memory-mapped shards) that it is made of."""
+    """One long row of tokens, read across the borders of the arrays (memory-mapped shards) that it is made of.
 
-    def __init__(self, arrays: list[np.ndarray]):
-        self.arrays = arrays
+    first_id: the BOS that every window begins with, None for tokenizers without.
+    """
+
+    def __init__(self, arrays: list[np.ndarray], first_id: int | None = None):
+        self.arrays, self.first_id = arrays, first_id
         self.starts = np.cumsum([0, *map(len, arrays)])
 
     def __len__(self) -> int:
@@ -164,12 +167,15 @@ def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
     """
     arrays, shards = [], []
     for part in path.split(","):
+        if not Path(part).exists():
+            raise UserError(f"{part} does not exist: give text files, a folder of them, or token shards; for a Hugging "
+                            f"Face dataset write shards first: python data.py --name={part} --tokens=... --out=...")
         shards = sorted(Path(part).glob("*.safetensors")) if Path(part).is_dir() else []
         arrays += [open_shard(shard, tokenizer, vocab_size) for shard in shards] or [np.concatenate(
             [np.empty(0, token_type(vocab_size)), *encode_documents(read_texts(part), tokenizer, vocab_size)])]
     if not shards:
         arrays[-1] = arrays[-1][:-1]                         # EOS stands between documents: the last needs none
-    tokens = Tokens([a for a in arrays if len(a)])
+    tokens = Tokens([a for a in arrays if len(a)], tokenizer.first_id)
     if len(tokens) == 0:
         raise UserError(f"{path} is empty: there is no text in it")
     return tokens
@@ -199,7 +205,10 @@ def count_windows(tokens: Tokens, seq_len: int) -> int:
 
 
 def windows(tokens: Tokens, seq_len: int, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, int64 (n, seq_len), of the windows with these numbers; with BOS first if there is one."""
     rows = torch.from_numpy(np.stack([tokens[i * seq_len:(i + 1) * seq_len + 1] for i in indices]))
+    if tokens.first_id is not None:
+        rows = torch.cat([torch.full((len(rows), 1), tokens.first_id), rows[:, :-1]], dim=1)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
@@ -234,12 +243,15 @@ class DataConfig:
     out: str = "out_data"                  # folder for the shards, or for the trained tokenizer
     tokens: int | None = None              # stop after so many tokens
     shard_tokens: int = 100_000_000        # tokens in one file
-    vocab_size: int | None = None          # of the model, if larger than the tokenizer's
+    vocab_size: int | None = None          # of the model, if no config.json beside the tokenizer says it
     train_tokenizer: int = 0               # train a tokenizer with so many entries instead of writing shards
 
 
 def main(argv=None) -> None:
     config = parse_args(DataConfig, argv)
+    for name in ("tokens", "shard_tokens"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise UserError(f"--{name}={getattr(config, name)} must be at least 1")
     characters = 0
 
     def texts():
@@ -254,7 +266,8 @@ def main(argv=None) -> None:
         print0(f"{config.out}: a tokenizer with {config.train_tokenizer:,} entries from {characters:,} characters")
     else:
         tokenizer = Tokenizer.load(config.tokenizer, config.vocab_size)
-        total = write_shards(texts(), tokenizer, config.out, config.vocab_size or tokenizer.vocab_size,
+        vocab_size = config.vocab_size or read_json(Path(config.tokenizer) / "config.json").get("vocab_size")
+        total = write_shards(texts(), tokenizer, config.out, vocab_size or tokenizer.vocab_size,
                              config.shard_tokens, config.tokens)
         print0(f"{config.out}: {total:,} tokens from {characters:,} characters read")
 

@@ -119,6 +119,10 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
             bos_token_id=first(hf.get("bos_token_id")), eos_token_id=first(hf.get("eos_token_id")))
     except KeyError as e:
         raise UserError(f"{where}: setting {e} is missing; is this the config.json of a {arch} checkpoint?") from None
+    except (TypeError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{where} has a setting of the wrong kind ({e}); download it again") from None
 
 
 def first(ids: int | list[int] | None) -> int | None:
@@ -136,7 +140,7 @@ def find_donor(donor: str) -> Path:
     from huggingface_hub import snapshot_download
     try:
         wanted = ["*.json", "*.safetensors", "*.tiktoken", "tokenizer.model"]
-        return Path(snapshot_download(donor, allow_patterns=wanted))
+        return Path(snapshot_download(donor, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as e:  # the hub client raises many kinds, all of them "not to be had"
         raise UserError(f"cannot download {donor} ({str(e).splitlines()[0]}); give a local folder instead") from None
 
@@ -168,7 +172,7 @@ class Donor:
             with self.open(single) as f:
                 return {name: single for name in f.keys()}  # noqa: SIM118
         if not index.exists():
-            held = "only .bin weights: save them as safetensors" if list(self.folder.glob("*.bin")) else "no weights"
+            held = "only .bin: save them as safetensors" if list(self.folder.glob("*.bin")) else "no safetensors"
             raise UserError(f"{self.folder} has neither model.safetensors nor its index ({held})")
         try:
             files = {name: self.folder / file for name, file in read_json(index)["weight_map"].items()}

@@ -78,30 +78,30 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def vector(size: int, fill: float, config: Config) -> nn.Parameter:
+def loop_vector(size: int, fill: float, config: Config) -> nn.Parameter:
     """A norm weight or a bias: (C,) shared by all loops as in the paper, or (n_loop, C), one for each."""
     shape = (config.n_loop, size) if config.vectors == "per_loop" else (size,)
     return nn.Parameter(torch.full(shape, fill))
 
 
-def at(p: Tensor, loop: int) -> Tensor:
+def of_loop(p: Tensor, loop: int) -> Tensor:
     """The vector (C,) that `loop` uses."""
     return p if p.dim() == 1 else p[loop]
 
 
 class Norm(nn.Module):
-    """LayerNorm (Pythia) or RMSNorm (Gemma, Llama) in fp32. Tied over the loops like everything else in the block."""
+    """LayerNorm (Pythia) or RMSNorm (Gemma, Llama), in fp32 inside. Tied over the loops like all else in the block."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.arch, self.eps, self.size = config.arch, config.norm_eps, (config.n_embd,)
-        self.weight = vector(config.n_embd, 0.0 if config.arch == "gemma" else 1.0, config)
-        self.bias = vector(config.n_embd, 0.0, config) if config.arch == "gpt_neox" else None
+        self.weight = loop_vector(config.n_embd, 0.0 if config.arch == "gemma" else 1.0, config)
+        self.bias = loop_vector(config.n_embd, 0.0, config) if config.arch == "gpt_neox" else None
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
-        w = at(self.weight, loop)
+        w = of_loop(self.weight, loop)
         if self.arch == "gpt_neox":
-            return F.layer_norm(x, self.size, w, at(self.bias, loop), self.eps)
+            return F.layer_norm(x, self.size, w, of_loop(self.bias, loop), self.eps)
         if self.arch == "gemma":  # Gemma stores w - 1, multiplies in fp32 and casts last
             return F.rms_norm(widen(x), self.size, 1.0 + widen(w), self.eps).type_as(x)
         return F.rms_norm(widen(x), self.size, None, self.eps).type_as(x) * w  # Llama casts first
@@ -113,24 +113,25 @@ class RelaxedLinear(nn.Module):
     def __init__(self, d_in: int, d_out: int, config: Config, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in).normal_(std=0.02))
-        self.bias = vector(d_out, 0.0, config) if bias else None
+        self.bias = loop_vector(d_out, 0.0, config) if bias else None
         self.rank = min(config.rank, d_in, d_out)  # a narrow map (multi-query keys) is full rank sooner
         if self.rank:
             self.lora_a = nn.Parameter(torch.randn(config.n_loop, self.rank, d_in) / d_in**0.5)
             self.lora_b = nn.Parameter(torch.zeros(config.n_loop, d_out, self.rank))
 
     def merged(self, loop: int) -> Tensor:
-        """W' + B_l A_l (d_out, d_in), summed in fp32 and rounded once."""
+        """W' + B_l A_l (d_out, d_in), summed in fp32 and rounded once (under autocast, B_l A_l is a bf16 product)."""
         if not self.rank:
             return self.weight
         delta = widen(self.lora_b[loop]) @ widen(self.lora_a[loop])
         return (widen(self.weight) + delta).type_as(self.weight)
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
-        bias = at(self.bias, loop) if self.bias is not None else None
+        bias = of_loop(self.bias, loop) if self.bias is not None else None
         d_out, d_in = self.weight.shape
         tokens = x.numel() // d_in
-        if self.rank and tokens * (d_in + d_out) < d_in * d_out:  # too few tokens to pay for building W' + BA
+        # Building W' + BA costs R * d_in * d_out, the separate path R * tokens * (d_in + d_out): few tokens cannot pay.
+        if self.rank and tokens * (d_in + d_out) < d_in * d_out:
             return F.linear(x, self.weight, bias) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
         return F.linear(x, self.merged(loop), bias)
 
@@ -159,7 +160,7 @@ def rope_angles(pos: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """cos and sin (T, 1, rotated / 2) of the rotary embedding at positions `pos` (T,), in fp32."""
     rotated = int(config.head_dim * config.rotary_pct)
     exponent = torch.arange(0, rotated, 2, device=pos.device, dtype=torch.float32) / rotated
-    angle = pos.float()[:, None, None] / config.rope_theta**exponent
+    angle = pos.float()[:, None, None] * (1.0 / config.rope_theta**exponent)  # the order that donors were trained with
     return angle.cos(), angle.sin()
 
 

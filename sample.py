@@ -112,19 +112,25 @@ def main(argv=None):
                      args.temperature, args.top_k, args.top_p, args.seed)
     if args.samples == 1:
         print(text, end="", flush=True)
-        end = stream(steps, tokenizer)
+        end = stream(steps, tokenizer, ids)
         print(f"\n({end or why_stopped(args, len(ids), c.n_ctx)})", flush=True)
         return
-    rows = torch.stack(list(progress(steps, total=args.max_new_tokens, desc="sampling", unit="tok"))).T.tolist()
+    rows = [[] for _ in range(args.samples)]
+    for tokens in progress(steps, total=args.max_new_tokens, desc="sampling", unit="tok"):
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            row.append(token)
+        if all(tokenizer.eos_id in row for row in rows):
+            break
     for i, row in enumerate(rows):
         kept = row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
         end = "end of text" if len(kept) < len(row) else why_stopped(args, len(ids), c.n_ctx)
-        print(f"--- sample {i + 1} of {args.samples}\n{text}{continuation(kept, tokenizer)}\n({end})\n", flush=True)
+        new = continuation(kept, tokenizer, ids)
+        print(f"--- sample {i + 1} of {args.samples}\n{text}{new}\n({end})\n", flush=True)
 
 
-def stream(steps: Iterator[Tensor], tokenizer: Tokenizer) -> str:
+def stream(steps: Iterator[Tensor], tokenizer: Tokenizer, prompt: list[int]) -> str:
     """Print one sample's text as it comes, whole characters only; returns "end of text" if the model ended it."""
-    out = TextStream(tokenizer)
+    out = TextStream(tokenizer, prompt)
     for token in steps:
         if token.item() == tokenizer.eos_id:
             print(out.flush(), end="")
@@ -134,8 +140,8 @@ def stream(steps: Iterator[Tensor], tokenizer: Tokenizer) -> str:
     return ""
 
 
-def continuation(ids: list[int], tokenizer: Tokenizer) -> str:
-    out = TextStream(tokenizer)
+def continuation(ids: list[int], tokenizer: Tokenizer, prompt: list[int]) -> str:
+    out = TextStream(tokenizer, prompt)
     return "".join([out.push(i) for i in ids]) + out.flush()
 
 

@@ -21,7 +21,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.tiktoken", "tokenizer.model", "t
 class Tokenizer:
     """A checkpoint's own tokenizer: `tokenizer.json` through tokenizers, `tokenizer.tiktoken` through tiktoken.
 
-    vocab_size: its largest id + 1 (a model's may be larger, padded). eos_id, bos_id: int or None.
+    vocab_size: its largest id + 1 (a model's may be larger, padded). eos_id, bos_id: int or None. first_id: the BOS
+    that its template puts before every text, or None.
     hash: SHA-256 of the files that decide the ids; token shards carry it.
     """
 
@@ -29,6 +30,9 @@ class Tokenizer:
         self.fast, self.ranks = fast, ranks                  # one of the two is None
         self.vocab_size, self.hash = vocab_size, hash
         self.eos_id, self.bos_id = special.get("eos"), special.get("bos")
+        # Gemma and Llama put BOS before every text, and Gemma is lost without it; Pythia and SmolLM2 do not.
+        template = fast.encode("", add_special_tokens=True).ids if fast else []
+        self.first_id = template[0] if template[:1] == [self.bos_id] else None
 
     @classmethod
     def load(cls, folder, vocab_size: int | None = None) -> "Tokenizer":
@@ -73,8 +77,8 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids a prompt starts with: as the tokenizer's own template has it (Gemma's BOS), never none at all."""
-        ids = self.fast.encode(text, add_special_tokens=True).ids if self.fast else self.encode(text)
+        """The ids that a prompt starts with: BOS where the tokenizer's template has it, then the text; never none."""
+        ids = [self.first_id] * (self.first_id is not None) + self.encode(text)
         start = self.eos_id if self.bos_id is None else self.bos_id
         if not ids and start is None:
             raise UserError("the prompt is empty and the tokenizer has no token to begin with; give a prompt")
@@ -99,9 +103,11 @@ class TextStream:
     last few ids are decoded together and only what goes beyond the text already given out is new.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()):
+        """`prompt`: the ids before the first, whose text stands there already."""
         self.decode = tokenizer.decode
-        self.ids, self.shown, self.pending = [], 0, 0        # window, its characters given out, ids not yet settled
+        self.ids, self.pending = list(prompt)[-4:], 0        # a window of the last ids; how many are not yet settled
+        self.shown = len(self.decode(self.ids))              # characters of the window's text that are out
 
     def push(self, id: int) -> str:
         self.ids.append(id)
@@ -165,6 +171,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder) -> None:
     """Write a byte-level BPE tokenizer into `folder`: vocab_size - 1 tokens and, as the last id, <|endoftext|>."""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Fast
+    folder = Path(folder)
+    if any(folder.glob("tokenizer.*")):
+        raise UserError(f"{folder} has a tokenizer already; give a new folder")
     if vocab_size < 257:
         raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257")
     fast = Fast(models.BPE())
@@ -182,7 +191,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder) -> None:
     to_byte = byte_of_character()
     lines = [base64.b64encode(bytes(to_byte[c] for c in token)) + f" {rank}\n".encode()
              for token, rank in sorted(vocab.items(), key=lambda item: item[1])]
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
     config = {"tokenizer_class": "tiktoken", "pat_str": SPLIT_PATTERN,

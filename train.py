@@ -7,6 +7,7 @@
 
 import json
 import math
+import os
 import signal
 import time
 from contextlib import nullcontext
@@ -203,9 +204,12 @@ def resumed_settings(argv, state: dict) -> TrainConfig:
 def drop_log_after(path: Path, step: int) -> None:
     """Forget what was logged after the checkpoint that the run goes on from, and how it ended if it was at its end."""
     if is_main() and path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a crash may cut the last one
-        logged = [values for values in map(json.loads, lines) if values["step"] <= step and "final" not in values]
-        path.write_text("".join(json.dumps(values) + "\n" for values in logged))
+        kept = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"}\n") or (values := json.loads(line))["step"] > step or "final" in values:
+                break  # a crash may have cut the last one short
+            kept += len(line)
+        os.truncate(path, kept)
 
 
 def write_log(args: TrainConfig, **values) -> None:

@@ -9,4 +9,4 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")           # read when a kernel is defined: before anything imports it
-torch.set_num_threads(2)
+torch.set_num_threads(1)                                     # the tensors are tiny: a second thread only waits

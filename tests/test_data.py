@@ -377,14 +377,54 @@ def test_validation_reads_from_the_start_in_order():
     assert [len(inputs) for inputs, _ in validation(TOKENS, 10, max_tokens=3)] == [1]
 
 
+def test_windows_begin_with_bos_where_the_tokenizer_does(metaspace, tmp_path):
+    """Gemma without BOS is lost: each window starts with it and predicts the window's own first token from it."""
+    copy_tokenizer(metaspace, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
+    (tmp_path / "a.txt").write_text("a the a the a the a the ")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.first_id == 1 and Tokenizer.load(metaspace).first_id is None
+    assert tokenizer.encode_prompt("a") == [1, *tokenizer.encode("a")]
+    tokens = load_tokens(str(tmp_path / "a.txt"), tokenizer, 300)
+    (inputs, targets), *_ = validation(tokens, 4, rows=2)
+    assert inputs[:, 0].tolist() == [1, 1]
+    assert targets.flatten().tolist() == tokens[0:8].tolist()
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_stream_goes_on_from_a_prompt(metaspace):
+    """A decoder that strips the first space of a text must not strip that of a continuation."""
+    tokenizer = Tokenizer.load(metaspace)
+    ids = tokenizer.encode("a the")
+    stream = TextStream(tokenizer, ids[:1])
+    assert "".join(stream.push(i) for i in ids[1:]) == " the"
+
+
+@pytest.mark.parametrize("flag", ["--tokens=0", "--shard_tokens=0"])
+def test_counts_below_one_are_refused(flag):
+    with pytest.raises(UserError, match="at least 1"):
+        data.main([flag])
+
+
+def test_a_tokenizer_is_never_replaced(ranks):
+    with pytest.raises(UserError, match="has a tokenizer already"):
+        train_tokenizer([PLAIN], 300, ranks)
+
+
+def test_training_reads_no_hub_dataset_into_memory(ranks):
+    with pytest.raises(UserError, match="python data.py --name=owner/name"):
+        load_tokens("owner/name", Tokenizer.load(ranks), 300)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 def test_command_line(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(PLAIN)
     data.main([f"--name={tmp_path / 'a.txt'}", "--train_tokenizer=300", f"--out={tmp_path / 'donor'}"])
     assert "300 entries from 1,820 characters" in capsys.readouterr().out
+    (tmp_path / "donor" / "config.json").write_text('{"vocab_size": 320}')  # a padded model, as Pythia is
     data.main([f"--name={tmp_path / 'a.txt'}", f"--tokenizer={tmp_path / 'donor'}", f"--out={tmp_path / 'shards'}",
-               "--tokens=50", "--vocab_size=320"])
+               "--tokens=50"])
     assert "50 tokens" in capsys.readouterr().out
     assert len(load_tokens(str(tmp_path / "shards"), Tokenizer.load(tmp_path / "donor"), 320)) == 50
 

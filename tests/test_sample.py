@@ -85,7 +85,7 @@ def test_streams_whole_characters_only(ckpt, capsys, monkeypatch):
     assert len(ids) > 3
     pieces = []
     monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.extend(a))
-    assert sample.stream(iter([torch.tensor([i]) for i in ids]), tokens) == ""
+    assert sample.stream(iter([torch.tensor([i]) for i in ids]), tokens, []) == ""
     assert "".join(pieces) == "日🙂é" and not any("�" in p for p in pieces)
 
 

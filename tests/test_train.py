@@ -1,6 +1,7 @@
 """Uptraining on a donor of a few thousand weights: that it learns, that equivalent runs are equal, that no moment of
 being interrupted loses anything, and that a mistake is named before anything is overwritten."""
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -306,8 +307,29 @@ def test_accumulated_micro_batches_are_one_batch(home, tmp_path):
     assert_same_weights(tmp_path / "a", tmp_path / "b", rtol=1e-3, atol=1e-4)
 
 
-def child(argv: list[str], output: str, env: dict) -> None:
-    """One process of a run, with real signals, exit code and output."""
+def count_lines(save, reached):
+    """`save` that calls reached(n) before it runs the nth line of runtime.py or shutil.py, where files are moved."""
+    lines = itertools.count()
+
+    def trace(frame, event, _):
+        if not frame.f_code.co_filename.endswith(("runtime.py", "shutil.py")):
+            return None
+        if event == "line":
+            reached(next(lines))
+        return trace
+
+    def traced(*args):
+        sys.settrace(trace)
+        save(*args)
+        sys.settrace(None)
+    return traced
+
+
+def child(argv: list[str], output: str, env: dict, kill_at: int | None = None) -> None:
+    """One process of a run, with real signals, exit code and output; killed when its saves have run so many lines."""
+    if kill_at is not None:
+        train.save_checkpoint = count_lines(
+            train.save_checkpoint, lambda line: line == kill_at and os.kill(os.getpid(), signal.SIGKILL))
     os.environ.update(env)
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1), os.dup2(fd, 2)
@@ -317,12 +339,12 @@ def child(argv: list[str], output: str, env: dict) -> None:
 
 @pytest.fixture(scope="module")
 def start():
-    """start(argv, output, **env): a process that trains. They are forked from a server that has imported all."""
+    """start(argv, output, **env) -> a process that trains. They are forked from a server that has imported all."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "tiktoken", "torch._dynamo"])  # the last is what optimizers import late
 
-    def start(argv, output, **env):
-        process = context.Process(target=child, args=(argv, str(output), env), daemon=True)
+    def start(argv, output, kill_at=None, **env):
+        process = context.Process(target=child, args=(argv, str(output), env, kill_at), daemon=True)
         process.start()
         return process
     return start
@@ -374,13 +396,14 @@ def test_two_processes_are_one_that_accumulates_also_when_stopped_between(home, 
 def test_stopped_and_resumed_is_straight_through(home, tmp_path, capsys, number, more):
     more = [*more, "--save_every=4"]
     want = run(home, tmp_path / "straight", *more)
-    out = tmp_path / "stopped"
+    out, before = tmp_path / "stopped", signal.signal(number, signal.default_int_handler)
     for step in (3, 10):  # the signal comes within a step, which is finished first
         capsys.readouterr()
         with interrupt_at(step, lambda: os.kill(os.getpid(), number)), pytest.raises(SystemExit) as e:
             script(lambda: train.main(flags(home, out, *more) if step == 3 else ["--resume", f"--out={out}"]))  # noqa: B023
         assert e.value.code == 0 and torch.load(out / "train.pt")["step"] == step + 1
         assert f"go on with: python train.py --resume --out={out}" in capsys.readouterr().out
+    assert signal.signal(number, before) is signal.default_int_handler  # given back
     train.main(["--resume", f"--out={out}"])
     assert read_log(out) == want
     assert_same_weights(tmp_path / "straight", out)
@@ -405,58 +428,71 @@ def test_crashed_and_resumed_is_straight_through(home, tmp_path):
     assert_same_weights(tmp_path / "straight", out)
 
 
-def test_a_run_may_be_made_longer_and_moved(home, tmp_path):
+def test_a_run_may_be_made_longer_and_moved(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = Path("out")                                                  # --out's default
     run(home, tmp_path / "a", "--save_every=7", "--lr=3e-3", "--rank=2")
-    shutil.move(tmp_path / "a", tmp_path / "b")
-    (tmp_path / "a").mkdir()                                           # where it says it is, somebody else lives now
-    train.main(["--resume", f"--out={tmp_path}/b", "--tokens=3840", "--log_every=5"])
-    state = torch.load(tmp_path / "b" / "train.pt")
+    shutil.move("a", out)
+    Path("a").mkdir()                                                  # where it says it is, somebody else lives now
+    train.main(["--resume", "--tokens=3840", "--log_every=5"])
+    state = torch.load(out / "train.pt")
     assert state["step"] == 30 and state["args"]["lr"] == 3e-3 and state["args"]["log_every"] == 5
-    assert state["args"]["out"] == str(tmp_path / "b") and not any((tmp_path / "a").iterdir())
-    assert sum("final" in line for line in read_log(tmp_path / "b")) == 1
+    assert state["args"]["out"] == "out" and not any(Path("a").iterdir())
+    assert sum("final" in line for line in read_log(out)) == 1
     with pytest.raises(UserError, match="has done 30; ask for at least --tokens=3840"):
-        train.main(["--resume", f"--out={tmp_path}/b", "--tokens=2560"])
+        train.main(["--resume", "--tokens=2560"])
 
 
-def written(out: Path) -> float:
-    """When the checkpoint was written; 0 if there is none, or for the moment between two renames."""
-    try:
-        return (out / "train.pt").stat().st_mtime
-    except FileNotFoundError:
-        return 0
+def test_only_the_first_process_writes_the_log(tmp_path, monkeypatch):
+    log, lines = tmp_path / "log.jsonl", '{"step": 1}\n{"step": 2}\n{"st'
+    log.write_text(lines)
+    monkeypatch.setenv("RANK", "1")
+    train.drop_log_after(log, 1)
+    train.write_log(train.TrainConfig(out=str(tmp_path)), step=3)
+    assert log.read_text() == lines
+    monkeypatch.setenv("RANK", "0")
+    train.drop_log_after(log, 2)
+    train.write_log(train.TrainConfig(out=str(tmp_path)), step=3)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
 def test_kill_9_at_any_moment_loses_nothing_but_the_last_step(home, tmp_path, start, monkeypatch):
-    """Every checkpoint found after a kill is, bit for bit, that of an undisturbed run at the same step."""
-    more = ["--tokens=1600", "--batch_tokens=8", "--seq_len=8", "--micro_batch=1", "--save_every=1",
+    """Every checkpoint found after a kill is, bit for bit, that of an undisturbed run at the same step. Half of the
+    kills come at a random line of writing a checkpoint, half at a random time."""
+    more = ["--tokens=800", "--batch_tokens=8", "--seq_len=8", "--micro_batch=1", "--save_every=1",
             "--eval_every=1000", "--eval_tokens=8", f"--data={home}/valid.txt"]
-    sums, save = {}, train.save_checkpoint
+    straight, out, lines, rng, steps = tmp_path / "straight", tmp_path / "killed", [], random.Random(0), [0]
+    sums, save = {}, count_lines(train.save_checkpoint, lines.append)
 
     def fingerprint(state):
         return [w.double().sum().item() for w in state.values()] + [next(iter(state.values())).double().std().item()]
 
     def recorded(args, model, optimizer, step, history):
         sums[step] = fingerprint(model.state_dict())
-        if step in (0, 200):
+        if step in (0, 1, 100):
+            lines.clear()
             save(args, model, optimizer, step, history)
+        if step == 0:
+            shutil.copytree(straight, out)
     monkeypatch.setattr(train, "save_checkpoint", recorded)
-    want = run(home, tmp_path / "straight", *more)
+    want = run(home, straight, *more)
+    (out / "log.jsonl").write_text(json.dumps(want[0]) + "\n")
     monkeypatch.undo()
 
-    out, rng, reached = tmp_path / "killed", random.Random(0), set()
-    for _ in range(20):
-        process = start(["--resume", f"--out={out}"] if reached else flags(home, out, *more), tmp_path / "output")
-        was, before = max(reached, default=0), written(out)
-        while process.is_alive() and written(out) == before:           # until it has got as far as to write
+    for i in range(20):
+        argv = ["--resume", f"--out={out}"]
+        process = start(argv, tmp_path / "output", kill_at=rng.randrange(2 * len(lines)) if i % 2 else None)
+        while i % 2 == 0 and process.is_alive() and f'"step": {steps[-1] + 1}, ' not in (out / "log.jsonl").read_text():
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
-        process.kill()
-        process.join()
+        if i % 2 == 0:
+            process.kill()
+        process.join(100)
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
         state = weights(out)
-        step = torch.load(out / "train.pt")["step"]
-        assert fingerprint(state) == sums[step] and step >= was
-        reached.add(step)
-    assert len(reached) > 10 and max(reached) < 200, reached
+        steps.append(torch.load(out / "train.pt")["step"])
+        assert fingerprint(state) == sums[steps[-1]] and steps[-1] >= steps[-2]
+    assert len(set(steps)) > 5 and steps[-1] < 100, steps
     train.main(["--resume", f"--out={out}"])
     assert read_log(out) == want
     assert_same_weights(tmp_path / "straight", out)
@@ -505,8 +541,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(home, tmp_path, what):
     run(home, out, "--save_every=5")
     state, size = weights(out), {p.name: p.stat().st_size for p in out.iterdir()}
     if what == "log.jsonl":
-        with open(out / what, "a") as f:
-            f.write(json.dumps({"step": 0, "pad": "x" * size["train.pt"]}) + "\n")
+        logged = (out / what).read_text()
+        (out / what).write_text(json.dumps({"step": 0, "pad": "x" * size["train.pt"]}) + "\n" + logged)
     limit = {"model.safetensors": size["model.safetensors"] - 1, "train.pt": size["train.pt"] - 1,
              "log.jsonl": (out / "log.jsonl").stat().st_size + 1}[what]
     with files_end_at(limit), pytest.raises(UserError, match="cannot write") as e:
