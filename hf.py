@@ -172,7 +172,7 @@ class Donor:
             with self.open(single) as f:
                 return {name: single for name in f.keys()}  # noqa: SIM118
         if not index.exists():
-            held = "only .bin: save them as safetensors" if list(self.folder.glob("*.bin")) else "no safetensors"
+            held = "only .bin weights; safetensors are read" if list(self.folder.glob("*.bin")) else "no safetensors"
             raise UserError(f"{self.folder} has neither model.safetensors nor its index ({held})")
         try:
             files = {name: self.folder / file for name, file in read_json(index)["weight_map"].items()}

@@ -237,6 +237,8 @@ def test_training_lowers_the_loss(home, tmp_path, capsys, more, expected):
     assert {name: getattr(model.config, name) for name in expected} == expected
     assert all(p.dtype == torch.float32 for p in model.parameters())
     Tokenizer.load(tmp_path / "out", model.config.vocab_size)
+    groups = torch.load(tmp_path / "out" / "train.pt")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([1e-4, 1e-4])  # the schedule's end
     distilled = "scratch" not in more[0] and "--distill=none" not in more
     assert all((line["objective"] > line["loss"] + 1e-4) == distilled for line in log if "loss" in line)
     printed = capsys.readouterr().out
@@ -358,10 +360,13 @@ def start_two(start, argv, output):
                   MASTER_PORT=port) for rank in range(2)]
 
 
-def join(processes) -> list[int]:
+def join(processes) -> list[int | None]:
     for process in processes:
         process.join(100)
-    return [process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # one that hangs heeds nothing less
+    return codes
 
 
 def wait_for_step(out: Path, step: int, alive) -> None:
@@ -487,8 +492,7 @@ def test_kill_9_at_any_moment_loses_nothing_but_the_last_step(home, tmp_path, st
         time.sleep(rng.uniform(0, 0.05))
         if i % 2 == 0:
             process.kill()
-        process.join(100)
-        assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+        assert join([process]) == [-signal.SIGKILL], (tmp_path / "output").read_text()
         state = weights(out)
         steps.append(torch.load(out / "train.pt")["step"])
         assert fingerprint(state) == sums[steps[-1]] and steps[-1] >= steps[-2]
