@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf import Donor, load_any, load_full, refuse_looped, to_hf
 from model import Config, RecursiveTransformer, is_matrix
-from runtime import UserError, parse_args, print0, progress, replace_folder, script, table
+from runtime import UserError, check_out, parse_args, print0, progress, replace_folder, script, table
 from tokenizer import Tokenizer, copy_tokenizer
 
 __all__ = ["load_any", "load_full", "loop_layers", "source_layers", "svd_factors", "to_hf", "to_recursive", "unroll"]
@@ -201,6 +201,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if Path(args.out).resolve() == Path(args.donor).resolve():
         raise UserError(f"--out={args.out} is the donor itself and would replace it; give another folder")
+    check_out(args.out)
+    if (Path(args.out) / "train.pt").exists():
+        raise UserError(f"--out={args.out} holds a training run; give another folder")
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     if args.unroll:
         model = RecursiveTransformer.load(args.donor)

@@ -256,7 +256,8 @@ def refuse_looped(config: Config, instead: str) -> None:
 
 def hf_config(c: Config, dtype: torch.dtype) -> dict:
     """The config.json that transformers reads for a full-size model."""
-    hf = {"model_type": c.arch, "vocab_size": c.vocab_size, "num_hidden_layers": c.n_layer, "hidden_size": c.n_embd,
+    hf = {"exported_by": "nanoRRT", "model_type": c.arch,
+          "vocab_size": c.vocab_size, "num_hidden_layers": c.n_layer, "hidden_size": c.n_embd,
           "num_attention_heads": c.n_head, "intermediate_size": c.n_hidden, "max_position_embeddings": c.n_ctx,
           "tie_word_embeddings": c.tie_head, "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id,
           "pad_token_id": None, "torch_dtype": str(dtype).removeprefix("torch.")}

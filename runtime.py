@@ -2,9 +2,11 @@
 
 import argparse
 import inspect
+import json
 import os
 import re
 import shutil
+import signal
 import sys
 import types
 from contextlib import contextmanager, suppress
@@ -88,15 +90,23 @@ class Processes:
 
 def start_processes(device: str = "auto") -> Processes:
     """Join the group that torchrun made, if it did; pick this process' device (nccl on GPUs, gloo on CPUs)."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available() and device in ("auto", "cuda"):
+        if here > torch.cuda.device_count():
+            raise UserError(f"{here} processes on this machine but {torch.cuda.device_count()} GPUs; "
+                            f"use --nproc_per_node={torch.cuda.device_count()}, or --device=cpu")
+        device = f"cuda:{local}"
+    elif world > 1 and device.startswith("cuda:"):
+        raise UserError(f"--device={device} would put all {world} processes on one GPU; use --device=cuda")
     chosen = pick_device(device)
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", local)
+    if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        if chosen.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo",
+                                device_id=chosen if chosen.type == "cuda" else None)
+        if chosen.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's cautious default
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     return Processes(rank, world, chosen)
 
 
@@ -137,8 +147,43 @@ def table(rows: list[list]) -> str:
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
 
 
+def clock(seconds: float) -> str:
+    return f"{seconds:.0f}s" if seconds < 90 else f"{seconds / 60:.0f}m" if seconds < 5400 else f"{seconds / 3600:.1f}h"
+
+
+class StopFlag:
+    """Ctrl-C or SIGTERM on any process ends the run after the current step, with a checkpoint."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, *_):
+        if not self.asked:  # torchrun passes Ctrl-C on a second time: repeats mean nothing
+            print0("stopping after this step")
+        self.asked = True
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def agreed(self, procs: Processes) -> bool:
+        if procs.world == 1:
+            return self.asked
+        flag = torch.tensor(float(self.asked), device=procs.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders that are replaced whole
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.tiktoken", "tokenizer.model", "tokenizer_config.json",
+                   "special_tokens_map.json", "generation_config.json")
+
 
 @contextmanager
 def replace_folder(folder):
@@ -146,7 +191,7 @@ def replace_folder(folder):
 
     A crash at any moment leaves the old folder or the new one: everything is written to `.folder.tmp`, flushed to the
     disk, and renamed. Between the two renames the old one is called `.folder.old`, which `recover_folder` puts back.
-    What the block did not write (a log, a tokenizer, a folder inside) is carried over.
+    What the block did not write (a log, a folder inside) is carried over, but nothing of an old tokenizer beside a new.
     """
     check_out(folder)
     folder = Path(folder).resolve()  # where a link points to is replaced, not the link
@@ -156,14 +201,18 @@ def replace_folder(folder):
         tmp.mkdir(parents=True)
         yield tmp
         if folder.exists():
+            new = {path.name for path in tmp.iterdir()}
+            stale = {"train.pt"} | set(TOKENIZER_FILES if new & set(TOKENIZER_FILES) else ())
             for path in folder.iterdir():
-                if (tmp / path.name).exists() or path.name == "train.pt":
+                if path.name in new | stale:
                     continue
                 if path.is_dir() and not path.is_symlink():  # perhaps another run: its files are linked, not copied
                     shutil.copytree(path, tmp / path.name, symlinks=True, copy_function=os.link)
                 else:
                     shutil.copy2(path, tmp, follow_symlinks=False)
         for path in (*filter(Path.exists, tmp.iterdir()), tmp):
+            if path.is_file():
+                path.chmod(tmp.stat().st_mode & 0o666)  # safetensors makes its files readable by their owner alone
             fd = os.open(path, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
@@ -201,7 +250,16 @@ def check_out(folder) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --out needs a folder that is new, empty or a checkpoint")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "model.safetensors").exists():
+    if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:3])
-        raise UserError(f"{folder} holds something that is not a checkpoint ({held}); "
-                        "give a folder that is new, empty or a checkpoint")
+        raise UserError(f"{folder} holds something that is not a checkpoint of this project ({held}); "
+                        "give a folder that is new, empty or such a checkpoint")
+
+
+def is_ours(folder: Path) -> bool:
+    """True if this project wrote the checkpoint in `folder`: its own kind, or an export to Hugging Face's."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return "nanoRRT" in (config.get("format"), config.get("exported_by"))
+    except (OSError, ValueError, AttributeError):
+        return False

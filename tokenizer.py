@@ -8,14 +8,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from runtime import UserError
+from runtime import TOKENIZER_FILES, UserError
 
 # GPT-4's way of cutting text into words before byte pairs are merged, with the typographic apostrophe that books use.
 SPLIT_PATTERN = (r"['’](?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                  r"|\s*[\r\n]|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.tiktoken", "tokenizer.model", "tokenizer_config.json",
-                   "special_tokens_map.json", "generation_config.json")
 
 
 class Tokenizer:

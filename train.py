@@ -1,14 +1,13 @@
 """Uptrain a recursive model against its donor (§3.1), on one process or, under torchrun, on many.
 
     python train.py                                       # the shipped donor -> 2 loops, stepwise, on a laptop
-    torchrun --standalone --nproc_per_node=8 train.py --donor=google/gemma-2b --init=average --rank=512 --data=...
+    torchrun --standalone --nproc_per_node=8 train.py --donor=FOLDER --init=average --rank=64 --data=FILES --lr=2e-4
     python train.py --resume --out=out                    # go on where a run stopped, with the settings it had
 """
 
 import json
 import math
 import os
-import signal
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,14 +21,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from convert import LoraInit, Norms, Rounding, Vectors, to_recursive
-from data import batch, load_tokens, validation
+from data import Tokens, batch, load_tokens, validation
 from exits import distill_loss
-from hf import config_from_hf, find_donor, load_any, read_json
+from hf import config_from_hf, find_donor, load_any, read_json, refuse_looped
 from model import Config, RecursiveTransformer, read_config
 from runtime import (
     Processes,
+    StopFlag,
     UserError,
     check_out,
+    clock,
     is_main,
     parse_args,
     print0,
@@ -67,8 +68,8 @@ class TrainConfig:
     min_lr: float = 0.1                    # where the cosine ends, as a share of lr
     warmup: int = 20                       # steps of linear warm-up
     weight_decay: float = 0.1              # AdamW's, on matrices only
-    beta1: float = 0.9                     # AdamW's
-    beta2: float = 0.95                    # AdamW's
+    beta1: float = 0.9                     # AdamW's, of the mean of the gradient
+    beta2: float = 0.95                    # AdamW's, of the mean of its square
     clip: float = 1.0                      # largest gradient norm
     distill: Literal["fkl", "rkl", "jsd", "tvd", "none"] = "fkl"  # distillation from the donor, beside cross entropy
     distill_weight: float = 1.0            # loss = cross entropy + this x distillation
@@ -77,7 +78,7 @@ class TrainConfig:
     out: str = "out"                       # checkpoint folder, with log.jsonl
     resume: bool = False                   # go on from the checkpoint in --out, with its settings
     eval_every: int = 50                   # steps between evaluations
-    eval_tokens: int = 16_384              # validation tokens per evaluation; the last one uses four times as many
+    eval_tokens: int = 16_384              # validation tokens per evaluation; the first and last: four times as many
     save_every: int = 100                  # steps between checkpoints
     log_every: int = 10                    # steps between log lines
     seed: int = 0                          # of the data order and of whatever starts random
@@ -86,9 +87,9 @@ class TrainConfig:
     compile: bool = False                  # torch.compile (a minute at the start)
 
 
-# What a resumed run may be given anew: how it runs and reports, and how long (with the schedule of that length).
+# What a resumed run may be given anew: where its files lie, how it runs and reports, and how long (with that schedule).
 MAY_CHANGE = {"out", "resume", "tokens", "eval_every", "eval_tokens", "save_every", "log_every", "micro_batch",
-              "device", "dtype", "compile"}
+              "device", "dtype", "compile", "donor", "data", "valid"}
 
 
 class Objective(nn.Module):
@@ -117,7 +118,7 @@ def learning_rate(step: int, steps: int, args: TrainConfig) -> float:
     return args.lr * (args.min_lr + (1 - args.min_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def make_optimizer(model: nn.Module, args: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, args: TrainConfig) -> torch.optim.Optimizer:
     """AdamW; weight decay for matrices and LoRA, none for norm weights and biases."""
     matrices = [p for n, p in model.named_parameters() if not n.endswith("bias") and "norm" not in n]
     vectors = [p for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n]
@@ -157,6 +158,10 @@ def check_settings(args: TrainConfig) -> None:
                                 "none: drop one of the two")
     if args.tokens < args.batch_tokens:
         raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
+    if not args.resume and (Path(args.out) / "train.pt").exists():
+        raise UserError(f"{args.out} holds a run already; go on with --resume, or give another --out")
+    if not args.resume and (Path(args.out) / "model.safetensors").exists():  # somebody's donor, perhaps
+        raise UserError(f"{args.out} holds a model already; give another --out, and --ckpt={args.out} to start from it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,16 +235,25 @@ def donor_config(folder: Path) -> Config:
     return config_from_hf(hf, folder / "config.json") if "model_type" in hf else read_config(folder)
 
 
-def check_start(args: TrainConfig, config: Config, state: dict | None) -> None:
-    """Raise UserError if the donor's config fits neither --ckpt nor the run that is resumed: before any real work."""
-    if state and asdict(config) != state["history"]["donor_config"]:
-        changed = ", ".join(f"{k}={v} (was {state['history']['donor_config'].get(k)})"
-                            for k, v in asdict(config).items() if v != state["history"]["donor_config"].get(k))
-        raise UserError(f"the donor {args.donor} is of another architecture than when the run in {args.out} started: "
-                        f"{changed}; resume with the donor it was made from")
-    if args.ckpt and not state and (size := read_config(args.ckpt).vocab_size) != config.vocab_size:
-        raise UserError(f"{args.ckpt} has a vocabulary of {size}, its teacher {args.donor} one of "
-                        f"{config.vocab_size}: name its own --donor")
+def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: dict | None) -> None:
+    """Raise UserError if the donor does not fit the settings, --ckpt or the run resumed: before any real work."""
+    if args.seq_len > config.n_ctx:
+        raise UserError(f"--seq_len={args.seq_len} is longer than the {config.n_ctx} tokens that {args.donor} was made "
+                        f"for; use --seq_len={config.n_ctx} or less")
+    if state:
+        before = state["history"]["donor_config"]
+        changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in asdict(config).items() if v != before.get(k))
+        if changed or state["history"]["tokenizer_hash"] != tokenizer.hash:
+            raise UserError(f"the donor {args.donor} is of another architecture or tokenizer than when the run in "
+                            f"{args.out} started: {changed or 'tokenizer'}; resume with the donor it was made from")
+    elif args.ckpt:
+        size = read_config(args.ckpt).vocab_size
+        if size != config.vocab_size or Tokenizer.load(args.ckpt, size).hash != tokenizer.hash:
+            raise UserError(f"{args.ckpt} has a vocabulary of {size}, its teacher {args.donor} one of "
+                            f"{config.vocab_size}, or another tokenizer: name its own --donor")
+    elif args.init != "scratch":
+        refuse_looped(config, "give its donor, or start from it with --ckpt")
+        replace(config, n_loop=args.loops, rank=args.rank)  # UserError if the loops do not divide the layers
 
 
 def build(args: TrainConfig, folder: Path, device) -> tuple[RecursiveTransformer, RecursiveTransformer | None]:
@@ -270,161 +284,172 @@ def evaluate(model: RecursiveTransformer, batches: list, procs: Processes, autoc
     return (total[0] / total[1]).item()
 
 
-class StopFlag:
-    """Ctrl-C or SIGTERM on any process ends the run after the current step, with a checkpoint."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-    def agreed(self, procs: Processes) -> bool:
-        if procs.world == 1:
-            return self.asked
-        flag = torch.tensor(float(self.asked), device=procs.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-
-def clock(seconds: float) -> str:
-    return f"{seconds:.0f}s" if seconds < 90 else f"{seconds / 60:.0f}m" if seconds < 5400 else f"{seconds / 3600:.1f}h"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
+# The run
 
-def main(argv=None):
-    args = parse_args(TrainConfig, argv)
-    state = None
-    if args.resume:
-        state = load_train_state(args.out)
-        args = resumed_settings(argv, state)
-    check_settings(args)
-    check_out(args.out)
-    if not args.resume and (Path(args.out) / "train.pt").exists():
-        raise UserError(f"{args.out} holds a run already; go on with --resume, or give another --out")
-    if not args.resume and (Path(args.out) / "model.safetensors").exists():  # somebody's donor, perhaps
-        raise UserError(f"{args.out} holds a model already; give another --out, and --ckpt={args.out} to start from it")
+@dataclass
+class Run:
+    """All that one run has, so that its pieces can be read one at a time."""
+    args: TrainConfig
+    procs: Processes
+    model: RecursiveTransformer
+    donor: RecursiveTransformer | None      # None for init=scratch
+    teacher: RecursiveTransformer | None    # the donor, or None where nothing is distilled
+    objective: nn.Module                    # what is called and differentiated: compiled, in DDP
+    optimizer: torch.optim.Optimizer
+    train_tokens: Tokens
+    valid: list                             # all validation batches; the first quarter serves between
+    autocast: torch.autocast
+    steps: int                              # optimizer steps in all
+    micro_steps: int                        # forward and backward passes per step and process
+    step: int                               # steps done
+    history: dict                           # what a resumed run must know of its start
+
+
+def prepare(args: TrainConfig, state: dict | None) -> Run:
+    """Load, check and convert everything; what can be wrong is found out before the minutes of work."""
     procs = start_processes(args.device)
-    device = procs.device
     micro_steps, steps = accumulation(args, procs.world), args.tokens // args.batch_tokens
     if state and steps < state["step"]:
         raise UserError(f"--tokens={args.tokens} are {steps} steps, the run in {args.out} has done {state['step']}; "
                         f"ask for at least --tokens={state['step'] * args.batch_tokens}")
     torch.manual_seed(args.seed)
-    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and procs.device.type == "cuda")
 
-    folder = find_donor(args.donor)                     # what can be wrong is found out before the minutes of work
+    folder = find_donor(args.donor)
     config = donor_config(folder)
-    check_start(args, config, state)
     tokenizer = Tokenizer.load(folder, config.vocab_size)
+    check_start(args, config, tokenizer, state)
     texts = {name: load_tokens(getattr(args, name), tokenizer, config.vocab_size) for name in ("data", "valid")}
     for name, tokens in texts.items():
         if len(tokens) <= args.seq_len:
             raise UserError(f"--{name}={getattr(args, name)} has {len(tokens)} tokens, one sequence needs "
                             f"{args.seq_len + 1} (seq_len + 1); give more text or a smaller --seq_len")
-    train_tokens, valid = texts["data"], validation(texts["valid"], args.seq_len, 4 * args.eval_tokens)
-    quick = valid[:max(1, len(valid) // 4)]
-    model, donor = build(args, folder, device)
-    teacher = donor if args.distill != "none" else None
-    optimizer = make_optimizer(model, args, device)
-    start, history = 0, {"tokenizer": str(folder), "donor_config": asdict(config)}
-    if state:
-        start, history = state["step"], state["history"]
-        optimizer.load_state_dict(state["optimizer"])
-        drop_log_after(Path(args.out) / "log.jsonl", start)
 
-    n = model.num_params()
-    c = model.config
-    print0(f"{args.ckpt or args.init}: {c.n_layer} layers as {c.n_loop} x {c.n_unique}, rank {c.rank} | parameters "
-           f"{n['stored'] / 1e6:.2f} M stored, {n['run'] / 1e6:.2f} M run per token | {len(train_tokens):,} training "
-           f"tokens | {procs.world} x {device.type}{' bf16' if bf16 else ''}")
+    model, donor = build(args, folder, procs.device)
+    optimizer = make_optimizer(model, args)
+    history = {"donor_config": asdict(config), "tokenizer_hash": tokenizer.hash}
+    if state:
+        history = state["history"]
+        optimizer.load_state_dict(state["optimizer"])
+        drop_log_after(Path(args.out) / "log.jsonl", state["step"])
     objective = Objective(model, args)
     if args.compile:
         objective.compile()
-    wrapped = DistributedDataParallel(objective) if procs.world > 1 else objective
-    if not state:
-        history["donor"] = evaluate(donor, valid, procs, autocast) if donor else None
-        history["converted"] = evaluate(model, valid, procs, autocast)
-        save_checkpoint(args, model, optimizer, 0, history)
-        write_log(args, step=0, val_loss=history["converted"], donor_loss=history["donor"])
-        before = f"donor {history['donor']:.4f}, " if donor else ""
-        print0(f"validation loss: {before}start {history['converted']:.4f}")
-    else:
-        print0(f"resuming at step {start} of {steps}")
+    return Run(args, procs, model, donor, None if args.distill == "none" else donor,
+               DistributedDataParallel(objective) if procs.world > 1 else objective, optimizer, texts["data"],
+               validation(texts["valid"], args.seq_len, 4 * args.eval_tokens),
+               torch.autocast(procs.device.type, dtype=torch.bfloat16, enabled=bf16), steps, micro_steps,
+               state["step"] if state else 0, history | {"tokenizer": str(folder)})
 
-    with StopFlag() as stop:
-        began, last_log = time.time(), (start, time.time())
-        step = start
-        while step < steps and not stop.agreed(procs):
-            lr = learning_rate(step, steps, args)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            sums = torch.zeros(2, device=device)
-            for micro in range(micro_steps):
-                first = ((step * micro_steps + micro) * procs.world + procs.rank) * args.micro_batch
-                rows = range(first, first + args.micro_batch)
-                idx, targets = (t.to(device) for t in batch(train_tokens, rows, args.seq_len, args.seed))
-                last = micro == micro_steps - 1
-                with nullcontext() if last or procs.world == 1 else wrapped.no_sync(), autocast:
-                    with torch.no_grad():
-                        teacher_logits = teacher.logits(teacher(idx)[-1]) if teacher else None
-                    loss, ce = wrapped(idx, targets, teacher_logits)
-                (loss / micro_steps).backward()
-                sums += torch.stack([loss.detach(), ce]) / micro_steps
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            if procs.world > 1:
-                dist.all_reduce(sums)
-            total, ce = (sums / procs.world).tolist()
-            if not (math.isfinite(total) and math.isfinite(norm)):
-                raise UserError(f"loss {total}, gradient norm {norm} at step {step + 1}: not finite, training stops; "
-                                f"{args.out} holds the last good checkpoint: start anew with --ckpt and a lower --lr")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            if step % args.log_every == 0 or step == steps:
-                now = time.time()
-                per_step = (now - last_log[1]) / (step - last_log[0])
-                last_log = (step, now)
-                speed = args.batch_tokens / per_step
-                both = f" | with distillation {total:.4f}" if teacher else ""
-                print0(f"step {step}/{steps} | loss {ce:.4f}{both} | lr {lr:.1e} | {per_step * 1000:.0f} ms | "
-                       f"{speed:,.0f} tok/s | eta {clock(per_step * (steps - step))}")
-                write_log(args, step=step, loss=ce, objective=total, lr=lr, grad_norm=float(norm), tokens_per_s=speed)
-            if step % args.eval_every == 0 and step < steps:
-                val = evaluate(model, quick, procs, autocast)
-                print0(f"step {step}/{steps} | validation loss {val:.4f}")
-                write_log(args, step=step, val_loss=val)
-            if step % args.save_every == 0 and step < steps:
-                save_checkpoint(args, model, optimizer, step, history)
-        save_checkpoint(args, model, optimizer, step, history)
-    if step < steps:
-        print0(f"stopped at step {step} of {steps}; go on with: python train.py --resume --out={args.out}")
+
+def begin(run: Run) -> None:
+    """Say what will be trained; a new run also scores donor and start, and writes its first checkpoint."""
+    args, c, n = run.args, run.model.config, run.model.num_params()
+    print0(f"{args.ckpt or args.init}: {c.n_layer} layers as {c.n_loop} x {c.n_unique}, rank {c.rank} | parameters "
+           f"{n['stored'] / 1e6:.2f} M stored, {n['run'] / 1e6:.2f} M run per token | {len(run.train_tokens):,} tokens "
+           f"to train on | {run.procs.world} x {run.procs.device.type}{' bf16' * run.autocast._enabled}")
+    if args.resume:
+        print0(f"resuming at step {run.step} of {run.steps}")
         return
-    final = evaluate(model, valid, procs, autocast)
-    write_log(args, step=step, val_loss=final, final=True, seconds=time.time() - began)
+    run.history["donor"] = evaluate(run.donor, run.valid, run.procs, run.autocast) if run.donor else None
+    run.history["converted"] = evaluate(run.model, run.valid, run.procs, run.autocast)
+    before = f"donor {run.history['donor']:.4f}, " if run.donor else ""
+    print0(f"validation loss: {before}start {run.history['converted']:.4f}")
+    save_checkpoint(args, run.model, run.optimizer, 0, run.history)
+    write_log(args, step=0, full_val_loss=run.history["converted"], donor_loss=run.history["donor"])
+
+
+def train_step(run: Run, lr: float) -> tuple[float, float, float]:
+    """One optimizer step; returns (objective, cross entropy, gradient norm), means over the whole batch."""
+    args, procs = run.args, run.procs
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    sums = torch.zeros(2, device=procs.device)
+    for micro in range(run.micro_steps):
+        first = ((run.step * run.micro_steps + micro) * procs.world + procs.rank) * args.micro_batch
+        rows = range(first, first + args.micro_batch)
+        idx, targets = (t.to(procs.device) for t in batch(run.train_tokens, rows, args.seq_len, args.seed))
+        last = micro == run.micro_steps - 1             # DDP sums gradients once per step, not per micro-step
+        with nullcontext() if last or procs.world == 1 else run.objective.no_sync(), run.autocast:
+            with torch.no_grad():
+                teacher_logits = run.teacher.logits(run.teacher(idx)[-1]) if run.teacher else None
+            loss, ce = run.objective(idx, targets, teacher_logits)
+        (loss / run.micro_steps).backward()
+        sums += torch.stack([loss.detach(), ce]) / run.micro_steps
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.clip).item()
+    if procs.world > 1:
+        dist.all_reduce(sums)
+    total, ce = (sums / procs.world).tolist()
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise UserError(f"loss {total}, gradient norm {norm} at step {run.step + 1}: not finite, training stops; "
+                        f"{args.out} holds the last good checkpoint: start anew with --ckpt and a lower --lr")
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    return total, ce, norm
+
+
+def train(run: Run) -> bool:
+    """Steps until all are done (True) or somebody asks to stop (False); either way the last is saved."""
+    args, seconds, logged = run.args, 0.0, run.step     # seconds in steps alone since the last line
+    with StopFlag() as stop:
+        while run.step < run.steps and not stop.agreed(run.procs):
+            began, lr = time.perf_counter(), learning_rate(run.step, run.steps, args)
+            total, ce, norm = train_step(run, lr)
+            seconds += time.perf_counter() - began
+            done = run.step == run.steps
+            if run.step % args.log_every == 0 or done:
+                per_step, seconds, logged = seconds / (run.step - logged), 0.0, run.step
+                speed = args.batch_tokens / per_step
+                both = f" | with distillation {total:.4f}" if run.teacher else ""
+                print0(f"step {run.step}/{run.steps} | loss {ce:.4f}{both} | lr {lr:.1e} | {per_step * 1000:.0f} ms | "
+                       f"{speed:,.0f} tok/s | eta {clock(per_step * (run.steps - run.step))}")
+                write_log(args, step=run.step, loss=ce, objective=total, lr=lr, grad_norm=norm, tokens_per_s=speed)
+            if run.step % args.eval_every == 0 and not done:
+                quick = run.valid[:max(1, len(run.valid) // 4)]
+                val = evaluate(run.model, quick, run.procs, run.autocast)
+                print0(f"step {run.step}/{run.steps} | validation loss {val:.4f}")
+                write_log(args, step=run.step, val_loss=val)
+            if run.step % args.save_every == 0 and not done:
+                save_checkpoint(args, run.model, run.optimizer, run.step, run.history)
+        save_checkpoint(args, run.model, run.optimizer, run.step, run.history)
+    return run.step == run.steps
+
+
+def report(run: Run, seconds: float) -> None:
+    """The closing table: donor, converted, uptrained."""
+    final, history, n = evaluate(run.model, run.valid, run.procs, run.autocast), run.history, run.model.num_params()
+    write_log(run.args, step=run.step, full_val_loss=final, final=True, seconds=seconds)
     lines = [["model", "validation loss", "perplexity", "stored", "run per token"]]
-    if donor:
-        lines.append(["donor", *score(history["donor"], donor.num_params())])
-    lines += [["converted" if donor else "start", *score(history["converted"], n)],
-              ["uptrained" if donor else "trained", *score(final, n)]]
-    print0(f"\n{steps - start} steps in {clock(time.time() - began)}; checkpoint in {args.out}\n{table(lines)}")
-    if donor and history["converted"] > history["donor"]:
+    if run.donor:
+        lines.append(["donor", *score(history["donor"], run.donor.num_params())])
+    lines += [["converted" if run.donor else "start", *score(history["converted"], n)],
+              ["uptrained" if run.donor else "trained", *score(final, n)]]
+    print0(f"\n{run.steps} steps, {clock(seconds)}; checkpoint in {run.args.out}\n{table(lines)}")
+    if run.donor and history["converted"] > history["donor"]:
         won = (history["converted"] - final) / (history["converted"] - history["donor"])
         print0(f"{won:.0%} of what conversion cost is won back")
 
 
 def score(loss: float, n: dict) -> list[str]:
     return [f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}", f"{n['stored'] / 1e6:.2f} M", f"{n['run'] / 1e6:.2f} M"]
+
+
+def main(argv=None):
+    began, args, state = time.perf_counter(), parse_args(TrainConfig, argv), None
+    if args.resume:
+        state = load_train_state(args.out)
+        args = resumed_settings(argv, state)
+    check_settings(args)
+    check_out(args.out)
+    run = prepare(args, state)
+    begin(run)
+    if train(run):
+        report(run, time.perf_counter() - began)
+    else:
+        print0(f"stopped at step {run.step} of {run.steps}; "
+               f"go on with: python train.py --resume --out={args.out} (or torchrun, as before)")
 
 
 if __name__ == "__main__":

@@ -424,7 +424,7 @@ def test_donor_must_exist_and_output_must_not_hold_something_else(donor, tmp_pat
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.png").write_text("meow")
     (tmp_path / "file").write_text("text")
-    refused(donor, r"not a checkpoint \(cat\.png\)", out=tmp_path / "photos")
+    refused(donor, r"not a checkpoint of this project \(cat\.png\)", out=tmp_path / "photos")
     refused(donor, "file is a file", out=tmp_path / "file")
     refused(tmp_path / "nowhere", "nowhere does not exist; give a folder with config.json")
     refused(donor, "is the donor itself and would replace it", out=donor)

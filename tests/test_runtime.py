@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+import json
 import os
 import shutil
 import signal
@@ -162,12 +163,13 @@ def test_tables_are_aligned():
 
 def write(folder, version: int, extra: str = "") -> None:
     with replace_folder(folder) as tmp:
-        for name in ("model.safetensors", "config.json", *extra.split()):
+        (tmp / "config.json").write_text(json.dumps({"format": "nanoRRT", "text": f"version {version}"}))
+        for name in ("model.safetensors", *extra.split()):
             (tmp / name).write_text(f"version {version}")
 
 
 def version(folder: Path) -> str:
-    texts = {(folder / name).read_text() for name in ("model.safetensors", "config.json")}
+    texts = {(folder / "model.safetensors").read_text(), json.loads((folder / "config.json").read_text())["text"]}
     assert len(texts) == 1, texts
     return texts.pop()
 
@@ -310,7 +312,7 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path, write_or_check):
     (tmp_path / "poems").mkdir()
     (tmp_path / "poems" / "one.txt").write_text("poem")
     (tmp_path / "file").write_text("text")
-    with pytest.raises(UserError, match=r"poems holds something that is not a checkpoint \(one.txt\); give a folder"):
+    with pytest.raises(UserError, match=r"poems holds something .* of this project \(one.txt\); give a folder"):
         write_or_check(tmp_path / "poems")
     with pytest.raises(UserError, match=r"file is a file; --out needs a folder"):
         write_or_check(tmp_path / "file")
@@ -320,3 +322,28 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path, write_or_check):
     (tmp_path / "empty").mkdir()
     check_out(tmp_path / "empty")
     assert names(tmp_path) == {"poems", "file", "empty"}
+
+
+def test_a_hugging_face_folder_is_not_replaced(tmp_path):
+    """It has a config.json and weights too, but they are somebody's: only what this project wrote is replaced."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_text("theirs")
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        write(tmp_path, 1)
+    assert (tmp_path / "model.safetensors").read_text() == "theirs"
+
+
+def test_a_new_tokenizer_replaces_all_of_the_old(tmp_path):
+    write(tmp_path / "out", 1, "tokenizer.json tokenizer_config.json log.jsonl")
+    write(tmp_path / "out", 2)
+    assert names(tmp_path / "out") >= {"tokenizer.json", "tokenizer_config.json", "log.jsonl"}
+    write(tmp_path / "out", 3, "tokenizer.tiktoken")
+    assert names(tmp_path / "out") == {"config.json", "model.safetensors", "tokenizer.tiktoken", "log.jsonl"}
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    with replace_folder(tmp_path / "out") as tmp:
+        (tmp / "model.safetensors").touch(0o600)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
