@@ -95,8 +95,8 @@ def loop_layers(config: Config, read: Read, target: Config, init: Init = "stepwi
     if init == "random":  # the paper's baseline: the donor's shape, none of its weights
         return RecursiveTransformer(target).to(dtype or read("norm.weight").dtype).eval()
     sources = source_layers(config.n_layer, target.n_loop, init, rounding)
-    replaced = source_layers(config.n_layer, target.n_loop, "average")   # k, k + K, ...: those that position k replaces
-    of_vectors = {"init": sources, "average": replaced, "pick": [layers[:1] for layers in replaced]}[norms]
+    by_loop = source_layers(config.n_layer, target.n_loop, "average")    # k, k + K, ...: position k in each loop
+    vector_sources = {"init": sources, "average": by_loop, "pick": [layers[:1] for layers in by_loop]}[norms]
     with torch.device("meta"):
         model = RecursiveTransformer(target)
     new = {}
@@ -105,21 +105,21 @@ def loop_layers(config: Config, read: Read, target: Config, init: Init = "stepwi
             new[name] = read(name).to(dtype, copy=True)                  # embedding, final norm, head: the donor's
             continue
         _, k, rest = name.split(".", 2)
-        donors = [f"layers.{layer}.{rest}" for layer in replaced[int(k)]]  # one for each loop
-        keep = dtype or read(donors[0]).dtype
+        donors = [f"layers.{layer}.{rest}" for layer in by_loop[int(k)]]
+        store = dtype or read(donors[0]).dtype
         if is_matrix(name):
             shared = mean(read, sources[int(k)], rest)                   # W'_k
-            new[name] = shared.to(keep)
+            new[name] = shared.to(store)
             if target.rank:
                 residuals = (read(donor).float() - shared for donor in donors)   # in fp32: bf16 would drown them
                 energy = [0.0, 0.0] if report is None else report.setdefault(rest.removesuffix(".weight"), [0.0, 0.0])
                 factors = relax(residuals, target.rank, lora_init, init == "average" and target.n_loop == 2, energy)
                 for part, stack in zip(("lora_a", "lora_b"), zip(*factors, strict=True), strict=True):
-                    new[name.removesuffix("weight") + part] = torch.stack(stack).to(keep)
+                    new[name.removesuffix("weight") + part] = torch.stack(stack).to(store)
         elif target.vectors == "per_loop":
-            new[name] = torch.stack([read(donor) for donor in donors]).to(keep)
+            new[name] = torch.stack([read(donor) for donor in donors]).to(store)
         else:
-            new[name] = mean(read, of_vectors[int(k)], rest).to(keep)
+            new[name] = mean(read, vector_sources[int(k)], rest).to(store)
     model.load_state_dict(new, assign=True)
     return model.eval()
 

@@ -59,7 +59,7 @@ class TrainConfig:
     # on what
     data: str = "assets/books/train"       # text files or a folder of token shards; several by comma
     valid: str = "assets/books/valid.txt"  # the same, never trained on
-    tokens: int = 500_000                  # tokens to train on, in all
+    tokens: int = 300_000                  # tokens to train on, in all
     batch_tokens: int = 2048               # tokens per optimizer step, over all processes
     seq_len: int = 256                     # tokens per sequence
     micro_batch: int = 8                   # sequences per process that go through the model at once
