@@ -33,9 +33,9 @@ def clone(tmp_path_factory):
     text = "It was a dark night, and the old man looked at the sea. " * 300
     (folder / "small.txt").write_text(text)
     torch.manual_seed(0)
-    config = Config(arch="llama", vocab_size=300, n_layer=4, n_embd=16, n_head=2, head_dim=8, n_hidden=32)
+    config = Config(arch="llama", vocab_size=280, n_layer=4, n_embd=16, n_head=2, head_dim=8, n_hidden=32)
     to_hf(RecursiveTransformer(config), folder / "llama")
-    train_tokenizer([text], 300, folder / "llama")
+    train_tokenizer([text], 280, folder / "llama")
     return folder
 
 
