@@ -299,6 +299,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     train_tokens: Tokens
     valid: list                             # all validation batches; the first quarter serves between
+    bf16: bool                              # forward passes run in bfloat16 where that is safe
     autocast: torch.autocast
     steps: int                              # optimizer steps in all
     micro_steps: int                        # forward and backward passes per step and process
@@ -315,6 +316,7 @@ def prepare(args: TrainConfig, state: dict | None) -> Run:
                         f"ask for at least --tokens={state['step'] * args.batch_tokens}")
     torch.manual_seed(args.seed)
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and procs.device.type == "cuda")
+    autocast = torch.autocast(procs.device.type, dtype=torch.bfloat16, enabled=bf16)
 
     folder = find_donor(args.donor)
     config = donor_config(folder)
@@ -339,7 +341,7 @@ def prepare(args: TrainConfig, state: dict | None) -> Run:
     return Run(args, procs, model, donor, None if args.distill == "none" else donor,
                DistributedDataParallel(objective) if procs.world > 1 else objective, optimizer, texts["data"],
                validation(texts["valid"], args.seq_len, 4 * args.eval_tokens),
-               torch.autocast(procs.device.type, dtype=torch.bfloat16, enabled=bf16), steps, micro_steps,
+               bf16, autocast, steps, micro_steps,
                state["step"] if state else 0, history | {"tokenizer": str(folder)})
 
 
@@ -348,7 +350,7 @@ def begin(run: Run) -> None:
     args, c, n = run.args, run.model.config, run.model.num_params()
     print0(f"{args.ckpt or args.init}: {c.n_layer} layers as {c.n_loop} x {c.n_unique}, rank {c.rank} | parameters "
            f"{n['stored'] / 1e6:.2f} M stored, {n['run'] / 1e6:.2f} M run per token | {len(run.train_tokens):,} tokens "
-           f"to train on | {run.procs.world} x {run.procs.device.type}{' bf16' * run.autocast._enabled}")
+           f"to train on | {run.procs.world} x {run.procs.device.type}{' bf16' * run.bf16}")
     if args.resume:
         print0(f"resuming at step {run.step} of {run.steps}")
         return

@@ -116,3 +116,14 @@ def test_tokenizer_of_another_model_is_refused(ckpt, tmp_path):
     with pytest.raises(UserError, match="vocabulary is 200"):
         sample.main([f"--ckpt={tmp_path / 'small'}"])
     assert json.loads((tmp_path / "small" / "config.json").read_text())["vocab_size"] == 200
+
+
+def test_a_continuation_keeps_the_space_that_llama_decoders_strip(capsys):
+    class Llama:
+        eos_id = None
+
+        def decode(self, ids):
+            return "".join([" man", " looked"][i] for i in ids).removeprefix(" ")
+    assert sample.continuation([1], Llama(), [0]) == " looked"
+    sample.stream(iter([torch.tensor([1])]), Llama(), [0])
+    assert capsys.readouterr().out == " looked"
