@@ -426,10 +426,11 @@ def report(run: Run, seconds: float) -> None:
     lines = [["model", "validation loss", "perplexity", "stored", "run per token"]]
     if run.donor:
         lines.append(["donor", *score(history["donor"], run.donor.num_params())])
-    lines += [["converted" if run.donor else "start", *score(history["converted"], n)],
-              ["uptrained" if run.donor else "trained", *score(final, n)]]
+    converted = run.donor and run.args.init != "random"  # else nothing of the donor is in it
+    lines += [["converted" if converted else "start", *score(history["converted"], n)],
+              ["uptrained" if converted else "trained", *score(final, n)]]
     print0(f"\n{run.steps} steps, {clock(seconds)}; checkpoint in {run.args.out}\n{table(lines)}")
-    if run.donor and history["converted"] > history["donor"]:
+    if converted and history["converted"] > history["donor"]:
         won = (history["converted"] - final) / (history["converted"] - history["donor"])
         print0(f"{won:.0%} of what conversion cost is won back")
 
