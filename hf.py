@@ -119,9 +119,9 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
             bos_token_id=first(hf.get("bos_token_id")), eos_token_id=first(hf.get("eos_token_id")))
     except KeyError as e:
         raise UserError(f"{where}: setting {e} is missing; is this the config.json of a {arch} checkpoint?") from None
+    except UserError:
+        raise
     except (TypeError, ValueError) as e:
-        if isinstance(e, UserError):
-            raise
         raise UserError(f"{where} has a setting of the wrong kind ({e}); download it again") from None
 
 

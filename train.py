@@ -183,7 +183,6 @@ def save_checkpoint(args: TrainConfig, model, optimizer, step: int, history: dic
 
 
 def load_train_state(out: str) -> dict:
-    check_out(out)
     path = Path(out) / "train.pt"
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; start without --resume, or name the run with --out")
@@ -256,14 +255,15 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
         replace(config, n_loop=args.loops, rank=args.rank)  # UserError if the loops do not divide the layers
 
 
-def build(args: TrainConfig, folder: Path, device) -> tuple[RecursiveTransformer, RecursiveTransformer | None]:
+def build(args: TrainConfig, folder: Path, config: Config,
+          device) -> tuple[RecursiveTransformer, RecursiveTransformer | None]:
     """(student, donor) in fp32; the donor is None for init=scratch, which needs its config but no weights."""
     scratch = args.init == "scratch" and not args.ckpt
     donor = None if scratch else load_any(str(folder), torch.float32).requires_grad_(False).to(device)
     if args.resume or args.ckpt:
         student = RecursiveTransformer.load(args.out if args.resume else args.ckpt, dtype=torch.float32)
     elif scratch:
-        student = RecursiveTransformer(donor_config(folder))
+        student = RecursiveTransformer(config)
     else:
         student = to_recursive(donor, args.loops, args.init, args.rank, args.lora_init, args.vectors,
                                args.rounding, args.norms)
@@ -278,7 +278,8 @@ def evaluate(model: RecursiveTransformer, batches: list, procs: Processes, autoc
         with autocast:
             logits = model.logits(model(idx.to(procs.device))[-1])
         loss = F.cross_entropy(logits.flatten(0, 1), targets.to(procs.device).flatten(), reduction="sum")
-        total += torch.stack([loss.double(), torch.tensor(float(targets.numel()), device=loss.device).double()])
+        total[0] += loss
+        total[1] += targets.numel()
     if procs.world > 1:
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
@@ -328,7 +329,7 @@ def prepare(args: TrainConfig, state: dict | None) -> Run:
             raise UserError(f"--{name}={getattr(args, name)} has {len(tokens)} tokens, one sequence needs "
                             f"{args.seq_len + 1} (seq_len + 1); give more text or a smaller --seq_len")
 
-    model, donor = build(args, folder, procs.device)
+    model, donor = build(args, folder, config, procs.device)
     optimizer = make_optimizer(model, args)
     history = {"donor_config": asdict(config), "tokenizer_hash": tokenizer.hash}
     if state:
@@ -441,11 +442,11 @@ def score(loss: float, n: dict) -> list[str]:
 
 def main(argv=None):
     began, args, state = time.perf_counter(), parse_args(TrainConfig, argv), None
+    check_out(args.out)
     if args.resume:
         state = load_train_state(args.out)
         args = resumed_settings(argv, state)
     check_settings(args)
-    check_out(args.out)
     run = prepare(args, state)
     begin(run)
     if train(run):
