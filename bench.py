@@ -9,8 +9,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -29,7 +27,7 @@ from convert import svd_factors, to_hf, to_recursive, unroll
 from data import load_tokens, windows
 from hf import find_donor, hf_config, hf_shapes, load_full
 from model import Config, RecursiveTransformer
-from runtime import UserError, parse_args, progress, script, table
+from runtime import UserError, parse_args, progress, run_info, script, table
 from sample import generate
 from tokenizer import Tokenizer, copy_tokenizer
 
@@ -48,17 +46,6 @@ class BenchConfig:
     ranks: str = "0,16,64"                 # convert: LoRA ranks, by comma; "full" is full rank
     tmp: str | None = None                 # scale: folder with 10 GB to spare; not set = the system's
     save: str | None = None                # also append the JSON line to this file
-
-
-def run_info(config: BenchConfig) -> dict:
-    """Where and how a figure was measured."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"what": config.what, "settings": asdict(config), "cpu": cpu or platform.processor(), "gpu": gpu,
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "torch": torch.__version__, "commit": git.stdout.strip() or None, "time": time.strftime("%F %T")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +192,7 @@ def bench_scale(config: BenchConfig) -> dict:
 def main(argv=None):
     config = parse_args(BenchConfig, argv)
     numbers = {"convert": bench_convert, "svd": bench_svd, "scale": bench_scale}[config.what](config)
-    line = json.dumps(run_info(config) | numbers)
+    line = json.dumps({"what": config.what, "settings": asdict(config)} | run_info() | numbers)
     print(line)
     if config.save:
         with open(config.save, "a") as f:

@@ -7,6 +7,7 @@ python data.py --name=FILES --train_tokenizer=4096 --out=out_tokenizer    trains
 import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -225,6 +226,24 @@ def batch(tokens: Tokens, rows: range, seq_len: int, seed: int) -> tuple[torch.T
     """
     n = count_windows(tokens, seq_len)
     return windows(tokens, seq_len, [int(permutation(seed, r // n, n)[r % n]) for r in rows])
+
+
+def batches(tokens: Tokens, rows: Iterable[range], seq_len: int, seed: int, device: torch.device) -> Iterator:
+    """`batch` for each range of sample numbers, on `device`. While one is worked on, a thread prepares the next (in
+    pinned memory for a GPU), so that the device never waits for the disk or for the host."""
+    def prepare(numbers):
+        pair = batch(tokens, numbers, seq_len, seed)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)                    # a thread starts out with the first GPU
+            pair = [t.pin_memory() for t in pair]
+        return pair
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for numbers in chain(rows, [None]):
+            ready, coming = coming, numbers and thread.submit(prepare, numbers)
+            if ready:
+                yield tuple(t.to(device, non_blocking=True) for t in ready.result())
 
 
 def validation(tokens: Tokens, seq_len: int, max_tokens: int | None = None, rows: int = 8) -> list:

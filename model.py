@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from runtime import UserError, recover_folder, replace_folder
 
@@ -233,7 +234,7 @@ class Layer(nn.Module):
 class RecursiveTransformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, False  # True: keep only layers' inputs, run them again in backward
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         nn.init.normal_(self.embed.weight, std=0.02)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_unique))
@@ -256,7 +257,9 @@ class RecursiveTransformer(nn.Module):
         states = []
         for loop in range(self.config.n_loop):                           # Eq. 2: the same layers, n_loop times
             for i, layer in enumerate(self.layers):
-                x = layer(x, rope, loop, loop * self.config.n_unique + i, cache)
+                place = rope, loop, loop * self.config.n_unique + i, cache
+                # The reentrant kind would hand a shared weight's gradient to DDP once per loop, and DDP refuses that.
+                x = checkpoint(layer, x, *place, use_reentrant=False) if self.checkpointing else layer(x, *place)
             states.append(x)
         if cache is not None:
             cache.length += idx.size(1)
@@ -264,8 +267,12 @@ class RecursiveTransformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) in fp32 of any loop's hidden state (B, T, C): all exits share final norm and head (§2.4)."""
-        head = self.embed if self.head is None else self.head
-        return widen(F.linear(self.norm(x, 0), head.weight))
+        return widen(F.linear(self.norm(x, 0), self.head_weight))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C): the embedding where the two are tied."""
+        return (self.embed if self.head is None else self.head).weight
 
     def num_params(self) -> dict[str, int]:
         """Parameters `stored` and `run` per token, each with embedding and head and (`_block`) without them."""
@@ -275,6 +282,14 @@ class RecursiveTransformer(nn.Module):
         ends = self.embed.weight.numel() + (0 if self.head is None else self.head.weight.numel())
         stored, run = looped + owned + final, looped * self.config.n_loop + owned + final
         return {"stored": stored + ends, "run": run + ends, "stored_block": stored, "run_block": run}
+
+    def flops(self, seq_len: int, n_exits: int = 1) -> int:
+        """FLOPs of a forward pass, per token of a sequence that long: 2 for each parameter that a token runs through,
+        and causal attention's (it sees half the sequence). Norms, and merging LoRAs once a batch, count nothing."""
+        c = self.config
+        matrices = sum(p.numel() for name, p in self.layers.named_parameters() if is_matrix(name)) * c.n_loop
+        attention = c.n_layer * c.n_head * c.head_dim * (seq_len + 1)    # scores and their sum of values, half each
+        return 2 * (matrices + n_exits * self.head_weight.numel() + attention)
 
     def owned_by_loop(self, name: str, p: Tensor) -> bool:
         """True for a stack over the loops (LoRA, vectors per loop), False for what all loops share."""

@@ -4,10 +4,14 @@ import argparse
 import inspect
 import json
 import os
+import platform
 import re
+import resource
 import shutil
 import signal
+import subprocess
 import sys
+import time
 import types
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -55,6 +59,8 @@ def parse_args(cls, argv=None, defaults=None):
             options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
         elif get_origin(kind) is Literal:
             options |= {"choices": get_args(kind)}
+            if "yes" in get_args(kind):  # a switch with more than two positions may be given bare
+                options |= {"nargs": "?", "const": "yes"}
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument("--" + f.name, **options)
@@ -151,6 +157,48 @@ def clock(seconds: float) -> str:
     return f"{seconds:.0f}s" if seconds < 90 else f"{seconds / 60:.0f}m" if seconds < 5400 else f"{seconds / 3600:.1f}h"
 
 
+# Dense bf16 TFLOP/s from the makers' data sheets, by what torch.cuda.get_device_name() contains; first match counts.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312,
+               "A800": 312, "H800": 989, "L40S": 362, "L40": 181, "L4": 121, "A10": 125, "A6000": 155, "4090": 165,
+               "3090": 71}
+
+
+def peak_flops(device: torch.device, bf16: bool) -> float | None:
+    """FLOP/s that this process could reach in matrix products: a GPU's bf16 peak by its name, a CPU's as measured now.
+    None where nothing is known."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None) if bf16 else None
+    if device.type != "cpu":
+        return None
+    a = torch.randn(1024, 1024, dtype=torch.bfloat16 if bf16 else torch.float32)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    return 2 * 1024**3 / min(seconds)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most that tensors took on a GPU, or that this process took of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def run_info() -> dict:
+    """Where a figure was measured: hardware, versions, commit."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                         text=True)
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu or platform.processor(), "gpu": gpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip() or None,
+            "time": time.strftime("%F %T")}
+
+
 class StopFlag:
     """Ctrl-C or SIGTERM on any process ends the run after the current step, with a checkpoint."""
 
@@ -186,12 +234,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.tiktoken", "tokenizer.model", "t
 
 
 @contextmanager
-def replace_folder(folder):
+def replace_folder(folder, keep: str | None = None):
     """Yield a temporary folder that becomes `folder` when the block ends; on an error `folder` stays as it was.
 
     A crash at any moment leaves the old folder or the new one: everything is written to `.folder.tmp`, flushed to the
     disk, and renamed. Between the two renames the old one is called `.folder.old`, which `recover_folder` puts back.
     What the block did not write (a log, a folder inside) is carried over, but nothing of an old tokenizer beside a new.
+    keep: the name under which the old folder then stays inside the new one, instead of being deleted.
     """
     check_out(folder)
     folder = Path(folder).resolve()  # where a link points to is replaced, not the link
@@ -202,7 +251,7 @@ def replace_folder(folder):
         yield tmp
         if folder.exists():
             new = {path.name for path in tmp.iterdir()}
-            stale = {"train.pt"} | set(TOKENIZER_FILES if new & set(TOKENIZER_FILES) else ())
+            stale = {"train.pt", "previous"} | set(TOKENIZER_FILES if new & set(TOKENIZER_FILES) else ())
             for path in folder.iterdir():
                 if path.name in new | stale:
                     continue
@@ -227,7 +276,16 @@ def replace_folder(folder):
             reason = getattr(e, "strerror", None) or e
             raise UserError(f"cannot write {folder}: {reason}; what was there before is untouched") from e
         raise
+    if keep:
+        with suppress(FileNotFoundError):  # the first of its name, or a reader's recover_folder was faster
+            put_inside(old, folder / keep)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_inside(old: Path, kept: Path) -> None:
+    """Move the folder that was replaced into its successor, without what it kept inside itself."""
+    shutil.rmtree(old / kept.name, ignore_errors=True)
+    old.rename(kept)
 
 
 def beside(folder: Path, suffix: str) -> Path:
@@ -236,12 +294,14 @@ def beside(folder: Path, suffix: str) -> Path:
 
 
 def recover_folder(folder) -> None:
-    """Finish a replacement that was killed between its two renames."""
-    folder = Path(folder)
+    """Finish a replacement that was killed between its renames."""
+    folder = Path(folder).resolve()
     old = beside(folder, ".old")
-    if not folder.exists() and old.exists():
-        with suppress(FileNotFoundError):  # another process of this run was faster
-            old.rename(folder.resolve())
+    with suppress(FileNotFoundError):  # another process of this run was faster
+        if not folder.exists() and old.exists():
+            old.rename(folder)
+        elif (old / "train.pt").exists() and not (folder / "previous").exists():
+            put_inside(old, folder / "previous")
 
 
 def check_out(folder) -> None:

@@ -3,12 +3,12 @@
     python train.py                                       # the shipped donor -> 2 loops, stepwise, on a laptop
     torchrun --standalone --nproc_per_node=8 train.py --donor=FOLDER --init=average --rank=64 --data=FILES --lr=2e-4
     python train.py --resume --out=out                    # go on where a run stopped, with the settings it had
+    torchrun --max-restarts=3 ... train.py --resume=auto  # start, or go on, or go on by itself after a crash
 """
 
-import json
 import math
-import os
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoint import drop_log_after, find_state, resumed_settings, save_checkpoint, write_log
 from convert import LoraInit, Norms, Rounding, Vectors, to_recursive
-from data import Tokens, batch, load_tokens, validation
-from exits import distill_loss
+from data import Tokens, batches, load_tokens, validation
+from exits import chunked_loss, exit_weights
 from hf import config_from_hf, find_donor, load_any, read_json, refuse_looped
 from model import Config, RecursiveTransformer, read_config
 from runtime import (
@@ -31,15 +32,15 @@ from runtime import (
     UserError,
     check_out,
     clock,
-    is_main,
     parse_args,
+    peak_flops,
+    peak_memory,
     print0,
-    replace_folder,
     script,
     start_processes,
     table,
 )
-from tokenizer import Tokenizer, copy_tokenizer
+from tokenizer import Tokenizer
 
 TrainInit = Literal["stepwise", "average", "lower", "random", "scratch"]
 
@@ -47,7 +48,8 @@ TrainInit = Literal["stepwise", "average", "lower", "random", "scratch"]
 @dataclass
 class TrainConfig:
     # what is trained
-    donor: str = "assets/donor"            # full-size model and teacher: a folder or a Hugging Face id
+    donor: str = "assets/donor"            # full-size model: a folder or a Hugging Face id
+    teacher: str | None = None             # distil from this model instead of the donor: a folder or an id, any size
     ckpt: str | None = None                # start from this checkpoint of ours instead of converting the donor
     init: TrainInit = "stepwise"           # how the stored layers start (§2.2); scratch = random weights at full size
     loops: int = 2                         # how often the shared block runs (the paper's B)
@@ -71,12 +73,15 @@ class TrainConfig:
     beta1: float = 0.9                     # AdamW's, of the mean of the gradient
     beta2: float = 0.95                    # AdamW's, of the mean of its square
     clip: float = 1.0                      # largest gradient norm
-    distill: Literal["fkl", "rkl", "jsd", "tvd", "none"] = "fkl"  # distillation from the donor, beside cross entropy
+    distill: Literal["fkl", "rkl", "jsd", "tvd", "none"] = "fkl"  # distillation from the teacher, beside cross entropy
     distill_weight: float = 1.0            # loss = cross entropy + this x distillation
     temperature: float = 1.0               # of both distributions in the distillation; its loss is scaled by the square
+    exits: Literal["last", "weighted", "aggressive"] = "last"  # which loops' outputs are trained, and how much (§2.4)
+    exit_coef: float = 0.1                 # aggressive: the weight of every loop but the last
+    exit_distill: bool = False             # the earlier exits are distilled from the last loop, not from the teacher
     # where, and how often
     out: str = "out"                       # checkpoint folder, with log.jsonl
-    resume: bool = False                   # go on from the checkpoint in --out, with its settings
+    resume: Literal["no", "yes", "auto"] = "no"  # go on from the checkpoint in --out; auto: if there is one, else start
     eval_every: int = 50                   # steps between evaluations
     eval_tokens: int = 16_384              # validation tokens per evaluation; the first and last: four times as many
     save_every: int = 100                  # steps between checkpoints
@@ -85,29 +90,41 @@ class TrainConfig:
     device: str = "auto"                   # auto, cpu, cuda
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast to bfloat16; auto = on GPUs
     compile: bool = False                  # torch.compile (a minute at the start)
+    checkpointing: bool = False            # less memory, a third more work: layers are run again in the backward pass
+    zero: bool = False                     # each process keeps only its share of the optimizer's state (ZeRO, stage 1)
+    skip_nonfinite: bool = False           # skip a step whose loss or gradient is not finite, instead of stopping
 
 
-# What a resumed run may be given anew: where its files lie, how it runs and reports, and how long (with that schedule).
+# What a resumed run may be given anew: where its files lie, how it runs and reports, how long (with that schedule).
 MAY_CHANGE = {"out", "resume", "tokens", "eval_every", "eval_tokens", "save_every", "log_every", "micro_batch",
-              "device", "dtype", "compile", "donor", "data", "valid"}
+              "device", "dtype", "compile", "checkpointing", "zero", "skip_nonfinite", "donor", "teacher", "data",
+              "valid"}
 
 
 class Objective(nn.Module):
-    """Cross entropy + distillation for one micro-batch, in one module so that DDP and compile see a whole forward."""
+    """Model and loss for one micro-batch, in one module so that DDP and compile see a whole forward."""
 
     def __init__(self, model: RecursiveTransformer, args: TrainConfig):
         super().__init__()
         self.model, self.args = model, args
+        self.exits = trained_exits(args, model.config.n_loop)
 
-    def forward(self, idx: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(loss to minimise, cross entropy), both mean over tokens in nats; idx and targets (B, T)."""
-        logits = self.model.logits(self.model(idx)[-1])                  # (B, T, V)
-        ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        if teacher_logits is None:
-            return ce, ce.detach()
-        t = self.args.temperature  # the square keeps the gradient's size (Hinton et al., 2015)
-        kl = t * t * distill_loss(logits / t, teacher_logits / t, self.args.distill)
-        return ce + self.args.distill_weight * kl, ce.detach()
+    def forward(self, idx: Tensor, targets: Tensor, teacher: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """(loss to minimise, cross entropy of each trained exit), means over tokens in nats; idx and targets (B, T).
+
+        teacher: its last hidden states after the final norm (B, T, C'), and its head (V, C').
+        """
+        args, states = self.args, self.model(idx)
+        return chunked_loss([self.model.norm(states[i], 0) for i in self.exits], self.model.head_weight, targets,
+                            list(self.exits.values()), teacher, "fkl" if args.distill == "none" else args.distill,
+                            args.distill_weight, args.temperature, args.exit_distill, args.compile)
+
+
+def trained_exits(args: TrainConfig, n_loop: int) -> dict[int, float]:
+    """{loop: weight of the loss at its end}."""
+    if args.exits == "last":
+        return {n_loop - 1: 1.0}
+    return {i: w for i, w in enumerate(exit_weights(n_loop, args.exits, args.exit_coef)) if w > 0}
 
 
 def learning_rate(step: int, steps: int, args: TrainConfig) -> float:
@@ -119,12 +136,14 @@ def learning_rate(step: int, steps: int, args: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, args: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay for matrices and LoRA, none for norm weights and biases."""
+    """AdamW, with --zero spread over the processes; weight decay for matrices and LoRA, none for norms and biases."""
     matrices = [p for n, p in model.named_parameters() if not n.endswith("bias") and "norm" not in n]
     vectors = [p for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                              {"params": vectors, "weight_decay": 0.0}],
-                             lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    options = {"lr": args.lr, "betas": (args.beta1, args.beta2), "fused": True}
+    if args.zero and dist.is_initialized():
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def accumulation(args: TrainConfig, world: int) -> int:
@@ -139,12 +158,12 @@ def accumulation(args: TrainConfig, world: int) -> int:
     return args.batch_tokens // one
 
 
-def check_settings(args: TrainConfig) -> None:
+def check_settings(args: TrainConfig, resumed: bool) -> None:
     for name in ("tokens", "batch_tokens", "seq_len", "micro_batch", "lr", "temperature", "eval_every", "save_every",
                  "log_every", "eval_tokens", "clip"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name}={getattr(args, name)} must be positive")
-    for name in ("rank", "min_lr", "warmup", "weight_decay", "distill_weight", "seed"):
+    for name in ("rank", "min_lr", "warmup", "weight_decay", "distill_weight", "exit_coef", "seed"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name}={getattr(args, name)} must not be negative")
     for name in ("beta1", "beta2"):
@@ -158,72 +177,10 @@ def check_settings(args: TrainConfig) -> None:
                                 "none: drop one of the two")
     if args.tokens < args.batch_tokens:
         raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
-    if not args.resume and (Path(args.out) / "train.pt").exists():
+    if not resumed and (Path(args.out) / "train.pt").exists():
         raise UserError(f"{args.out} holds a run already; go on with --resume, or give another --out")
-    if not args.resume and (Path(args.out) / "model.safetensors").exists():  # somebody's donor, perhaps
+    if not resumed and (Path(args.out) / "model.safetensors").exists():  # somebody's donor, perhaps
         raise UserError(f"{args.out} holds a model already; give another --out, and --ckpt={args.out} to start from it")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-def save_checkpoint(args: TrainConfig, model, optimizer, step: int, history: dict) -> None:
-    """Replace the folder args.out: model, tokenizer, optimizer and where the run stands. The first process writes."""
-    if is_main():
-        with replace_folder(args.out) as tmp:
-            model.write(tmp)
-            copy_tokenizer(history["tokenizer"], tmp)
-            state = {"step": step, "args": asdict(args), "history": history, "optimizer": optimizer.state_dict()}
-            try:
-                torch.save(state, tmp / "train.pt")
-            except RuntimeError as e:  # what torch makes of a full disk
-                raise OSError(f"train.pt: {e} (is the disk full?)") from e
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def load_train_state(out: str) -> dict:
-    path = Path(out) / "train.pt"
-    if not path.exists():
-        raise UserError(f"nothing to resume: {path} does not exist; start without --resume, or name the run with --out")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return state | {"args": TrainConfig(**state["args"])}
-    except Exception as e:  # torch raises whatever its unpickler met
-        raise UserError(f"{path} is damaged ({str(e).splitlines()[0]}); start anew with --ckpt={out}") from None
-
-
-def resumed_settings(argv, state: dict) -> TrainConfig:
-    """The settings of the run that is resumed, with the flags given now. UserError if they would change what it is."""
-    saved, given = state["args"], parse_args(TrainConfig, argv)
-    kept = parse_args(TrainConfig, argv, defaults=saved)
-    clash = [f"--{name}={value} (the run has {getattr(saved, name)})" for name, value in asdict(kept).items()
-             if value != getattr(saved, name) and name not in MAY_CHANGE]
-    if clash:
-        raise UserError(f"--resume continues the run in {given.out} as it was, but {', '.join(clash)} was given; "
-                        f"drop the flag, or start a new run from it with --ckpt={given.out} and another --out")
-    return replace(kept, resume=True, out=given.out)  # the folder may have been moved
-
-
-def drop_log_after(path: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint that the run goes on from, and how it ended if it was at its end."""
-    if is_main() and path.exists():
-        kept = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"}\n") or (values := json.loads(line))["step"] > step or "final" in values:
-                break  # a crash may have cut the last one short
-            kept += len(line)
-        os.truncate(path, kept)
-
-
-def write_log(args: TrainConfig, **values) -> None:
-    if is_main():
-        try:
-            with open(Path(args.out) / "log.jsonl", "a") as f:
-                f.write(json.dumps(values) + "\n")
-        except OSError as e:
-            raise UserError(f"cannot write {e.filename or 'log.jsonl'} ({e.strerror}); {args.out} holds the last "
-                            f"checkpoint: make room, then go on with --resume --out={args.out}") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,54 +192,74 @@ def donor_config(folder: Path) -> Config:
 
 
 def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: dict | None) -> None:
-    """Raise UserError if the donor does not fit the settings, --ckpt or the run resumed: before any real work."""
+    """Raise UserError if donor or teacher do not fit the settings, --ckpt or the run resumed: before any real work."""
     if args.seq_len > config.n_ctx:
         raise UserError(f"--seq_len={args.seq_len} is longer than the {config.n_ctx} tokens that {args.donor} was made "
                         f"for; use --seq_len={config.n_ctx} or less")
+    if args.teacher and args.distill != "none":
+        folder = find_donor(args.teacher)
+        check_vocabulary(args.teacher, folder, donor_config(folder), f"the donor {args.donor}", config, tokenizer)
     if state:
         before = state["history"]["donor_config"]
         changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in asdict(config).items() if v != before.get(k))
         if changed or state["history"]["tokenizer_hash"] != tokenizer.hash:
             raise UserError(f"the donor {args.donor} is of another architecture or tokenizer than when the run in "
                             f"{args.out} started: {changed or 'tokenizer'}; resume with the donor it was made from")
+        loops = read_config(args.out).n_loop
     elif args.ckpt:
-        size = read_config(args.ckpt).vocab_size
-        if size != config.vocab_size or Tokenizer.load(args.ckpt, size).hash != tokenizer.hash:
-            raise UserError(f"{args.ckpt} has a vocabulary of {size}, its teacher {args.donor} one of "
-                            f"{config.vocab_size}, or another tokenizer: name its own --donor")
+        start = read_config(args.ckpt)
+        check_vocabulary(args.ckpt, args.ckpt, start, f"its teacher {args.donor}", config, tokenizer)
+        loops = start.n_loop
     elif args.init != "scratch":
         refuse_looped(config, "give its donor, or start from it with --ckpt")
-        replace(config, n_loop=args.loops, rank=args.rank)  # UserError if the loops do not divide the layers
+        loops = replace(config, n_loop=args.loops, rank=args.rank).n_loop  # UserError if it does not divide the layers
+    else:
+        loops = config.n_loop
+    if loops == 1 and (args.exits != "last" or args.exit_distill):
+        raise UserError(f"--exits={args.exits} needs a model with an exit before its last loop; this one has 1 loop")
+    if args.exit_distill and args.exits == "last":
+        raise UserError("--exit_distill trains the earlier exits; say how much with --exits=aggressive or weighted")
 
 
-def build(args: TrainConfig, folder: Path, config: Config,
-          device) -> tuple[RecursiveTransformer, RecursiveTransformer | None]:
-    """(student, donor) in fp32; the donor is None for init=scratch, which needs its config but no weights."""
+def check_vocabulary(name: str, folder, its: Config, other: str, config: Config, tokenizer: Tokenizer) -> None:
+    if its.vocab_size != config.vocab_size or Tokenizer.load(folder, its.vocab_size).hash != tokenizer.hash:
+        raise UserError(f"{name} has a vocabulary of {its.vocab_size}, {other} one of {config.vocab_size}, or another "
+                        "tokenizer: their words must be the same (--donor names the donor of --ckpt)")
+
+
+def build(args: TrainConfig, folder: Path, config: Config, device,
+          resumed: bool) -> tuple[RecursiveTransformer, RecursiveTransformer | None, RecursiveTransformer | None]:
+    """(student, donor, teacher), in fp32; the donor is None for init=scratch, which needs its config but no weights,
+    and the teacher None where nothing is distilled."""
     scratch = args.init == "scratch" and not args.ckpt
     donor = None if scratch else load_any(str(folder), torch.float32).requires_grad_(False).to(device)
-    if args.resume or args.ckpt:
-        student = RecursiveTransformer.load(args.out if args.resume else args.ckpt, dtype=torch.float32)
+    if resumed or args.ckpt:
+        student = RecursiveTransformer.load(args.out if resumed else args.ckpt, dtype=torch.float32)
     elif scratch:
         student = RecursiveTransformer(config)
     else:
         student = to_recursive(donor, args.loops, args.init, args.rank, args.lora_init, args.vectors,
                                args.rounding, args.norms)
-    return student.to(device), donor
+    student.checkpointing = args.checkpointing
+    teacher = None if args.distill == "none" else donor
+    if args.teacher and args.distill != "none":
+        teacher = load_any(str(find_donor(args.teacher)), torch.float32).requires_grad_(False).to(device)
+    return student.to(device), donor, teacher
 
 
 @torch.no_grad()
-def evaluate(model: RecursiveTransformer, batches: list, procs: Processes, autocast) -> float:
-    """Mean cross entropy in nats over validation batches, which the processes share out."""
-    total = torch.zeros(2, dtype=torch.float64, device=procs.device)
-    for idx, targets in batches[procs.rank::procs.world]:
+def evaluate(model: RecursiveTransformer, pairs: list, procs: Processes, autocast, exits=(-1,)) -> list[float]:
+    """Mean cross entropy in nats at these loops' exits, over validation batches, which the processes share out."""
+    total = torch.zeros(len(exits) + 1, dtype=torch.float64, device=procs.device)
+    for idx, targets in pairs[procs.rank::procs.world]:
         with autocast:
-            logits = model.logits(model(idx.to(procs.device))[-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.to(procs.device).flatten(), reduction="sum")
-        total[0] += loss
-        total[1] += targets.numel()
+            states = model(idx.to(procs.device))
+            _, ce = chunked_loss([model.norm(states[i], 0) for i in exits], model.head_weight,
+                                 targets.to(procs.device), [1.0] * len(exits))
+        total += torch.cat([ce, ce.new_ones(1)]) * targets.numel()
     if procs.world > 1:
         dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    return (total[:-1] / total[-1]).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,7 +272,7 @@ class Run:
     procs: Processes
     model: RecursiveTransformer
     donor: RecursiveTransformer | None      # None for init=scratch
-    teacher: RecursiveTransformer | None    # the donor, or None where nothing is distilled
+    teacher: RecursiveTransformer | None    # None where nothing is distilled
     objective: nn.Module                    # what is called and differentiated: compiled, in DDP
     optimizer: torch.optim.Optimizer
     train_tokens: Tokens
@@ -305,12 +282,13 @@ class Run:
     steps: int                              # optimizer steps in all
     micro_steps: int                        # forward and backward passes per step and process
     step: int                               # steps done
+    saved: int                              # steps done when the last checkpoint was written
     history: dict                           # what a resumed run must know of its start
+    peak: float | None                      # FLOP/s that the devices could reach together, where known
 
 
-def prepare(args: TrainConfig, state: dict | None) -> Run:
+def prepare(args: TrainConfig, procs: Processes, state: dict | None) -> Run:
     """Load, check and convert everything; what can be wrong is found out before the minutes of work."""
-    procs = start_processes(args.device)
     micro_steps, steps = accumulation(args, procs.world), args.tokens // args.batch_tokens
     if state and steps < state["step"]:
         raise UserError(f"--tokens={args.tokens} are {steps} steps, the run in {args.out} has done {state['step']}; "
@@ -329,108 +307,149 @@ def prepare(args: TrainConfig, state: dict | None) -> Run:
             raise UserError(f"--{name}={getattr(args, name)} has {len(tokens)} tokens, one sequence needs "
                             f"{args.seq_len + 1} (seq_len + 1); give more text or a smaller --seq_len")
 
-    model, donor = build(args, folder, config, procs.device)
+    model, donor, teacher = build(args, folder, config, procs.device, state is not None)
+    if bf16:  # frozen weights: rounded once, not by autocast at each use
+        donor, teacher = (m and m.to(torch.bfloat16) for m in (donor, teacher))
     optimizer = make_optimizer(model, args)
-    history = {"donor_config": asdict(config), "tokenizer_hash": tokenizer.hash}
+    history = {"donor_config": asdict(config), "tokenizer_hash": tokenizer.hash, "skipped": 0}
+    step = 0
     if state:
-        history = state["history"]
+        history, step = state["history"], state["step"]
         optimizer.load_state_dict(state["optimizer"])
-        drop_log_after(Path(args.out) / "log.jsonl", state["step"])
-    objective = Objective(model, args)
+        drop_log_after(Path(args.out) / "log.jsonl", step)
+    objective, peak = Objective(model, args), peak_flops(procs.device, bf16)
     if args.compile:
         objective.compile()
-    return Run(args, procs, model, donor, None if args.distill == "none" else donor,
+    return Run(args, procs, model, donor, teacher,
                DistributedDataParallel(objective) if procs.world > 1 else objective, optimizer, texts["data"],
-               validation(texts["valid"], args.seq_len, 4 * args.eval_tokens),
-               bf16, autocast, steps, micro_steps,
-               state["step"] if state else 0, history | {"tokenizer": str(folder)})
+               validation(texts["valid"], args.seq_len, 4 * args.eval_tokens), bf16, autocast, steps, micro_steps,
+               step, step, history | {"tokenizer": str(folder)}, peak and peak * procs.world)
 
 
-def begin(run: Run) -> None:
+def begin(run: Run, resumed: bool) -> None:
     """Say what will be trained; a new run also scores donor and start, and writes its first checkpoint."""
     args, c, n = run.args, run.model.config, run.model.num_params()
     print0(f"{args.ckpt or args.init}: {c.n_layer} layers as {c.n_loop} x {c.n_unique}, rank {c.rank} | parameters "
            f"{n['stored'] / 1e6:.2f} M stored, {n['run'] / 1e6:.2f} M run per token | {len(run.train_tokens):,} tokens "
            f"to train on | {run.procs.world} x {run.procs.device.type}{' bf16' * run.bf16}")
-    if args.resume:
+    if resumed:
         print0(f"resuming at step {run.step} of {run.steps}")
         return
-    run.history["donor"] = evaluate(run.donor, run.valid, run.procs, run.autocast) if run.donor else None
-    run.history["converted"] = evaluate(run.model, run.valid, run.procs, run.autocast)
+    run.history["donor"] = evaluate(run.donor, run.valid, run.procs, run.autocast)[-1] if run.donor else None
+    run.history["converted"] = evaluate(run.model, run.valid, run.procs, run.autocast)[-1]
     before = f"donor {run.history['donor']:.4f}, " if run.donor else ""
     print0(f"validation loss: {before}start {run.history['converted']:.4f}")
-    save_checkpoint(args, run.model, run.optimizer, 0, run.history)
-    write_log(args, step=0, full_val_loss=run.history["converted"], donor_loss=run.history["donor"])
+    save(run)
+    write_log(args.out, step=0, full_val_loss=run.history["converted"], donor_loss=run.history["donor"])
 
 
-def train_step(run: Run, lr: float) -> tuple[float, float, float]:
-    """One optimizer step; returns (objective, cross entropy, gradient norm), means over the whole batch."""
+def save(run: Run) -> None:
+    save_checkpoint(run.args.out, run.model, run.optimizer,
+                    {"step": run.step, "args": asdict(run.args), "history": run.history,
+                     "tokenizer": run.history["tokenizer"]})
+    run.saved = run.step
+
+
+def feed(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process' micro-batches from the current step to the last. Which samples they hold depends on their number
+    alone, so neither a stop nor another number of processes changes what is trained on."""
+    def samples():
+        rows, size = run.args.micro_batch, run.procs.world * run.args.micro_batch
+        for micro in range(run.step * run.micro_steps, run.steps * run.micro_steps):
+            first = micro * size + run.procs.rank * rows
+            yield range(first, first + rows)
+    return batches(run.train_tokens, samples(), run.args.seq_len, run.args.seed, run.procs.device)
+
+
+def train_step(run: Run, feed: Iterator, lr: float) -> tuple[float, list[float], float]:
+    """One optimizer step; returns (objective, cross entropy of each trained exit, gradient norm) of the whole batch."""
     args, procs = run.args, run.procs
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    sums = torch.zeros(2, device=procs.device)
+    sums = 0.0
     for micro in range(run.micro_steps):
-        first = ((run.step * run.micro_steps + micro) * procs.world + procs.rank) * args.micro_batch
-        rows = range(first, first + args.micro_batch)
-        idx, targets = (t.to(procs.device) for t in batch(run.train_tokens, rows, args.seq_len, args.seed))
+        idx, targets = next(feed)
         last = micro == run.micro_steps - 1             # DDP sums gradients once per step, not per micro-step
         with nullcontext() if last or procs.world == 1 else run.objective.no_sync(), run.autocast:
             with torch.no_grad():
-                teacher_logits = run.teacher.logits(run.teacher(idx)[-1]) if run.teacher else None
-            loss, ce = run.objective(idx, targets, teacher_logits)
-        (loss / run.micro_steps).backward()
-        sums += torch.stack([loss.detach(), ce]) / run.micro_steps
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.clip).item()
+                teacher = run.teacher and (run.teacher.norm(run.teacher(idx)[-1], 0), run.teacher.head_weight)
+            loss, ce = run.objective(idx, targets, teacher)
+            (loss / run.micro_steps).backward()
+        sums += torch.cat([loss.detach()[None], ce]) / run.micro_steps
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
     if procs.world > 1:
         dist.all_reduce(sums)
-    total, ce = (sums / procs.world).tolist()
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        raise UserError(f"loss {total}, gradient norm {norm} at step {run.step + 1}: not finite, training stops; "
-                        f"{args.out} holds the last good checkpoint: start anew with --ckpt and a lower --lr")
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    total, *ce, norm = torch.cat([sums / procs.world, norm[None]]).tolist()
     run.step += 1
+    if math.isfinite(total) and math.isfinite(norm):
+        run.optimizer.step()
+    elif args.skip_nonfinite:
+        run.history["skipped"] += 1
+        print0(f"step {run.step}: loss {total}, gradient norm {norm}: skipped")
+    else:
+        raise UserError(f"loss {total}, gradient norm {norm} at step {run.step}: not finite, training stops; "
+                        f"{args.out} holds the last good checkpoint, of step {run.saved}: start anew with "
+                        f"--ckpt={args.out} and a lower --lr, or go on with --resume --skip_nonfinite")
+    run.optimizer.zero_grad(set_to_none=True)
     return total, ce, norm
 
 
 def train(run: Run) -> bool:
     """Steps until all are done (True) or somebody asks to stop (False); either way the last is saved."""
     args, seconds, logged = run.args, 0.0, run.step     # seconds in steps alone since the last line
+    exits = list(trained_exits(args, run.model.config.n_loop))
+    flops = 3 * run.model.flops(args.seq_len, len(exits)) + (run.teacher.flops(args.seq_len) if run.teacher else 0)
+    stream = feed(run)
     with StopFlag() as stop:
         while run.step < run.steps and not stop.agreed(run.procs):
             began, lr = time.perf_counter(), learning_rate(run.step, run.steps, args)
-            total, ce, norm = train_step(run, lr)
+            total, ce, norm = train_step(run, stream, lr)
             seconds += time.perf_counter() - began
             done = run.step == run.steps
             if run.step % args.log_every == 0 or done:
                 per_step, seconds, logged = seconds / (run.step - logged), 0.0, run.step
-                speed = args.batch_tokens / per_step
-                both = f" | with distillation {total:.4f}" if run.teacher else ""
-                print0(f"step {run.step}/{run.steps} | loss {ce:.4f}{both} | lr {lr:.1e} | {per_step * 1000:.0f} ms | "
-                       f"{speed:,.0f} tok/s | eta {clock(per_step * (run.steps - run.step))}")
-                write_log(args, step=run.step, loss=ce, objective=total, lr=lr, grad_norm=norm, tokens_per_s=speed)
+                log_step(run, total, ce, lr, norm, per_step, flops)
             if run.step % args.eval_every == 0 and not done:
                 quick = run.valid[:max(1, len(run.valid) // 4)]
-                val = evaluate(run.model, quick, run.procs, run.autocast)
-                print0(f"step {run.step}/{run.steps} | validation loss {val:.4f}")
-                write_log(args, step=run.step, val_loss=val)
+                val = evaluate(run.model, quick, run.procs, run.autocast, exits)
+                print0(f"step {run.step}/{run.steps} | validation loss {val[-1]:.4f}{by_exit(val)}")
+                write_log(args.out, step=run.step, val_loss=val[-1], exit_val_loss=val)
             if run.step % args.save_every == 0 and not done:
-                save_checkpoint(args, run.model, run.optimizer, run.step, run.history)
-        save_checkpoint(args, run.model, run.optimizer, run.step, run.history)
+                save(run)
+        save(run)
     return run.step == run.steps
+
+
+def log_step(run: Run, total: float, ce: list[float], lr: float, norm: float, per_step: float, flops: int) -> None:
+    """One line on the screen, one in log.jsonl. per_step: seconds; flops: of the whole step, per token."""
+    args, speed = run.args, run.args.batch_tokens / per_step
+    mfu = run.peak and speed * flops / run.peak
+    print0(f"step {run.step}/{run.steps} | loss {ce[-1]:.4f}{by_exit(ce)}"
+           f"{f' | with distillation {total:.4f}' if run.teacher else ''} | lr {lr:.1e} | {per_step * 1000:.0f} ms | "
+           f"{speed:,.0f} tok/s{f' | mfu {mfu:.0%}' if mfu else ''} | eta {clock(per_step * (run.steps - run.step))}")
+    write_log(args.out, step=run.step, loss=ce[-1], exit_loss=ce, objective=total, lr=lr, grad_norm=norm,
+              tokens_per_s=speed, mfu=mfu, peak_gib=peak_memory(run.procs.device), skipped=run.history["skipped"])
+
+
+def by_exit(losses: list[float]) -> str:
+    return f" (exits {' '.join(f'{x:.4f}' for x in losses[:-1])})" if len(losses) > 1 else ""
 
 
 def report(run: Run, seconds: float) -> None:
     """The closing table: donor, converted, uptrained."""
-    final, history, n = evaluate(run.model, run.valid, run.procs, run.autocast), run.history, run.model.num_params()
-    write_log(run.args, step=run.step, full_val_loss=final, final=True, seconds=seconds)
+    history, n = run.history, run.model.num_params()
+    final = evaluate(run.model, run.valid, run.procs, run.autocast)[-1]
+    write_log(run.args.out, step=run.step, full_val_loss=final, final=True, seconds=seconds)
     lines = [["model", "validation loss", "perplexity", "stored", "run per token"]]
     if run.donor:
         lines.append(["donor", *score(history["donor"], run.donor.num_params())])
     converted = run.donor and run.args.init != "random"  # else nothing of the donor is in it
     lines += [["converted" if converted else "start", *score(history["converted"], n)],
               ["uptrained" if converted else "trained", *score(final, n)]]
-    print0(f"\n{run.steps} steps, {clock(seconds)}; checkpoint in {run.args.out}\n{table(lines)}")
+    print0(f"\n{run.steps} steps, {clock(seconds)}, peak memory {peak_memory(run.procs.device):.1f} GiB; checkpoint in "
+           f"{run.args.out}\n{table(lines)}")
+    if history["skipped"]:
+        print0(f"{history['skipped']} steps were skipped: their loss or gradient was not finite")
     if converted and history["converted"] > history["donor"]:
         won = (history["converted"] - final) / (history["converted"] - history["donor"])
         print0(f"{won:.0%} of what conversion cost is won back")
@@ -441,14 +460,15 @@ def score(loss: float, n: dict) -> list[str]:
 
 
 def main(argv=None):
-    began, args, state = time.perf_counter(), parse_args(TrainConfig, argv), None
+    began, args = time.perf_counter(), parse_args(TrainConfig, argv)
     check_out(args.out)
-    if args.resume:
-        state = load_train_state(args.out)
-        args = resumed_settings(argv, state)
-    check_settings(args)
-    run = prepare(args, state)
-    begin(run)
+    procs = start_processes(args.device)
+    state = find_state(args.out, args.resume)
+    if state:
+        args = resumed_settings(argv, args, state, MAY_CHANGE)
+    check_settings(args, state is not None)
+    run = prepare(args, procs, state)
+    begin(run, state is not None)
     if train(run):
         report(run, time.perf_counter() - began)
     else:

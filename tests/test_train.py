@@ -86,7 +86,7 @@ def run(home: Path, out: Path, *more: str) -> list[dict]:
 def read_log(out: Path) -> list[dict]:
     """log.jsonl without what differs from run to run."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "seconds")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "seconds", "mfu", "peak_gib")} for line in lines]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -159,16 +159,17 @@ def test_objective_is_cross_entropy_plus_scaled_distillation(weight, temperature
     torch.manual_seed(2)
     args = train.TrainConfig(distill=kind, distill_weight=weight, temperature=temperature)
     model, (idx, targets) = RecursiveTransformer(DONOR), torch.randint(DONOR.vocab_size, (2, 2, 5))
-    teacher = 2 * torch.randn(2, 5, DONOR.vocab_size)
-    loss, ce = train.Objective(model, args)(idx, targets, teacher)
+    states, head = 2 * torch.randn(2, 5, 8), torch.randn(DONOR.vocab_size, 8)
+    loss, ce = train.Objective(model, args)(idx, targets, (states, head))
+    teacher = states @ head.t()
     logits = model.logits(model(idx)[-1])
     want = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
     apart = distill_loss(logits / temperature, teacher / temperature, kind)
-    torch.testing.assert_close(ce, want)
+    torch.testing.assert_close(ce, want[None])
     torch.testing.assert_close(loss, want + weight * temperature**2 * apart)
     assert not ce.requires_grad and loss.requires_grad
     plain, ce = train.Objective(model, args)(idx, targets, None)
-    torch.testing.assert_close((plain, ce), (want, want))
+    torch.testing.assert_close((plain, ce), (want, want[None]))
 
 
 def test_learning_rate_goes_from_warmup_over_its_peak_to_its_end():
@@ -278,7 +279,7 @@ def test_every_parameter_gets_a_gradient(arch, vectors):
     full = RecursiveTransformer(replace(DONOR, arch=arch, attn_bias=neox, mlp_bias=neox, parallel=neox, n_kv_head=4))
     student = convert.to_recursive(full, 2, "average", 4, vectors=vectors)
     idx, targets = torch.randint(DONOR.vocab_size, (2, 2, 9))
-    loss, _ = train.Objective(student, train.TrainConfig())(idx, targets, full.logits(full(idx)[-1]).detach())
+    loss, _ = train.Objective(student, train.TrainConfig())(idx, targets, (full(idx)[-1].detach(), full.head_weight.detach()))
     loss.backward()
     for name, p in student.named_parameters():
         assert p.grad is not None, name
@@ -310,11 +311,11 @@ def test_accumulated_micro_batches_are_one_batch(home, tmp_path):
 
 
 def count_lines(save, reached):
-    """`save` that calls reached(n) before it runs the nth line of runtime.py or shutil.py, where files are moved."""
+    """`save` that calls reached(n) before it runs the nth line of these three files, where files are moved."""
     lines = itertools.count()
 
     def trace(frame, event, _):
-        if not frame.f_code.co_filename.endswith(("runtime.py", "shutil.py")):
+        if not frame.f_code.co_filename.endswith(("checkpoint.py", "runtime.py", "shutil.py")):
             return None
         if event == "line":
             reached(next(lines))
@@ -453,11 +454,11 @@ def test_only_the_first_process_writes_the_log(tmp_path, monkeypatch):
     log.write_text(lines)
     monkeypatch.setenv("RANK", "1")
     train.drop_log_after(log, 1)
-    train.write_log(train.TrainConfig(out=str(tmp_path)), step=3)
+    train.write_log(str(tmp_path), step=3)
     assert log.read_text() == lines
     monkeypatch.setenv("RANK", "0")
     train.drop_log_after(log, 2)
-    train.write_log(train.TrainConfig(out=str(tmp_path)), step=3)
+    train.write_log(str(tmp_path), step=3)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
@@ -472,12 +473,12 @@ def test_kill_9_at_any_moment_loses_nothing_but_the_last_step(home, tmp_path, st
     def fingerprint(state):
         return [w.double().sum().item() for w in state.values()] + [next(iter(state.values())).double().std().item()]
 
-    def recorded(args, model, optimizer, step, history):
-        sums[step] = fingerprint(model.state_dict())
-        if step in (0, 1, 100):
+    def recorded(folder, model, optimizer, state):
+        sums[state["step"]] = fingerprint(model.state_dict())
+        if state["step"] in (0, 1, 100):
             lines.clear()
-            save(args, model, optimizer, step, history)
-        if step == 0:
+            save(folder, model, optimizer, state)
+        if state["step"] == 0:
             shutil.copytree(straight, out)
     monkeypatch.setattr(train, "save_checkpoint", recorded)
     want = run(home, straight, *more)
