@@ -3,12 +3,15 @@
     python bench.py --what=convert --donor=FOLDER --text=FILE     # what conversion costs, against transformers
     python bench.py --what=svd                                    # our SVD of a residual against torch.linalg.svd
     python bench.py --what=scale                                  # convert a checkpoint of Gemma 2B's exact shapes
+    python bench.py --what=train --shape=gemma-2b --compile       # training: ours, transformers, the naive loss
+    python bench.py --what=lora                                   # training a layer with LoRA: merged against separate
 """
 
 import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import resource
 import subprocess
 import sys
@@ -25,26 +28,44 @@ from torch import Tensor
 
 from convert import svd_factors, to_hf, to_recursive, unroll
 from data import load_tokens, windows
+from exits import distill_loss
 from hf import find_donor, hf_config, hf_shapes, load_full
-from model import Config, RecursiveTransformer
-from runtime import UserError, parse_args, progress, run_info, script, table
+from model import Config, Layer, RecursiveTransformer, RelaxedLinear, rope_angles, widen
+from runtime import (
+    UserError,
+    parse_args,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    progress,
+    run_info,
+    script,
+    table,
+)
 from sample import generate
 from tokenizer import Tokenizer, copy_tokenizer
+from train import Objective, TrainConfig, donor_config, make_optimizer
 
 HERE = Path(__file__).parent
 
 
 @dataclass
 class BenchConfig:
-    what: Literal["convert", "svd", "scale"] = "convert"  # which measurement
-    donor: str = "assets/donor"            # convert: full-size model, a folder or a Hugging Face id
+    what: Literal["convert", "svd", "scale", "train", "lora"] = "convert"  # which measurement
+    donor: str = "assets/donor"            # convert, train: full-size model, a folder or a Hugging Face id
     text: str = "assets/books/valid.txt"   # convert: text whose loss is measured
     tokens: int = 16_384                   # convert: of that text, in windows spread evenly over it
-    seq_len: int = 256                     # convert: tokens in a window
-    loops: str = "2,3"                     # convert: numbers of loops, by comma
+    seq_len: int = 256                     # convert, train: tokens in a window
+    loops: str = "2,3"                     # convert, train: numbers of loops, by comma
     inits: str = "stepwise,average,lower"  # convert: inits, by comma
-    ranks: str = "0,16,64"                 # convert: LoRA ranks, by comma; "full" is full rank
+    ranks: str = "0,16,64"                 # convert, train, lora: LoRA ranks, by comma; "full" is full rank (convert)
     tmp: str | None = None                 # scale: folder with 10 GB to spare; not set = the system's
+    shape: Literal["donor", "gemma-2b", "tinyllama", "pythia-1b", "smollm2"] = "donor"  # train: of which model
+    layers: int = 0                        # train: keep so many of its layers, for a small machine; 0 = all
+    micro_batch: int = 8                   # train: sequences in a step
+    steps: int = 5                         # train, lora: steps that are timed, after one or two that are not
+    compile: bool = False                  # train: also with torch.compile, ours and transformers'
+    device: str = "auto"                   # train: auto, cpu, cuda
     save: str | None = None                # also append the JSON line to this file
 
 
@@ -154,6 +175,16 @@ def bench_svd(config: BenchConfig) -> dict:
 
 GEMMA_2B = Config(vocab_size=256_000, n_layer=18, n_embd=2048, n_head=8, n_kv_head=1, head_dim=256, n_hidden=16384,
                   n_ctx=8192)
+SHAPES = {
+    "gemma-2b": GEMMA_2B,
+    "tinyllama": Config(vocab_size=32_000, n_layer=22, n_embd=2048, n_head=32, n_kv_head=4, head_dim=64, n_hidden=5632,
+                        n_ctx=2048, arch="llama", norm_eps=1e-5, tie_head=False),
+    "pythia-1b": Config(vocab_size=50_304, n_layer=16, n_embd=2048, n_head=8, n_kv_head=8, head_dim=256, n_hidden=8192,
+                        n_ctx=2048, arch="gpt_neox", norm_eps=1e-5, rotary_pct=0.25, tie_head=False, attn_bias=True,
+                        mlp_bias=True, parallel=True),
+    "smollm2": Config(vocab_size=49_152, n_layer=30, n_embd=576, n_head=9, n_kv_head=3, head_dim=64, n_hidden=1536,
+                      n_ctx=8192, arch="llama", norm_eps=1e-5, rope_theta=100_000.0),
+}
 
 
 def write_random_checkpoint(config: Config, folder: Path, layers_per_shard: int = 6) -> None:
@@ -189,9 +220,151 @@ def bench_scale(config: BenchConfig) -> dict:
     return {"seconds": seconds, "peak_gib": peak, "written_gib": written}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+class NaiveObjective(Objective):
+    """The same loss from whole logits and softmaxes, as it is commonly written."""
+
+    def forward(self, idx, targets, teacher):
+        logits = self.model.logits(self.model(idx)[-1])
+        return naive_loss(logits, targets, teacher and widen(F.linear(*teacher)))
+
+
+class TransformersObjective(torch.nn.Module):
+    """The model in transformers, in a plain training loop: its own loss, and to distil the naive one."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForCausalLM
+        hf = hf_config(config, torch.float32)
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf)).train()
+
+    def forward(self, idx, targets, teacher):
+        if teacher is None:
+            loss = self.model(input_ids=idx, labels=targets, shift_labels=targets, use_cache=False).loss
+            return loss, loss.detach()[None]
+        return naive_loss(widen(self.model(input_ids=idx, use_cache=False).logits), targets, widen(F.linear(*teacher)))
+
+
+def naive_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss = ce if teacher_logits is None else ce + distill_loss(logits, teacher_logits, "fkl")
+    return loss, ce.detach()[None]
+
+
+def measure_training(config: BenchConfig, shape: Config, case: dict) -> dict:
+    """Seconds per step, loss and peak memory of one case, in a process of its own. A step is forward and backward of
+    student and teacher, clipping and AdamW, on the same random tokens for all."""
+    try:
+        device = pick_device(config.device)
+        torch.manual_seed(0)
+        bf16 = device.type == "cuda"
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+        args = TrainConfig(distill="fkl" if case["distill"] else "none", compile=case["compile"])
+        with device:
+            idx = torch.randint(shape.vocab_size, (config.micro_batch, config.seq_len + 1))
+            teacher = RecursiveTransformer(shape).requires_grad_(False) if case["distill"] else None
+            if case["code"] == "transformers":
+                objective = TransformersObjective(shape)
+            else:
+                student = RecursiveTransformer(replace(shape, n_loop=case["loops"], rank=case["rank"]))
+                objective = (Objective if case["code"] == "ours" else NaiveObjective)(student, args)
+        teacher = teacher and teacher.to(torch.bfloat16 if bf16 else torch.float32)
+        optimizer = make_optimizer(objective.model, args)
+        if case["compile"]:
+            objective.compile()
+        seconds = []
+        for _ in range(config.steps + 2):
+            synchronize(device)
+            began = time.perf_counter()
+            with autocast:
+                with torch.no_grad():
+                    given = teacher and (teacher.norm(teacher(idx[:, :-1])[-1], 0), teacher.head_weight)
+                loss, _ = objective(idx[:, :-1], idx[:, 1:].contiguous(), given)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        return {"seconds": sorted(seconds[2:]), "loss": loss.item(), "peak_gib": peak_memory(device),
+                "peak_flops": peak_flops(device, bf16)}
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bench_train(config: BenchConfig) -> dict:
+    """Tokens/s, MFU and peak memory of a training step: transformers, ours at full size, ours looped, with the loss in
+    chunks and with the naive one, without and with distillation from a frozen full-size teacher."""
+    shape = SHAPES.get(config.shape) or donor_config(find_donor(config.donor))
+    shape = replace(shape, n_layer=config.layers or shape.n_layer)
+    with torch.device("meta"):
+        forward = RecursiveTransformer(shape).flops(config.seq_len)
+    cases = []
+    for distill, compiled in itertools.product((False, True), (False, True)[:1 + config.compile]):
+        how = {"distill": distill, "compile": compiled}
+        if importlib.util.find_spec("transformers"):
+            cases.append({"code": "transformers", "loops": 1, "rank": 0} | how)
+        cases += [{"code": code, "loops": 1, "rank": 0} | how for code in ("ours, naive loss", "ours")]
+        cases += [{"code": "ours", "loops": loops, "rank": rank} | how for loops, rank in itertools.product(
+            map(int, config.loops.split(",")), map(int, config.ranks.split(",")))]
+    tokens = config.micro_batch * config.seq_len
+    lines, base = [["code", "loops", "rank", "distill", "compile", "tok/s", "of first", "mfu", "peak memory"]], {}
+    for case in progress(cases, desc="cases", unit="case"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:           # its memory is its own, and given back
+            case |= pool.apply(measure_training, (config, shape, dict(case)))
+        known = [case["code"], case["loops"], case["rank"], *("yes" if case[k] else "" for k in ("distill", "compile"))]
+        if "error" in case:
+            lines.append([*known, case["error"], "", "", ""])
+            continue
+        flops = forward * (3 + case["distill"])                              # looped or not, the same layers run
+        speed = tokens / case["seconds"][len(case["seconds"]) // 2]
+        first = base.setdefault(case["distill"], speed)
+        case |= {"tokens_per_s": speed, "mfu": case["peak_flops"] and speed * flops / case["peak_flops"]}
+        lines.append([*known, f"{speed:,.0f}", f"{speed / first:.2f}", f"{case['mfu']:.0%}" if case["mfu"] else "",
+                      f"{case['peak_gib']:.2f} GiB"])
+    print(f"{tokens} tokens a step\n{table(lines)}")
+    return {"shape": asdict(shape), "tokens_per_step": tokens, "rows": cases}
+
+
+def bench_lora(config: BenchConfig) -> dict:
+    """Seconds of a training step through one layer of TinyLlama's shapes at 4,096 tokens: what each LoRA rank adds to
+    rank 0, merged into W' as in `RelaxedLinear` and as a path of its own beside it."""
+    def separate(self, x, loop):
+        return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
+    merged, tokens = RelaxedLinear.forward, 4096
+    ranks = [rank for rank in map(int, config.ranks.split(",")) if rank]
+    cases = [(0, "merged"), *itertools.product(ranks, ("merged", "separate"))]
+    x, seconds = torch.randn(tokens // 512, 512, 2048), {case: [] for case in cases}
+    rope = rope_angles(torch.arange(512), SHAPES["tinyllama"])
+    layers = {rank: Layer(replace(SHAPES["tinyllama"], n_loop=2, rank=rank)) for rank, _ in cases}
+    for _ in progress(range(config.steps + 1), desc="rounds"):              # in turns: noise meets them all
+        for rank, how in cases:
+            RelaxedLinear.forward = merged if how == "merged" else separate
+            began = time.perf_counter()
+            layers[rank](x.requires_grad_(), rope, 0, 0).sum().backward()
+            seconds[rank, how].append(time.perf_counter() - began)
+            layers[rank].zero_grad(set_to_none=True)
+    RelaxedLinear.forward = merged
+    best = {case: min(s[1:]) for case, s in seconds.items()}
+    lines = [["path", "rank", "seconds", "over rank 0"]]
+    lines += [[how, rank, f"{t:.2f}", f"{t / best[0, 'merged'] - 1:+.1%}"] for (rank, how), t in best.items()]
+    print(table(lines))
+    return {"tokens": tokens, "rows": [{"rank": r, "path": how, "seconds": sorted(seconds[r, how][1:])}
+                                       for r, how in cases]}
+
+
 def main(argv=None):
     config = parse_args(BenchConfig, argv)
-    numbers = {"convert": bench_convert, "svd": bench_svd, "scale": bench_scale}[config.what](config)
+    benches = {"convert": bench_convert, "svd": bench_svd, "scale": bench_scale, "train": bench_train,
+               "lora": bench_lora}
+    numbers = benches[config.what](config)
     line = json.dumps({"what": config.what, "settings": asdict(config)} | run_info() | numbers)
     print(line)
     if config.save:

@@ -69,13 +69,13 @@ def chunked_loss(states: Sequence[Tensor], head: Tensor, targets: Tensor, weight
     exit is distilled from the same softmax. self_distill: the exits before the last learn from the last one's detached
     logits instead. The means are over the targets, in nats; the cross entropies (n_exits,) carry no gradient.
 
-    chunk: tokens at a time; by default a 16th of them, so that all that is temporary is a fraction of one logits
-    tensor, yet large enough to keep a device busy. The result does not depend on it beyond rounding.
+    chunk: tokens at a time; by default a 16th of them, so that what is temporary stays below half a logits tensor, but
+    256 at least, which keeps matrix products efficient. The result does not depend on it beyond rounding.
     """
     if len(states) != len(weights):
         raise ValueError(f"{len(states)} exits but {len(weights)} weights; give one for each")
     states = [x.flatten(0, -2) for x in states]
-    chunk = chunk or max(math.ceil(len(states[0]) / 16), 2**24 // len(head))
+    chunk = chunk or max(math.ceil(len(states[0]) / 16), 256)
     device = head.device.type                                # autocast does not reach into a backward by hand:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states[0].dtype
     spec = (tuple(weights), kind, distill_weight, temperature, self_distill, compiled, chunk, dtype)
@@ -104,9 +104,11 @@ class ChunkedLoss(torch.autograd.Function):
             for e in reversed(range(len(states))):
                 x = states[e][rows].to(dtype)                                # (n, C)
                 ce, kd, grad = step(x, w, targets[rows], teacher, kind, distill_weight, temperature)
-                sums[:, e] += torch.stack([ce.sum(), kd.sum()])
+                counts = (targets[rows] != IGNORE)[:, None]                  # (n, 1)
+                sums[:, e] += torch.stack([(ce * counts).sum(), (kd * counts).sum()])
                 if learn:
-                    grad = grad.mul_(weights[e] / count).to(dtype)           # (n, V), by the logits
+                    scale = (counts / count * weights[e]).to(grad.dtype)
+                    grad = grad.mul_(scale).to(dtype)                        # (n, V), by the logits
                     d_states[e][rows] = grad @ w
                     if d_head is not None:
                         add_product(d_head, grad.t(), x)
@@ -145,7 +147,7 @@ def token_losses(x: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | Non
                  temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy (n, 1), divergence (n, 1), and the derivative of cross entropy + distill_weight x T^2 x divergence
     by the logits (n, V), for hidden states x (n, C) and the teacher's log-probabilities (n, V) at temperature T."""
-    counts, column = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
+    column = targets.clamp(min=0)[:, None]
     s = log_probs(x, head)
     ce = -s.gather(1, column)
     kd, by_logits = torch.zeros_like(ce), None
@@ -154,7 +156,7 @@ def token_losses(x: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | Non
     grad = s.exp_().scatter_add_(1, column, -torch.ones_like(ce))            # softmax - onehot
     if by_logits is not None:
         grad.add_(by_logits, alpha=distill_weight * temperature)             # T^2 from the loss, 1 / T from logits / T
-    return ce * counts, kd * counts, grad.mul_(counts)
+    return ce, kd, grad
 
 
 def divergence(s: Tensor, t: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:

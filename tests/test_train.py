@@ -86,7 +86,8 @@ def run(home: Path, out: Path, *more: str) -> list[dict]:
 def read_log(out: Path) -> list[dict]:
     """log.jsonl without what differs from run to run."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "seconds", "mfu", "peak_gib")} for line in lines]
+    measured = {"tokens_per_s", "seconds", "mfu", "peak_gib"}
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -279,7 +280,8 @@ def test_every_parameter_gets_a_gradient(arch, vectors):
     full = RecursiveTransformer(replace(DONOR, arch=arch, attn_bias=neox, mlp_bias=neox, parallel=neox, n_kv_head=4))
     student = convert.to_recursive(full, 2, "average", 4, vectors=vectors)
     idx, targets = torch.randint(DONOR.vocab_size, (2, 2, 9))
-    loss, _ = train.Objective(student, train.TrainConfig())(idx, targets, (full(idx)[-1].detach(), full.head_weight.detach()))
+    teacher = full(idx)[-1].detach(), full.head_weight.detach()
+    loss, _ = train.Objective(student, train.TrainConfig())(idx, targets, teacher)
     loss.backward()
     for name, p in student.named_parameters():
         assert p.grad is not None, name
