@@ -76,7 +76,7 @@ class TrainConfig:
     distill: Literal["fkl", "rkl", "jsd", "tvd", "none"] = "fkl"  # distillation from the teacher, beside cross entropy
     distill_weight: float = 1.0            # loss = cross entropy + this x distillation
     temperature: float = 1.0               # of both distributions in the distillation; its loss is scaled by the square
-    exits: Literal["last", "weighted", "aggressive"] = "last"  # which loops' outputs are trained, and how much (§2.4)
+    exit_loss: Literal["last", "weighted", "aggressive"] = "last"  # which loops' outputs are trained, how much (§2.4)
     exit_coef: float = 0.1                 # aggressive: the weight of every loop but the last
     exit_distill: bool = False             # the earlier exits are distilled from the last loop, not from the teacher
     # where, and how often
@@ -122,9 +122,9 @@ class Objective(nn.Module):
 
 def trained_exits(args: TrainConfig, n_loop: int) -> dict[int, float]:
     """{loop: weight of the loss at its end}."""
-    if args.exits == "last":
+    if args.exit_loss == "last":
         return {n_loop - 1: 1.0}
-    return {i: w for i, w in enumerate(exit_weights(n_loop, args.exits, args.exit_coef)) if w > 0}
+    return {i: w for i, w in enumerate(exit_weights(n_loop, args.exit_loss, args.exit_coef)) if w > 0}
 
 
 def learning_rate(step: int, steps: int, args: TrainConfig) -> float:
@@ -215,10 +215,10 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
         loops = replace(config, n_loop=args.loops, rank=args.rank).n_loop  # UserError if it does not divide the layers
     else:
         loops = config.n_loop
-    if loops == 1 and (args.exits != "last" or args.exit_distill):
-        raise UserError(f"--exits={args.exits} needs a model with an exit before its last loop; this one has 1 loop")
-    if args.exit_distill and args.exits == "last":
-        raise UserError("--exit_distill trains the earlier exits; say how much with --exits=aggressive or weighted")
+    if loops == 1 and (args.exit_loss != "last" or args.exit_distill):
+        raise UserError(f"--exit_loss={args.exit_loss} needs an exit before the last loop, and this model has 1 loop")
+    if args.exit_distill and args.exit_loss == "last":
+        raise UserError("--exit_distill trains the earlier exits; say how much with --exit_loss=aggressive or weighted")
 
 
 def check_vocabulary(name: str, folder, its: Config, other: str, config: Config, tokenizer: Tokenizer) -> None:

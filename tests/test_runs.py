@@ -1,0 +1,58 @@
+"""The experiments in runs/: every command that they would run has flags that exist, and the toy versions run."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import train
+from runtime import parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = ["tied", "relaxed", "distill", "long", "exits"]
+SMALL = ["--tokens=512", "--batch_tokens=512", "--micro_batch=8", "--seq_len=64", "--eval_tokens=256", "--device=cpu"]
+
+
+def commands(experiment: str, model: str, *more: str, **env: str) -> list[list[str]]:
+    """The words of each command that the experiment would run."""
+    done = subprocess.run(["bash", f"runs/{experiment}.sh", model, *more], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"DRY": "1"} | env)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line[2:]) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("model", ["toy", "gemma", "tinyllama", "pythia"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_command_has_flags_that_exist_and_a_folder_of_its_own(experiment, model):
+    words = commands(experiment, model, "--seed=7")
+    runs = [parse_args(train.TrainConfig, w[w.index("train.py") + 1:]) for w in words]
+    assert len({r.out for r in runs}) == len(runs) >= 4
+    for args in runs:
+        assert args.resume == "auto" and args.seed == 7
+        train.check_settings(args, resumed=False)
+        if model != "toy":  # the paper's recipe
+            assert args.batch_tokens == 2**21 and args.seq_len == 2048 and args.lr == 2e-4
+            assert (args.tokens, args.warmup) in ((15e9, 200), (60e9, 800))
+            assert all(train.accumulation(args, gpus) for gpus in (1, 4, 8, 16, 32))
+
+
+def test_other_numbers_of_gpus_and_machines_are_torchruns_business():
+    one, many = commands("tied", "gemma", GPUS="4")[0], commands("tied", "gemma", NODES="4", HEAD="node0:29500")[0]
+    assert one[:4] == ["torchrun", "--nproc_per_node=4", "--max-restarts=3", "--standalone"]
+    assert {"--nproc_per_node=8", "--nnodes=4", "--rdzv_endpoint=node0:29500"} < set(many)
+    assert "--standalone" not in many
+    lost = subprocess.run(["bash", "runs/tied.sh", "gamma"], cwd=ROOT, capture_output=True, text=True)
+    assert lost.returncode == 2 and "use toy, gemma, tinyllama or pythia" in lost.stderr
+
+
+def test_the_toy_versions_run(tmp_path, monkeypatch):
+    """Uptraining with a teacher of its own, then exits from what it left: each starts from an earlier one's folder."""
+    for name in ("assets", "runs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text((ROOT / "assets/books/valid.txt").read_text()[:20_000])
+    for experiment in ("long", "exits"):
+        for words in commands(experiment, "toy"):
+            train.main([*words[words.index("train.py") + 1:], *SMALL, "--data=text.txt", "--valid=text.txt"])
