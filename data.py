@@ -1,11 +1,9 @@
-"""Text for training: the donor's own tokenizer, text -> token shards -> batches.
+"""Text for training: token shards, or texts with the donor's own tokenizer -> batches.
 
-python data.py --name=FILES --tokenizer=assets/donor --out=out_data       writes token shards
-python data.py --name=FILES --train_tokenizer=4096 --out=out_tokenizer    trains a tokenizer
+python data.py --name=slimpajama --tokens=15e9 --tokenizer=assets/donor --out=out_data    writes token shards
+python data.py --name=FILES --train_tokenizer=4096 --out=out_tokenizer                    trains a tokenizer
 """
 
-import os
-import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,124 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from runtime import UserError, parse_args, print0, progress, script
+from runtime import UserError, parse_args, print0, script
+from shards import UNFINISHED, Texts, encode_batches, token_type, write_shards
 from tokenizer import Tokenizer, read_json, train_tokenizer
 
-TEXT_FILES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".parquet")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text -> tokens
-
-def read_texts(path: str) -> Iterator[str]:
-    """The documents of a .txt, .jsonl, .jsonl.gz, .json or .parquet file, of a folder of them, or of a dataset on the
-    Hugging Face hub (`owner/name` or `owner/name:config`), streamed. Raises UserError if it is none of them."""
-    file = Path(path)
-    if file.is_dir():
-        files = sorted(p for p in file.iterdir() if p.name.endswith(TEXT_FILES))
-        if not files:
-            raise UserError(f"no text in {file}: looked for {', '.join(TEXT_FILES)}")
-        for p in files:
-            yield from read_texts(str(p))
-    elif file.is_file() and file.suffix == ".txt":
-        try:
-            yield file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as e:
-            raise UserError(f"{file} is not UTF-8 ({e.reason} at byte {e.start}); convert it, e.g. with iconv") from e
-    elif file.is_file() and file.name.endswith(TEXT_FILES):
-        kind = "parquet" if file.suffix == ".parquet" else "json"
-        yield from read_dataset(path, kind, data_files=str(file))
-    elif file.is_file():
-        raise UserError(f"{file} is of no known kind; allowed: {', '.join(TEXT_FILES)}")
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", path) and not path.endswith(TEXT_FILES):
-        name, _, config = path.partition(":")
-        yield from read_dataset(path, name, config or None)
-    else:
-        raise UserError(f"{path} does not exist: give a file ({', '.join(TEXT_FILES)}), a folder of them, "
-                        "or a Hugging Face dataset as owner/name or owner/name:config")
-
-
-def read_dataset(path: str, *args, **options) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f"reading {path} needs the package datasets: pip install datasets, or give .txt") from None
-    try:
-        rows = iter(load_dataset(*args, split="train", streaming=True, **options))
-        row = next(rows, None)
-        while row is not None:
-            if not isinstance(row.get("text"), str):
-                raise UserError(f"{path} needs a column `text` of strings; its columns are {', '.join(row)}")
-            yield row["text"]
-            row = next(rows, None)
-    except UserError:
-        raise
-    except Exception as e:                                   # a missing dataset, no network, a broken file
-        raise UserError(f"{path} cannot be read ({type(e).__name__}: {str(e)[:200]}); it should be a file or folder "
-                        "that is here, or a dataset on the Hugging Face hub that can be reached") from e
-
-
-def encode_documents(texts: Iterable[str], tokenizer: Tokenizer, vocab_size: int) -> Iterator[np.ndarray]:
-    """Each document's ids with EOS behind them, in the smallest type that holds the model's vocabulary."""
-    if tokenizer.eos_id is None:
-        raise UserError("the tokenizer names no end-of-text token, so documents would run together; "
-                        "set eos_token in tokenizer_config.json")
-    held, size = [], 0                                       # documents that are encoded together, on all cores
-    for text in chain(texts, [None]):
-        if text:
-            held, size = [*held, text], size + len(text)
-        if len(held) == 256 or size > 4_000_000 or text is None:
-            yield from (np.array([*ids, tokenizer.eos_id], token_type(vocab_size))
-                        for ids in tokenizer.encode_batch(held))
-            held, size = [], 0
-
-
-def token_type(vocab_size: int) -> type:
-    return np.uint16 if vocab_size <= 65536 else np.uint32   # Gemma's 256,000 entries do not fit into 16 bits
-
-
-def write_shards(texts: Iterable[str], tokenizer: Tokenizer, folder, vocab_size: int,
-                 shard_tokens: int = 100_000_000, max_tokens: int | None = None) -> int:
-    """The number of tokens written to folder/00000.safetensors, 00001.safetensors, ... (one tensor, `tokens`)."""
-    folder = Path(folder)
-    if any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} already holds .safetensors files; give a new folder or remove them")
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"vocab_size": str(vocab_size), "tokenizer": tokenizer.hash}
-    total, shards, pending, size = 0, 0, [], 0
-
-    def write(ids):
-        nonlocal shards
-        path = folder / f"{shards:05d}.safetensors"
-        path.with_suffix(".tmp").write_bytes(save({"tokens": ids}, metadata))
-        os.replace(path.with_suffix(".tmp"), path)           # a crash leaves no half shard under a shard's name
-        shards += 1
-
-    with progress(unit="tok", unit_scale=True, total=max_tokens) as bar:
-        for ids in encode_documents(texts, tokenizer, vocab_size):
-            ids = ids[:None if max_tokens is None else max_tokens - total]
-            total += len(ids)
-            bar.update(len(ids))
-            pending.append(ids)
-            size += len(ids)
-            if size >= shard_tokens:
-                pending = [np.concatenate(pending)]
-                while size >= shard_tokens:
-                    write(pending[0][:shard_tokens])
-                    pending, size = [pending[0][shard_tokens:]], size - shard_tokens
-            if total == max_tokens:
-                break
-    if size:
-        write(np.concatenate(pending))
-    if total == 0:
-        raise UserError("the text is empty: nothing was written")
-    return total
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens -> batches
 
 class Tokens:
     """One long row of tokens, read across the borders of the arrays (memory-mapped shards) that it is made of.
@@ -162,9 +47,9 @@ class Tokens:
 
 
 def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
-    """The tokens of a folder of shards, or of texts (`read_texts`) with EOS between documents; or of several, by comma.
+    """The tokens of a folder of shards, or of texts (`Texts`) with EOS between documents; or of several, by comma.
 
-    Raises UserError for shards of another tokenizer or vocabulary, damaged shards, and empty text.
+    Raises UserError for shards of another tokenizer or vocabulary, damaged or unfinished shards, and empty text.
     """
     arrays, shards = [], []
     for part in path.split(","):
@@ -172,8 +57,13 @@ def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
             raise UserError(f"{part} does not exist: give text files, a folder of them, or token shards; for a Hugging "
                             f"Face dataset write shards first: python data.py --name={part} --tokens=... --out=...")
         shards = sorted(Path(part).glob("*.safetensors")) if Path(part).is_dir() else []
+        for folder in (Path(part), Path(part).resolve().parent):  # a held-out part is unfinished as long as its parent
+            if shards and (folder / UNFINISHED).exists():
+                raise UserError(f"the shards in {part} are not all written: give the python data.py command that began "
+                                f"them again, or remove {folder / UNFINISHED} to use those that are there")
         arrays += [open_shard(shard, tokenizer, vocab_size) for shard in shards] or [np.concatenate(
-            [np.empty(0, token_type(vocab_size)), *encode_documents(read_texts(part), tokenizer, vocab_size)])]
+            [np.empty(0, token_type(vocab_size)),
+             *(ids for _, rows, _ in encode_batches(Texts(part), tokenizer, vocab_size) for ids in rows)])]
     if not shards:
         arrays[-1] = arrays[-1][:-1]                         # EOS stands between documents: the last needs none
     tokens = Tokens([a for a in arrays if len(a)], tokenizer.first_id)
@@ -257,11 +147,12 @@ def validation(tokens: Tokens, seq_len: int, max_tokens: int | None = None, rows
 
 @dataclass
 class DataConfig:
-    name: str = "assets/books/train"       # text: files, folders by comma, or a Hugging Face dataset owner/name:config
+    name: str = "assets/books/train"       # slimpajama, redpajama, pg19, a hub owner/name[:config], files, folders
     tokenizer: str = "assets/donor"        # folder of the checkpoint whose tokenizer to use
     out: str = "out_data"                  # folder for the shards, or for the trained tokenizer
-    tokens: int | None = None              # stop after so many tokens
-    shard_tokens: int = 100_000_000        # tokens in one file
+    tokens: int | None = None              # stop after so many tokens for training
+    valid_share: float = 0.0               # share of the documents that is held out, into the folder valid in --out
+    shard_tokens: int = 100_000_000        # tokens in one file; an interrupted run loses less than this
     vocab_size: int | None = None          # of the model, if no config.json beside the tokenizer says it
     train_tokenizer: int = 0               # train a tokenizer with so many entries instead of writing shards
 
@@ -271,24 +162,17 @@ def main(argv=None) -> None:
     for name in ("tokens", "shard_tokens"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"--{name}={getattr(config, name)} must be at least 1")
-    characters = 0
-
-    def texts():
-        nonlocal characters
-        for part in config.name.split(","):
-            for text in read_texts(part):
-                characters += len(text)
-                yield text
-
+    if not 0 <= config.valid_share < 1:
+        raise UserError(f"--valid_share={config.valid_share} must be at least 0 and less than 1")
     if config.train_tokenizer:
-        train_tokenizer(texts(), config.train_tokenizer, config.out)
-        print0(f"{config.out}: a tokenizer with {config.train_tokenizer:,} entries from {characters:,} characters")
-    else:
-        tokenizer = Tokenizer.load(config.tokenizer, config.vocab_size)
-        vocab_size = config.vocab_size or read_json(Path(config.tokenizer) / "config.json").get("vocab_size")
-        total = write_shards(texts(), tokenizer, config.out, vocab_size or tokenizer.vocab_size,
-                             config.shard_tokens, config.tokens)
-        print0(f"{config.out}: {total:,} tokens from {characters:,} characters read")
+        train_tokenizer(Texts(config.name), config.train_tokenizer, config.out)
+        print0(f"{config.out}: a tokenizer with {config.train_tokenizer:,} entries")
+        return
+    tokenizer = Tokenizer.load(config.tokenizer, config.vocab_size)
+    vocab_size = config.vocab_size or read_json(Path(config.tokenizer) / "config.json").get("vocab_size")
+    total, held = write_shards(config.name, tokenizer, config.out, vocab_size or tokenizer.vocab_size,
+                               config.shard_tokens, config.tokens, config.valid_share)
+    print0(f"{config.out}: {total:,} tokens" + f"; {config.out}/valid: {held:,} tokens held out" * (held > 0))
 
 
 if __name__ == "__main__":

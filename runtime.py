@@ -37,6 +37,19 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def integer(text: str) -> int:
+    """An int, also one spelled 15e9. Raises ValueError for 1.5."""
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer():                     # nor are inf and nan
+            raise
+        return int(float(text))
+
+
+integer.__name__ = "int"                                     # argparse names it in "invalid int value: '1.5'"
+
+
 def parse_args(cls, argv=None, defaults=None):
     """An instance of the dataclass `cls`, filled from `--field=value` flags, and from `defaults` where there is none.
 
@@ -62,7 +75,7 @@ def parse_args(cls, argv=None, defaults=None):
             if "yes" in get_args(kind):  # a switch with more than two positions may be given bare
                 options |= {"nargs": "?", "const": "yes"}
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            options |= {"type": integer if kind is int else kind, "metavar": kind.__name__.upper()}
         parser.add_argument("--" + f.name, **options)
     return cls(**vars(parser.parse_args(argv)))
 

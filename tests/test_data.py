@@ -4,9 +4,12 @@ import gzip
 import json
 import random
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +18,9 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
-from data import Tokens, batch, load_tokens, read_texts, validation
-from runtime import UserError
+import shards
+from data import Texts, Tokens, batch, load_tokens, validation
+from runtime import UserError, parse_args
 from tokenizer import TextStream, Tokenizer, copy_tokenizer, train_tokenizer
 
 PLAIN = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 20
@@ -209,8 +213,8 @@ def test_every_kind_of_text_file(tmp_path):
     expected = {"a.txt": ["plain\ntext 你\n"], "b.jsonl": ["one", "two 你", ""], "c.jsonl.gz": ["one", "two 你", ""],
                 "d.json": ["in a list"], "e.parquet": ["column"]}
     for name, texts in expected.items():
-        assert list(read_texts(str(tmp_path / name))) == texts
-    assert list(read_texts(str(tmp_path))) == sum(expected.values(), [])
+        assert list(Texts(str(tmp_path / name))) == texts
+    assert list(Texts(str(tmp_path))) == sum(expected.values(), [])
 
 
 def test_texts_that_cannot_be_read(tmp_path):
@@ -222,20 +226,20 @@ def test_texts_that_cannot_be_read(tmp_path):
             ("table.csv", b"text\nx", "of no known kind; allowed: .txt")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
-            list(read_texts(str(tmp_path / name)))
+            list(Texts(str(tmp_path / name)))
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="no text in"):
-        list(read_texts(str(tmp_path / "folder")))
+        list(Texts(str(tmp_path / "folder")))
     for missing in (str(tmp_path / "gone.txt"), "gone.txt", "some/gone.jsonl"):
         with pytest.raises(UserError, match="does not exist: give a file"):
-            list(read_texts(missing))
+            list(Texts(missing))
 
 
 def test_json_without_the_datasets_package(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="needs the package datasets: pip install"):
-        list(read_texts(str(tmp_path / "a.jsonl")))
+        list(Texts(str(tmp_path / "a.jsonl")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,10 +249,10 @@ def test_json_without_the_datasets_package(tmp_path, monkeypatch):
 def test_shards_hold_the_documents_each_with_eos(ranks, tmp_path, vocab_size, dtype):
     tokenizer, texts = Tokenizer.load(ranks), ["one dark night", "", HARD, "the rain"]
     expected = [i for text in texts if text for i in (*tokenizer.encode(text), 299)]
-    total = data.write_shards(texts, tokenizer, tmp_path / "shards", vocab_size, shard_tokens=10)
+    total, _ = data.write_shards(texts, tokenizer, tmp_path / "shards", vocab_size, shard_tokens=10)
     files = sorted(p.name for p in (tmp_path / "shards").iterdir())
     assert files == [f"{i:05d}.safetensors" for i in range(-(-len(expected) // 10))]
-    with data.safe_open(tmp_path / "shards" / files[0], framework="numpy") as f:
+    with shards.safe_open(tmp_path / "shards" / files[0], framework="numpy") as f:
         assert f.get_slice("tokens").get_dtype() == dtype
         assert f.metadata() == {"vocab_size": str(vocab_size), "tokenizer": tokenizer.hash}
     tokens = load_tokens(str(tmp_path / "shards"), tokenizer, vocab_size)
@@ -265,12 +269,13 @@ def test_large_ids_survive(ranks, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [1, 10, 25, 10_000])
-def test_max_tokens(ranks, tmp_path, limit):
+def test_max_tokens(ranks, tmp_path, limit, monkeypatch):
+    monkeypatch.setattr(shards, "BATCH", 5000)
     tokenizer = Tokenizer.load(ranks)
-    whole = data.write_shards([PLAIN], tokenizer, tmp_path / "all", 300)
-    assert data.write_shards([PLAIN], tokenizer, tmp_path / "some", 300, 10, limit) == min(limit, whole)
+    whole, _ = data.write_shards([PLAIN], tokenizer, tmp_path / "all", 300)
+    assert data.write_shards([PLAIN], tokenizer, tmp_path / "some", 300, 10, limit) == (min(limit, whole), 0)
     assert len(load_tokens(str(tmp_path / "some"), tokenizer, 300)) == min(limit, whole)
-    assert data.write_shards(repeat(PLAIN), tokenizer, tmp_path / "endless", 300, max_tokens=limit) == limit
+    assert data.write_shards(repeat(PLAIN), tokenizer, tmp_path / "endless", 300, max_tokens=limit) == (limit, 0)
 
 
 def test_shards_of_another_tokenizer_are_refused(ranks, byte_level, tmp_path):
@@ -295,13 +300,23 @@ def test_damaged_shards_are_refused(ranks, tmp_path):
             load_tokens(str(tmp_path), tokenizer, 300)
 
 
-def test_a_failed_write_leaves_no_shard(ranks, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-    monkeypatch.setattr(data.os, "replace", fail)
-    with pytest.raises(OSError):
-        data.write_shards([PLAIN], Tokenizer.load(ranks), tmp_path, 300)
-    assert not list(tmp_path.glob("*.safetensors"))
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_failed_write_leaves_no_shard(ranks, tmp_path, monkeypatch, call):
+    tokenizer, real, calls = Tokenizer.load(ranks), getattr(shards.os, call), []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > 1:                                   # the first file is the state, the second a shard
+            raise OSError("disk full")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.os, call, fail)
+        with pytest.raises(UserError, match="cannot write .*disk full.* set it right, and the same command goes on"):
+            data.write_shards([PLAIN], tokenizer, tmp_path, 300)
+    assert len(calls) == 2 and not list(tmp_path.glob("*.safetensors"))
+    data.write_shards([PLAIN], tokenizer, tmp_path, 300)
+    assert list(files(tmp_path)) == ["00000.safetensors"]
 
 
 def test_texts_and_shards_together(ranks, tmp_path):
@@ -328,6 +343,285 @@ def test_empty_text(ranks, tmp_path):
     tokenizer.eos_id = None
     with pytest.raises(UserError, match="names no end-of-text token"):
         data.write_shards(["a"], tokenizer, tmp_path, 300)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards, interrupted
+
+def files(folder):
+    """{path in the folder: its bytes}; without what a kill may leave of a file that was being written."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def documents(monkeypatch):
+    """60 texts of 0 to 1,700 characters (a shard of 150 tokens has many, or a part of one), some of them twice."""
+    rng = random.Random(0)
+    texts = [PLAIN[rng.randrange(90):][:rng.choice((0, 5, 40, 40, 150, 1700))] for _ in range(50)]
+    texts += rng.sample(texts, 10)
+    monkeypatch.setattr(shards, "BATCH", 400)
+    monkeypatch.setattr(shards.os, "fsync", lambda fd: None)   # the disk need not keep up
+    return texts
+
+
+def interrupted(texts, after):
+    """The texts, and an end with an error after so many."""
+    yield from texts[:after]
+    raise RuntimeError("pulled the plug")
+
+
+SETTINGS = {"shard_tokens": 150, "valid_share": 0.3}
+
+
+def stop_early(monkeypatch, *args, commits=1000, **settings):
+    """write_shards until it has written so many times, or all whole shards but not the rest."""
+    commit = shards.commit
+
+    def stopping(settings, position, parts):
+        nonlocal commits
+        commits -= 1
+        if commits < 0 or position is None:
+            raise RuntimeError("stopped")
+        commit(settings, position, parts)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        patch.setattr(shards, "commit", stopping)
+        data.write_shards(*args, **settings)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 150, 1000, 1500])
+def test_resumed_shards_are_the_same_bytes(ranks, tmp_path, documents, monkeypatch, limit):
+    tokenizer, rng = Tokenizer.load(ranks), random.Random(1)
+    with monkeypatch.context() as patch:                     # one batch: nor do the machine's cores change the bytes
+        patch.setattr(shards, "BATCH", 10**6)
+        counts = data.write_shards(documents, tokenizer, tmp_path / "whole", 300, max_tokens=limit, **SETTINGS)
+    whole, resumed = files(tmp_path / "whole"), 0
+    assert limit in (1, 150) or any(name.startswith("valid") for name in whole)
+    for n in range(8):
+        out, after = tmp_path / str(n), 0
+        while after < len(documents):                        # interrupted again and again, each time a bit later
+            after += rng.randrange(1, 25)
+            try:
+                done = data.write_shards(interrupted(documents, after), tokenizer, out, 300, max_tokens=limit,
+                                         **SETTINGS)
+                break                                        # it had its tokens before the error
+            except RuntimeError:
+                resumed += (out / shards.UNFINISHED).exists()
+                assert (out / shards.UNFINISHED).exists() or not list(out.rglob("*.safetensors"))
+        else:
+            done = data.write_shards(documents, tokenizer, out, 300, max_tokens=limit, **SETTINGS)
+        assert files(out) == whole and done == counts
+    assert resumed > 2 or limit in (1, 150)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_killed_at_every_write(ranks, tmp_path, documents, monkeypatch, before, capsys):
+    """Before and after each shard and state file reaches the disk, and before the last state is removed."""
+    tokenizer, documents = Tokenizer.load(ranks), documents[:20]
+    data.write_shards(documents, tokenizer, tmp_path / "whole", 300, **SETTINGS)
+    whole, replace, left = files(tmp_path / "whole"), shards.replace_file, 0
+
+    def dying(path, content):
+        nonlocal left
+        left -= 1
+        if left < 0 and before:
+            raise RuntimeError
+        replace(path, content)
+        if left < 0:
+            raise RuntimeError
+
+    for n in range(1000):
+        out, left = tmp_path / str(n), n
+        with monkeypatch.context() as patch:
+            patch.setattr(shards, "replace_file", dying)
+            patch.setattr(shards.Path, "unlink", lambda *_: dying(tmp_path / "other", b""))
+            with pytest.raises(RuntimeError):
+                data.write_shards(documents, tokenizer, out, 300, **SETTINGS)
+            if left == -1 and set(files(out)) == {*whole, shards.UNFINISHED}:
+                break                                        # all is there but for the state being removed
+        data.write_shards(documents, tokenizer, out, 300, **SETTINGS)
+        assert files(out) == whole, n
+    assert n > len(whole)                                    # shards, and states between them
+    capsys.readouterr()
+    data.write_shards(documents, tokenizer, out, 300, **SETTINGS)
+    assert files(out) == whole
+    assert "was interrupted: goes on behind" in capsys.readouterr().out
+
+
+def test_killed_behind_the_last_token(ranks, tmp_path, documents, monkeypatch):
+    """--tokens is reached at a shard's border and saved, the rest is not: no document is read any more."""
+    tokenizer = Tokenizer.load(ranks)
+    for limit in range(150, 1501, 150):
+        whole, out = tmp_path / f"whole{limit}", tmp_path / f"out{limit}"
+        data.write_shards(documents, tokenizer, whole, 300, max_tokens=limit, **SETTINGS)
+        stop_early(monkeypatch, documents, tokenizer, out, 300, max_tokens=limit, **SETTINGS)
+        data.write_shards(map(str, range(99)), tokenizer, out, 300, max_tokens=limit, **SETTINGS)
+        assert files(out) == files(whole)
+
+
+def test_kill_9(ranks, tmp_path, documents):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
+    settings = [f"--name={tmp_path / 'a.jsonl'}", f"--tokenizer={ranks}", "--shard_tokens=150", "--valid_share=0.3"]
+    data.main([*settings, f"--out={tmp_path / 'whole'}"])
+    code = ("import sys, time, data, shards; shards.BATCH, read = 400, shards.open_source\n"
+            "shards.open_source = lambda s: (time.sleep(0.05) or row for row in read(s))\n"
+            "data.main(sys.argv[1:])")
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", code, *settings, f"--out={out}"], cwd=Path(data.__file__).parent)
+    while len(list(out.glob("*.safetensors"))) < 5 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and (out / shards.UNFINISHED).exists()
+    data.main([*settings, f"--out={out}"])
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_hub_streams_go_on_without_reading_again(ranks, tmp_path, documents, monkeypatch):
+    """What lies before the last whole shard may as well be gone from the hub."""
+    import datasets
+    load, tokenizer, asked = datasets.load_dataset, Tokenizer.load(ranks), []
+    parts = [tmp_path / f"{i}.jsonl" for i in range(6)]
+    for i, part in enumerate(parts):
+        part.write_text("".join(json.dumps({"text": t}) + "\n" for t in documents[10 * i:10 * i + 10]))
+
+    def hub(name, config=None, **options):
+        asked.append((name, config, options))
+        return load("json", data_files=[str(p) for p in parts], split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    data.write_shards(documents, tokenizer, tmp_path / "whole", 300, **SETTINGS)
+    stop_early(monkeypatch, "owner/name", tokenizer, tmp_path / "out", 300, commits=8, **SETTINGS)
+    with shards.safe_open(tmp_path / "out" / shards.UNFINISHED, framework="numpy") as f:
+        _, rows, state = json.loads(f.metadata()["state"])["position"]
+    assert 10 < rows < 60 and state
+    for part in parts[:rows // 10]:
+        part.write_text(json.dumps({"text": "something else"}) + "\n")
+    data.write_shards("owner/name", tokenizer, tmp_path / "out", 300, **SETTINGS)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert asked == [("owner/name", None, {"revision": None, "split": "train", "streaming": True})] * 2
+
+
+def test_several_sources_go_on_in_the_middle(tmp_path):
+    """A text file, a folder, JSON lines: from every place the rest is what is left."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("one")
+    (tmp_path / "folder" / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
+    (tmp_path / "c.txt").write_text("four")
+    name = f"{tmp_path / 'folder'},{tmp_path / 'c.txt'},{tmp_path / 'folder' / 'b.jsonl'}"
+    expected, texts = ["one", "two", "three", "four", "two", "three"], Texts(name)
+    for n, text in enumerate(texts, 1):
+        assert text == expected[n - 1]
+        again = Texts(name, json.loads(json.dumps(texts.position())))
+        assert list(again) == expected[n:]
+    assert n == 6 and list(Texts(name, texts.position())) == []
+
+
+def test_what_was_begun_goes_on_only_as_it_was(ranks, byte_level, tmp_path, documents, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
+    tokenizer, name, out = Tokenizer.load(ranks), str(tmp_path / "a.jsonl"), tmp_path / "out"
+
+    def write(tokenizer=tokenizer, name=name, **other):
+        data.write_shards(name, tokenizer, out, 300, **SETTINGS | other)
+
+    stop_early(monkeypatch, name, tokenizer, out, 300, **SETTINGS)
+    for other, message in (({"shard_tokens": 60}, "shard_tokens was 150, is 60"), ({"valid_share": 0.2}, "valid_share"),
+                           ({"max_tokens": 9}, "tokens was None, is 9"), ({"name": "o/n"}, "name was .*files was"),
+                           ({"tokenizer": Tokenizer.load(byte_level)}, "tokenizer was")):
+        with pytest.raises(UserError, match=f"begun with other settings .*{message}.* go on with the same ones, or"):
+            write(**other)
+    whole = (out / "00000.safetensors").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="00000.safetensors is missing.* remove .* and start again"):
+        write()
+    whole.rename(out / "00000.safetensors")
+    with open(name, "a") as f:
+        f.write('{"text": "one more"}\n')
+    with pytest.raises(UserError, match="files was 1 files of"):
+        write()
+    (out / shards.UNFINISHED).write_bytes(b"{}")
+    with pytest.raises(UserError, match="resume.state is damaged"):
+        write()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A part held out
+
+def test_held_out_documents_are_the_same_in_every_order(ranks, tmp_path, documents):
+    """Duplicates fall on one side, nothing is on both, nothing is lost, and a larger share holds a smaller one."""
+    tokenizer, texts = Tokenizer.load(ranks), [f"{i} {t}" for i, t in enumerate(documents)] * 2
+    random.Random(2).shuffle(texts)
+    sides = {}
+    for n, (share, order) in enumerate(((0.3, texts), (0.3, texts[::-1]), (0.5, sorted(texts)))):
+        data.write_shards(order, tokenizer, tmp_path / str(n), 300, valid_share=share)
+        both = [str(tmp_path / str(n)), str(tmp_path / str(n) / "valid")]
+        train, valid = (tokenizer.decode(load_tokens(p, tokenizer, 300)[:]).split("<|endoftext|>")[:-1] for p in both)
+        assert sorted(train + valid) == sorted(texts) and not set(train) & set(valid)
+        assert 0.6 * share < len(valid) / len(texts) < 1.4 * share
+        sides[n] = set(valid)
+    assert sides[0] == sides[1] < sides[2]
+    sample = "".join("01"[shards.held_out(str(i), 0.5)] for i in range(16))
+    assert sample == "1101100111111100"                      # in every process, on every machine
+
+
+def test_a_part_that_is_empty(ranks, tmp_path, capsys):
+    tokenizer, texts = Tokenizer.load(ranks), ["one", "two"]
+    assert not shards.held_out("one", 0.1) and shards.held_out("one", 0.999999)
+    assert data.write_shards(texts, tokenizer, tmp_path / "a", 300, valid_share=1e-9)[1] == 0
+    assert "no document fell into the held-out part" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["00000.safetensors"]
+    with pytest.raises(UserError, match="every document fell into .* less than --valid_share=0.999999, and another"):
+        data.write_shards(texts, tokenizer, tmp_path / "b", 300, valid_share=0.999999)
+
+
+def test_unfinished_shards_are_refused_until_the_state_is_removed(ranks, tmp_path, documents, monkeypatch):
+    tokenizer, out = Tokenizer.load(ranks), tmp_path / "out"
+    stop_early(monkeypatch, documents, tokenizer, out, 300, **SETTINGS)
+    for part in (out, out / "valid"):
+        with pytest.raises(UserError, match="not all written: give the python data.py command .* or remove .*state"):
+            load_tokens(str(part), tokenizer, 300)
+    monkeypatch.chdir(out / "valid")
+    with pytest.raises(UserError, match="not all written"):
+        load_tokens(".", tokenizer, 300)
+    (out / shards.UNFINISHED).unlink()
+    n = len(list(out.glob("*.safetensors")))
+    assert len(load_tokens(str(out), tokenizer, 300)) == 150 * n > 0   # the shards in valid are not among them
+    for part in (out, out / "valid"):
+        with pytest.raises(UserError, match="already holds"):
+            data.write_shards(documents, tokenizer, part, 300, **SETTINGS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub
+
+@pytest.mark.parametrize("name,expected,revision", [
+    ("slimpajama", ("gmongaras/SlimPajama-627B_Reupload", None), None), ("pg19", ("emozilla/pg19", None), None),
+    ("redpajama", ("togethercomputer/RedPajama-Data-1T-Sample", None), "refs/convert/parquet"),
+    ("owner/name:config", ("owner/name", "config"), None), ("o/n@v1.0:c-2", ("o/n", "c-2"), "v1.0")])
+def test_names_on_the_hub(monkeypatch, tmp_path, name, expected, revision):
+    import datasets
+    asked = []
+
+    def hub(*args, **options):
+        asked.append((args, options))
+        return datasets.Dataset.from_list([{"text": "a", "meta": 1}, {"text": "b", "meta": 2}]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pg19").mkdir()                              # as --out=pg19 makes it: not what is read
+    (tmp_path / "a.txt").write_text("first")
+    assert list(Texts(f"a.txt,{name}")) == ["first", "a", "b"]
+    assert asked == [(expected, {"revision": revision, "split": "train", "streaming": True})]
+
+
+@pytest.mark.parametrize("error,message", [
+    (RuntimeError("Dataset scripts are no longer supported, but found n.py"), "--name=o/n@refs/convert/parquet"),
+    (ValueError("Compression type zstd not supported"), "pip install zstandard"),
+    (ConnectionError("no route"), "o/n cannot be read .*no route.* can be reached")])
+def test_hub_errors_say_what_to_do(monkeypatch, error, message):
+    def hub(*_, **__):
+        raise error
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    with pytest.raises(UserError, match=message):
+        list(Texts("o/n"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,10 +694,19 @@ def test_stream_goes_on_from_a_prompt(metaspace):
     assert "".join(stream.push(i) for i in ids[1:]) == " the"
 
 
-@pytest.mark.parametrize("flag", ["--tokens=0", "--shard_tokens=0"])
-def test_counts_below_one_are_refused(flag):
-    with pytest.raises(UserError, match="at least 1"):
+@pytest.mark.parametrize("flag", ["--tokens=0", "--shard_tokens=0", "--valid_share=-0.1", "--valid_share=1"])
+def test_counts_and_shares_out_of_range_are_refused(flag):
+    with pytest.raises(UserError, match=f"{flag.rstrip('0')}.* must be at least"):
         data.main([flag])
+
+
+def test_counts_may_be_written_short(capsys):
+    for text, n in (("15e9", 15_000_000_000), ("1.5e3", 1500), ("300_000", 300_000), ("7", 7), (str(10**20), 10**20)):
+        assert parse_args(data.DataConfig, [f"--tokens={text}"]).tokens == n
+    for text in ("1.5", "1e-3", "inf", "nan", "many", ""):
+        with pytest.raises(SystemExit):
+            parse_args(data.DataConfig, [f"--tokens={text}"])
+        assert f"argument --tokens: invalid int value: '{text}'" in capsys.readouterr().err
 
 
 def test_a_tokenizer_is_never_replaced(ranks):
@@ -421,7 +724,7 @@ def test_training_reads_no_hub_dataset_into_memory(ranks):
 def test_command_line(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(PLAIN)
     data.main([f"--name={tmp_path / 'a.txt'}", "--train_tokenizer=300", f"--out={tmp_path / 'donor'}"])
-    assert "300 entries from 1,820 characters" in capsys.readouterr().out
+    assert "a tokenizer with 300 entries" in capsys.readouterr().out
     (tmp_path / "donor" / "config.json").write_text('{"vocab_size": 320}')  # a padded model, as Pythia is
     data.main([f"--name={tmp_path / 'a.txt'}", f"--tokenizer={tmp_path / 'donor'}", f"--out={tmp_path / 'shards'}",
                "--tokens=50"])
