@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hf import find_donor
 from runtime import UserError, parse_args, print0, script
 from shards import UNFINISHED, Texts, encode_batches, token_type, write_shards
 from tokenizer import Tokenizer, read_json, train_tokenizer
@@ -148,7 +149,7 @@ def validation(tokens: Tokens, seq_len: int, max_tokens: int | None = None, rows
 @dataclass
 class DataConfig:
     name: str = "assets/books/train"       # slimpajama, redpajama, pg19, a hub owner/name[:config], files, folders
-    tokenizer: str = "assets/donor"        # folder of the checkpoint whose tokenizer to use
+    tokenizer: str = "assets/donor"        # checkpoint whose tokenizer to use: a folder or a Hugging Face id
     out: str = "out_data"                  # folder for the shards, or for the trained tokenizer
     tokens: int | None = None              # stop after so many tokens for training
     valid_share: float = 0.0               # share of the documents that is held out, into the folder valid in --out
@@ -168,8 +169,9 @@ def main(argv=None) -> None:
         train_tokenizer(Texts(config.name), config.train_tokenizer, config.out)
         print0(f"{config.out}: a tokenizer with {config.train_tokenizer:,} entries")
         return
-    tokenizer = Tokenizer.load(config.tokenizer, config.vocab_size)
-    vocab_size = config.vocab_size or read_json(Path(config.tokenizer) / "config.json").get("vocab_size")
+    folder = find_donor(config.tokenizer)
+    tokenizer = Tokenizer.load(folder, config.vocab_size)
+    vocab_size = config.vocab_size or read_json(folder / "config.json").get("vocab_size")
     total, held = write_shards(config.name, tokenizer, config.out, vocab_size or tokenizer.vocab_size,
                                config.shard_tokens, config.tokens, config.valid_share)
     print0(f"{config.out}: {total:,} tokens" + f"; {config.out}/valid: {held:,} tokens held out" * (held > 0))
