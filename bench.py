@@ -4,7 +4,7 @@
     python bench.py --what=svd                                    # our SVD of a residual against torch.linalg.svd
     python bench.py --what=scale                                  # convert a checkpoint of Gemma 2B's exact shapes
     python bench.py --what=train --shape=gemma-2b --compile       # training: ours, transformers, the naive loss
-    python bench.py --what=lora                                   # training a layer with LoRA: merged against separate
+    python bench.py --what=lora --shape=tinyllama --micro_batch=16  # training a layer: LoRA merged against separate
 """
 
 import importlib.util
@@ -17,7 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +34,7 @@ from convert import svd_factors, to_hf, to_recursive, unroll
 from data import load_tokens, windows
 from exits import distill_loss
 from hf import find_donor, hf_config, hf_shapes, load_full
-from model import Config, Layer, RecursiveTransformer, RelaxedLinear, rope_angles, widen
+from model import Config, Layer, RecursiveTransformer, RelaxedLinear, of_loop, rope_angles, widen
 from runtime import (
     UserError,
     parse_args,
@@ -55,18 +59,27 @@ class BenchConfig:
     donor: str = "assets/donor"            # convert, train: full-size model, a folder or a Hugging Face id
     text: str = "assets/books/valid.txt"   # convert: text whose loss is measured
     tokens: int = 16_384                   # convert: of that text, in windows spread evenly over it
-    seq_len: int = 256                     # convert, train: tokens in a window
+    seq_len: int = 256                     # convert, train, lora: tokens in a window
     loops: str = "2,3"                     # convert, train: numbers of loops, by comma
     inits: str = "stepwise,average,lower"  # convert: inits, by comma
     ranks: str = "0,16,64"                 # convert, train, lora: LoRA ranks, by comma; "full" is full rank (convert)
     tmp: str | None = None                 # scale: folder with 10 GB to spare; not set = the system's
-    shape: Literal["donor", "gemma-2b", "tinyllama", "pythia-1b", "smollm2"] = "donor"  # train: of which model
+    shape: Literal["donor", "gemma-2b", "tinyllama", "pythia-1b", "smollm2"] = "donor"  # train, lora: which model's
     layers: int = 0                        # train: keep so many of its layers, for a small machine; 0 = all
-    micro_batch: int = 8                   # train: sequences in a step
-    steps: int = 5                         # train, lora: steps that are timed, after one or two that are not
+    micro_batch: int = 8                   # train, lora: sequences in a step
+    steps: int = 5                         # train, lora: steps that are timed, after two that are not
+    rounds: int = 1                        # train, lora: times that all cases are gone through; their steps are pooled
     compile: bool = False                  # train: also with torch.compile, ours and transformers'
-    device: str = "auto"                   # train: auto, cpu, cuda
+    device: str = "auto"                   # train, lora: auto, cpu, cuda
     save: str | None = None                # also append the JSON line to this file
+
+
+def by_comma(name: str, text: str) -> list[int]:
+    """The numbers in the setting `name`."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{name}={text} must be whole numbers by comma; use for example --{name}=2,3") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,8 +112,8 @@ def bench_convert(config: BenchConfig) -> dict:
         numbers |= compare_with_transformers(full, folder, rows)
         print("transformers: " + ", ".join(f"{k} {v:.6g}" for k, v in numbers.items() if k != "rows"))
     small = min(full.config.n_embd, full.config.n_hidden)
-    ranks = [small if rank == "full" else int(rank) for rank in config.ranks.split(",")]
-    cases = list(itertools.product(map(int, config.loops.split(",")), config.inits.split(","), ("tied", "per_loop")))
+    ranks = by_comma("ranks", config.ranks.replace("full", str(small)))
+    cases = list(itertools.product(by_comma("loops", config.loops), config.inits.split(","), ("tied", "per_loop")))
     for loops, init, vectors in progress(cases, desc="conversions", unit="model"):
         largest = to_recursive(full, loops, init, max(ranks), vectors=vectors)
         for rank in ranks:
@@ -221,7 +234,70 @@ def bench_scale(config: BenchConfig) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# Training: every case in a process of its own, so that its memory is its own, and given back
+
+def shape_of(config: BenchConfig) -> Config:
+    """The full-size model to train. Raises UserError for settings that nothing can be measured with."""
+    for name in ("seq_len", "micro_batch", "steps", "rounds"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name}={getattr(config, name)} must be positive")
+    shape = SHAPES.get(config.shape) or donor_config(find_donor(config.donor))
+    if not 0 <= config.layers <= shape.n_layer:
+        raise UserError(f"--layers={config.layers}, but --shape={config.shape} has {shape.n_layer} of them; "
+                        f"use 1 to {shape.n_layer}, or 0 for all")
+    return replace(shape, n_layer=config.layers or shape.n_layer, n_loop=1, rank=0)
+
+
+def apart(measure: Callable, *args) -> dict:
+    """measure(*args) in a process of its own, or {"error": ...} where memory is too small for it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, *args).result()
+        except BrokenProcessPool:
+            return {"error": "killed"}                                       # as Linux does where memory ends
+        except RuntimeError as e:                                            # an OutOfMemoryError, but not so on CPUs
+            if "allocate" not in str(e):
+                raise
+            return {"error": "out of memory"}
+
+
+def measure_in_turn(measure: Callable, cases: list[dict], config: BenchConfig, shape: Config) -> None:
+    """Add to each case what `measure` finds, tokens_per_s of its median step and mfu; or why there is nothing. The
+    cases are gone through config.rounds times, so that a noisy machine disturbs them all alike."""
+    device = pick_device(config.device)
+    peak, tokens = peak_flops(device, device.type == "cuda"), config.micro_batch * config.seq_len
+    for case in progress(cases * config.rounds, desc="cases", unit="case"):
+        if "error" not in case:
+            new = apart(measure, config, shape, dict(case))
+            case.update(new | {"seconds": sorted(case.get("seconds", []) + new.get("seconds", []))})
+    for case in cases:
+        if "error" not in case:
+            speed = tokens / case["seconds"][len(case["seconds"]) // 2]
+            case |= {"tokens_per_s": speed, "mfu": peak and speed * case["flops_per_token"] / peak}
+
+
+def time_steps(step: Callable[[], Tensor], config: BenchConfig, device: torch.device) -> dict:
+    """Seconds of each of config.steps steps, after two that warm up, the last one's loss, and the peak of memory."""
+    def synchronize():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    seconds = []
+    for _ in range(config.steps + 2):
+        synchronize()
+        began = time.perf_counter()
+        loss = step()
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": seconds[2:], "loss": loss.item(), "peak_gib": peak_memory(device)}
+
+
+def speeds(case: dict, first: float) -> list[str]:
+    """A case's last cells in the table, tokens/s also as a multiple of `first`."""
+    if "error" in case:
+        return [case["error"], "", "", ""]
+    return [f"{case['tokens_per_s']:,.0f}", f"{case['tokens_per_s'] / first:.2f}",
+            f"{case['mfu']:.0%}" if case["mfu"] else "", f"{case['peak_gib']:.2f} GiB"]
+
 
 class NaiveObjective(Objective):
     """The same loss from whole logits and softmaxes, as it is commonly written."""
@@ -236,9 +312,13 @@ class TransformersObjective(torch.nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        from transformers import AutoConfig, AutoModelForCausalLM
-        hf = hf_config(config, torch.float32)
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf)).train()
+        from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        # Its "sdpa", under a name for which it makes no mask: compiled, it would write out the causal one, and SDPA
+        # leave its fast path, which not compiled it takes as we do.
+        AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+        hf = AutoConfig.for_model(**hf_config(config, torch.float32))
+        self.model = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa_causal").train()
 
     def forward(self, idx, targets, teacher):
         if teacher is None:
@@ -254,110 +334,113 @@ def naive_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -
 
 
 def measure_training(config: BenchConfig, shape: Config, case: dict) -> dict:
-    """Seconds per step, loss and peak memory of one case, in a process of its own. A step is forward and backward of
-    student and teacher, clipping and AdamW, on the same random tokens for all."""
-    try:
-        device = pick_device(config.device)
-        torch.manual_seed(0)
-        bf16 = device.type == "cuda"
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-        args = TrainConfig(distill="fkl" if case["distill"] else "none", compile=case["compile"])
-        with device:
-            idx = torch.randint(shape.vocab_size, (config.micro_batch, config.seq_len + 1))
-            teacher = RecursiveTransformer(shape).requires_grad_(False) if case["distill"] else None
-            if case["code"] == "transformers":
-                objective = TransformersObjective(shape)
-            else:
-                student = RecursiveTransformer(replace(shape, n_loop=case["loops"], rank=case["rank"]))
-                objective = (Objective if case["code"] == "ours" else NaiveObjective)(student, args)
-        teacher = teacher and teacher.to(torch.bfloat16 if bf16 else torch.float32)
-        optimizer = make_optimizer(objective.model, args)
-        if case["compile"]:
-            objective.compile()
-        seconds = []
-        for _ in range(config.steps + 2):
-            synchronize(device)
-            began = time.perf_counter()
-            with autocast:
-                with torch.no_grad():
-                    given = teacher and (teacher.norm(teacher(idx[:, :-1])[-1], 0), teacher.head_weight)
-                loss, _ = objective(idx[:, :-1], idx[:, 1:].contiguous(), given)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            synchronize(device)
-            seconds.append(time.perf_counter() - began)
-        return {"seconds": sorted(seconds[2:]), "loss": loss.item(), "peak_gib": peak_memory(device),
-                "peak_flops": peak_flops(device, bf16)}
-    except torch.OutOfMemoryError:
-        return {"error": "out of memory"}
+    """`time_steps` of one case. A step is forward and backward of student and teacher, clipping and AdamW, on the same
+    random tokens for all; the teacher has the full-size shape."""
+    device = pick_device(config.device)
+    torch.manual_seed(0)
+    bf16 = device.type == "cuda"
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    args = TrainConfig(distill="fkl" if case["distill"] else "none", compile=case["compile"])
+    with device:
+        idx = torch.randint(shape.vocab_size, (config.micro_batch, config.seq_len + 1))
+        teacher = RecursiveTransformer(shape).requires_grad_(False) if case["distill"] else None
+        if case["code"] == "transformers":
+            objective = TransformersObjective(shape)
+        else:
+            student = RecursiveTransformer(replace(shape, n_loop=case["loops"], rank=case["rank"]))
+            objective = (Objective if case["code"] == "ours" else NaiveObjective)(student, args)
+    teacher = teacher and teacher.to(torch.bfloat16 if bf16 else torch.float32)
+    optimizer = make_optimizer(objective.model, args)
+    if case["compile"]:
+        objective.compile()
 
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def step() -> Tensor:
+        with autocast:
+            with torch.no_grad():
+                given = teacher and (teacher.norm(teacher(idx[:, :-1])[-1], 0), teacher.head_weight)
+            loss, _ = objective(idx[:, :-1], idx[:, 1:].contiguous(), given)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+    return time_steps(step, config, device)
 
 
 def bench_train(config: BenchConfig) -> dict:
     """Tokens/s, MFU and peak memory of a training step: transformers, ours at full size, ours looped, with the loss in
     chunks and with the naive one, without and with distillation from a frozen full-size teacher."""
-    shape = SHAPES.get(config.shape) or donor_config(find_donor(config.donor))
-    shape = replace(shape, n_layer=config.layers or shape.n_layer)
+    shape = shape_of(config)
     with torch.device("meta"):
         forward = RecursiveTransformer(shape).flops(config.seq_len)
+    looped = list(itertools.product(by_comma("loops", config.loops), by_comma("ranks", config.ranks)))
+    for loops, rank in looped:
+        replace(shape, n_loop=loops, rank=rank)                              # refuses now what cannot be built later
     cases = []
     for distill, compiled in itertools.product((False, True), (False, True)[:1 + config.compile]):
-        how = {"distill": distill, "compile": compiled}
+        how = {"distill": distill, "compile": compiled,                      # looped or not, the same layers run
+               "flops_per_token": forward * (4 if distill else 3)}
         if importlib.util.find_spec("transformers"):
             cases.append({"code": "transformers", "loops": 1, "rank": 0} | how)
         cases += [{"code": code, "loops": 1, "rank": 0} | how for code in ("ours, naive loss", "ours")]
-        cases += [{"code": "ours", "loops": loops, "rank": rank} | how for loops, rank in itertools.product(
-            map(int, config.loops.split(",")), map(int, config.ranks.split(",")))]
+        cases += [{"code": "ours", "loops": loops, "rank": rank} | how for loops, rank in looped]
+    measure_in_turn(measure_training, cases, config, shape)
+    lines, first = [["code", "loops", "rank", "distill", "compile", "tok/s", "of first", "mfu", "peak memory"]], {}
+    for case in cases:
+        base = first.setdefault(case["distill"], case["tokens_per_s"]) if "error" not in case else 1.0
+        lines.append([case["code"], case["loops"], case["rank"],
+                      *("yes" if case[k] else "" for k in ("distill", "compile")), *speeds(case, base)])
     tokens = config.micro_batch * config.seq_len
-    lines, base = [["code", "loops", "rank", "distill", "compile", "tok/s", "of first", "mfu", "peak memory"]], {}
-    for case in progress(cases, desc="cases", unit="case"):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:           # its memory is its own, and given back
-            case |= pool.apply(measure_training, (config, shape, dict(case)))
-        known = [case["code"], case["loops"], case["rank"], *("yes" if case[k] else "" for k in ("distill", "compile"))]
-        if "error" in case:
-            lines.append([*known, case["error"], "", "", ""])
-            continue
-        flops = forward * (3 + case["distill"])                              # looped or not, the same layers run
-        speed = tokens / case["seconds"][len(case["seconds"]) // 2]
-        first = base.setdefault(case["distill"], speed)
-        case |= {"tokens_per_s": speed, "mfu": case["peak_flops"] and speed * flops / case["peak_flops"]}
-        lines.append([*known, f"{speed:,.0f}", f"{speed / first:.2f}", f"{case['mfu']:.0%}" if case["mfu"] else "",
-                      f"{case['peak_gib']:.2f} GiB"])
     print(f"{tokens} tokens a step\n{table(lines)}")
     return {"shape": asdict(shape), "tokens_per_step": tokens, "rows": cases}
 
 
+def separate(linear: RelaxedLinear, x: Tensor, loop: int) -> Tensor:
+    """What `RelaxedLinear` computes, with the LoRA as a path of its own however many tokens there are."""
+    bias = None if linear.bias is None else of_loop(linear.bias, loop)
+    return F.linear(x, linear.weight, bias) + F.linear(F.linear(x, linear.lora_a[loop]), linear.lora_b[loop])
+
+
+def measure_layer(config: BenchConfig, shape: Config, case: dict) -> dict:
+    """`time_steps` of forward and backward through one layer of two loops; its "loss" is the sum of what comes out."""
+    device = pick_device(config.device)
+    torch.manual_seed(0)
+    with device:
+        layer = Layer(replace(shape, n_layer=2, n_loop=2, rank=case["rank"]))
+        x = torch.randn(config.micro_batch, config.seq_len, shape.n_embd, requires_grad=True)  # (B, T, C)
+        rope = rope_angles(torch.arange(config.seq_len, device=device), shape)
+    if case["path"] == "separate":
+        for linear in (m for m in layer.modules() if isinstance(m, RelaxedLinear)):
+            linear.forward = partial(separate, linear)
+
+    def step() -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            total = layer(x, rope, 0, 0).sum()
+        total.backward()
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        return total.detach()
+    return time_steps(step, config, device)
+
+
 def bench_lora(config: BenchConfig) -> dict:
-    """Seconds of a training step through one layer of TinyLlama's shapes at 4,096 tokens: what each LoRA rank adds to
-    rank 0, merged into W' as in `RelaxedLinear` and as a path of its own beside it."""
-    def separate(self, x, loop):
-        return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
-    merged, tokens = RelaxedLinear.forward, 4096
-    ranks = [rank for rank in map(int, config.ranks.split(",")) if rank]
-    cases = [(0, "merged"), *itertools.product(ranks, ("merged", "separate"))]
-    x, seconds = torch.randn(tokens // 512, 512, 2048), {case: [] for case in cases}
-    rope = rope_angles(torch.arange(512), SHAPES["tinyllama"])
-    layers = {rank: Layer(replace(SHAPES["tinyllama"], n_loop=2, rank=rank)) for rank, _ in cases}
-    for _ in progress(range(config.steps + 1), desc="rounds"):              # in turns: noise meets them all
-        for rank, how in cases:
-            RelaxedLinear.forward = merged if how == "merged" else separate
-            began = time.perf_counter()
-            layers[rank](x.requires_grad_(), rope, 0, 0).sum().backward()
-            seconds[rank, how].append(time.perf_counter() - began)
-            layers[rank].zero_grad(set_to_none=True)
-    RelaxedLinear.forward = merged
-    best = {case: min(s[1:]) for case, s in seconds.items()}
-    lines = [["path", "rank", "seconds", "over rank 0"]]
-    lines += [[how, rank, f"{t:.2f}", f"{t / best[0, 'merged'] - 1:+.1%}"] for (rank, how), t in best.items()]
-    print(table(lines))
-    return {"tokens": tokens, "rows": [{"rank": r, "path": how, "seconds": sorted(seconds[r, how][1:])}
-                                       for r, how in cases]}
+    """Tokens/s of a training step through one layer: what each LoRA rank adds to rank 0, merged into W' as in
+    `RelaxedLinear` (where there are many tokens) and as a path of its own beside it."""
+    shape = shape_of(config)
+    ranks = [rank for rank in by_comma("ranks", config.ranks) if rank]
+    for rank in ranks:
+        replace(shape, rank=rank)                                            # refuses a negative one
+    with torch.device("meta"):
+        flops = 3 * RecursiveTransformer(replace(shape, n_layer=1)).flops(config.seq_len, n_exits=0)
+    cases = [{"rank": rank, "path": path, "flops_per_token": flops}
+             for rank, path in [(0, "merged"), *itertools.product(ranks, ("merged", "separate"))]]
+    measure_in_turn(measure_layer, cases, config, shape)
+    first = next((case["tokens_per_s"] for case in cases if "error" not in case), 1.0)
+    lines = [["path", "rank", "tok/s", "of first", "mfu", "peak memory"]]
+    lines += [[case["path"], case["rank"], *speeds(case, first)] for case in cases]
+    tokens = config.micro_batch * config.seq_len
+    print(f"{tokens} tokens a step\n{table(lines)}")
+    return {"shape": asdict(shape), "tokens_per_step": tokens, "rows": cases}
 
 
 def main(argv=None):

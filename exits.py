@@ -59,9 +59,9 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, kind: Kind = "f
 
 @torch.compiler.disable                                      # its loop is not for a graph; what it repeats may be
 def chunked_loss(states: Sequence[Tensor], head: Tensor, targets: Tensor, weights: Sequence[float] = (1.0,),
-              teacher: tuple[Tensor, Tensor] | None = None, kind: Kind = "fkl", distill_weight: float = 1.0,
-              temperature: float = 1.0, self_distill: bool = False, compiled: bool = False,
-              chunk: int | None = None) -> tuple[Tensor, Tensor]:
+                 teacher: tuple[Tensor, Tensor] | None = None, kind: Kind = "fkl", distill_weight: float = 1.0,
+                 temperature: float = 1.0, self_distill: bool = False, compiled: bool = False,
+                 chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """(sum over the exits of weight x (cross entropy + distill_weight x T^2 x divergence), cross entropy per exit).
 
     states: for each exit, the hidden states (..., C) after the final norm; head (V, C); targets (...) int64, IGNORE
@@ -74,14 +74,16 @@ def chunked_loss(states: Sequence[Tensor], head: Tensor, targets: Tensor, weight
     """
     if len(states) != len(weights):
         raise ValueError(f"{len(states)} exits but {len(weights)} weights; give one for each")
-    states = [x.flatten(0, -2) for x in states]
+    states, targets = [x.flatten(0, -2) for x in states], targets.flatten()
+    teacher = (teacher[0].flatten(0, -2), teacher[1]) if teacher else (None, None)
+    lengths = [len(x) for x in (*states, teacher[0]) if x is not None]
+    assert set(lengths) == {len(targets)}, f"{len(targets)} targets for {lengths} hidden states"  # slices would hide it
     chunk = chunk or max(math.ceil(len(states[0]) / 16), 256)
     device = head.device.type                                # autocast does not reach into a backward by hand:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states[0].dtype
     spec = (tuple(weights), kind, distill_weight, temperature, self_distill, compiled, chunk, dtype)
-    teacher = [t.flatten(0, -2) if i == 0 else t for i, t in enumerate(teacher)] if teacher else (None, None)
     with torch.autocast(device, enabled=False):
-        return ChunkedLoss.apply(spec, torch.is_grad_enabled(), targets.flatten(), *teacher, head, *states)
+        return ChunkedLoss.apply(spec, torch.is_grad_enabled(), targets, *teacher, head, *states)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -95,8 +97,9 @@ class ChunkedLoss(torch.autograd.Function):
         teacher_w = None if teacher_head is None else teacher_head.to(dtype)
         count = (targets != IGNORE).sum().clamp(min=1).double()
         sums = torch.zeros(2, len(states), device=head.device, dtype=torch.float64)
-        d_states = [torch.empty_like(x) for x in states] if learn else []
-        d_head = torch.zeros_like(head, dtype=widen(head).dtype) if learn and head.requires_grad else None
+        learns = [learn and needs for needs in ctx.needs_input_grad[5:]]      # head, states: a frozen one costs nothing
+        d_head = torch.zeros_like(head, dtype=widen(head).dtype) if learns[0] else None
+        d_states = [torch.empty_like(x) if needs else None for x, needs in zip(states, learns[1:], strict=True)]
         for rows in (slice(i, i + chunk) for i in range(0, len(targets), chunk)):
             teacher = None                                                   # (n, V) log-probabilities
             if teacher_w is not None:
@@ -106,10 +109,11 @@ class ChunkedLoss(torch.autograd.Function):
                 ce, kd, grad = step(x, w, targets[rows], teacher, kind, distill_weight, temperature)
                 counts = (targets[rows] != IGNORE)[:, None]                  # (n, 1)
                 sums[:, e] += torch.stack([(ce * counts).sum(), (kd * counts).sum()])
-                if learn:
+                if any(learns):
                     scale = (counts / count * weights[e]).to(grad.dtype)
                     grad = grad.mul_(scale).to(dtype)                        # (n, V), by the logits
-                    d_states[e][rows] = grad @ w
+                    if d_states[e] is not None:
+                        d_states[e][rows] = grad @ w
                     if d_head is not None:
                         add_product(d_head, grad.t(), x)
                 del grad

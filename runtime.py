@@ -170,10 +170,10 @@ def clock(seconds: float) -> str:
     return f"{seconds:.0f}s" if seconds < 90 else f"{seconds / 60:.0f}m" if seconds < 5400 else f"{seconds / 3600:.1f}h"
 
 
-# Dense bf16 TFLOP/s from the makers' data sheets, by what torch.cuda.get_device_name() contains; first match counts.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312,
-               "A800": 312, "H800": 989, "L40S": 362, "L40": 181, "L4": 121, "A10": 125, "A6000": 155, "4090": 165,
-               "3090": 71}
+# Dense bf16 TFLOP/s from the makers' data sheets, by words of torch.cuda.get_device_name(); the first match counts.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989,
+               "B200": 2250, "A100": 312, "A800": 312, "H800": 989, "L40S": 362, "L40": 181, "L4": 121, "A10": 125,
+               "A6000": 155, "4090": 165, "3090": 71}
 
 
 def peak_flops(device: torch.device, bf16: bool) -> float | None:
@@ -181,7 +181,9 @@ def peak_flops(device: torch.device, bf16: bool) -> float | None:
     None where nothing is known."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None) if bf16 else None
+        if not bf16 or re.search(r"\b(MIG|Laptop)\b", name):  # a slice of that GPU, or a smaller one of its name
+            return None
+        return next((peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
     if device.type != "cpu":
         return None
     a = torch.randn(1024, 1024, dtype=torch.bfloat16 if bf16 else torch.float32)

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import Config, KVCache, RecursiveTransformer, RelaxedLinear
 from runtime import UserError
@@ -205,6 +207,23 @@ def test_parameters_by_hand(vectors):
     run = 6 * (shared + lora + norms) + final
     assert model.num_params() == {"stored": stored + ends, "run": run + ends, "stored_block": stored, "run_block": run}
     assert stored + ends == sum(p.numel() for p in model.parameters())
+
+
+@each_arch
+@pytest.mark.parametrize("n_loop, n_exits", [(1, 1), (2, 1), (3, 1), (3, 2)])
+def test_flops_are_those_of_the_operations_with_attention_at_half(arch, n_loop, n_exits):
+    """torch counts scores of all pairs of tokens, of which causal attention needs but the lower half."""
+    model, (B, T) = tiny(arch, n_loop=n_loop), (2, 11)
+    plain = sdpa_kernel(SDPBackend.MATH)                         # the fused kernel of CPUs is not counted
+    with FlopCounterMode(display=False) as counter, plain, torch.no_grad():
+        for x in model(tokens(B, T))[-n_exits:]:
+            model.logits(x)
+    c = model.config
+    pairs = 4 * c.n_layer * c.n_head * c.head_dim                # FLOPs for each query and key: score, sum of values
+    needless = pairs * B * T * (T - 1) // 2                      # keys that lie after their query
+    assert B * T * model.flops(T, n_exits) == counter.get_total_flops() - needless
+    assert model.flops(T, n_exits) == tiny(arch).flops(T) + (n_exits - 1) * 2 * c.vocab_size * c.n_embd
+    assert model.flops(T, n_exits) == tiny(arch, n_loop=n_loop, rank=3, vectors="per_loop").flops(T, n_exits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from runtime import (
     UserError,
     check_out,
     parse_args,
+    peak_flops,
+    peak_memory,
     pick_device,
     print0,
     progress,
@@ -156,6 +158,26 @@ def test_tables_are_aligned():
     assert table([["a"]]) == "a\n-"
     with pytest.raises(ValueError):
         table([["a", "b"], ["c", "d", "e"]])
+
+
+@pytest.mark.parametrize("name, tera", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+    ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A10", 125), ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362),
+    ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),  # less than the name
+    ("NVIDIA RTX A1000", None), ("NVIDIA A10G", None), ("AMD Instinct MI300X", None),           # in part the name
+])
+def test_peak_of_a_gpu_is_known_by_its_name(monkeypatch, name, tera):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), bf16=True) == (tera and tera * 1e12)
+    assert peak_flops(torch.device("cuda"), bf16=False) is None
+
+
+def test_peaks_of_this_machine_are_measured():
+    assert peak_flops(torch.device("cpu"), bf16=False) > 1e8
+    assert peak_flops(torch.device("meta"), bf16=False) is None
+    assert 0.05 < peak_memory(torch.device("cpu")) < 1000        # GiB
 
 
 # ---------------------------------------------------------------------------------------------------------------------
