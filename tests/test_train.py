@@ -1,37 +1,44 @@
 """Uptraining on a donor of a few thousand weights: that it learns, that equivalent runs are equal, that no moment of
 being interrupted loses anything, and that a mistake is named before anything is overwritten."""
 
-import itertools
-import json
 import math
-import multiprocessing
 import os
-import random
-import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import (
+    DONOR,
+    assert_close_logs,
+    assert_same_weights,
+    contents,
+    flags,
+    interrupt_at,
+    join,
+    read_log,
+    run,
+    start_two,
+    story,
+    wait_for_step,
+    weights,
+    write_donor,
+)
 
 import convert
 import train
 from convert import to_hf
 from data import load_tokens, validation, write_shards
 from exits import distill_loss
-from model import Config, RecursiveTransformer, is_matrix
+from model import RecursiveTransformer, is_matrix
 from runtime import UserError, script
-from tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
+from tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-DONOR = Config(vocab_size=320, n_layer=4, n_embd=32, n_head=4, n_kv_head=1, head_dim=8, n_hidden=64, n_ctx=64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,92 +47,6 @@ def one_thread():
     torch.set_num_threads(1)  # the order of sums, and so the last bit, depends on it
     yield
     torch.set_num_threads(before)
-
-
-def story(seed: int, sentences: int) -> str:
-    """Sentences of a small grammar: quickly learnt, and never the same twice."""
-    rng = random.Random(seed)
-    parts = (["The cat", "A dog", "My aunt", "The old king"], ["sees", "eats", "finds", "loves"],
-             ["a mouse", "the bread", "her garden", "some gold"])
-    return " ".join(" ".join(map(rng.choice, parts)) + "." for _ in range(sentences))
-
-
-def write_donor(model: RecursiveTransformer, tokenizer: Path, folder: Path) -> Path:
-    to_hf(model, folder)
-    copy_tokenizer(tokenizer, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A folder with donor/ (trained a little, in Gemma's layout), train.txt and valid.txt."""
-    home = tmp_path_factory.mktemp("home")
-    words = random.Random(3)
-    noise = " ".join("".join(words.choices("abcdefgh", k=words.randint(2, 5))) for _ in range(2000))
-    train_tokenizer([story(1, 300) + noise], DONOR.vocab_size, home / "tokenizer")
-    (home / "train.txt").write_text(story(1, 3000))
-    (home / "valid.txt").write_text(story(2, 300))
-    torch.manual_seed(0)
-    write_donor(RecursiveTransformer(DONOR), home / "tokenizer", home / "donor")
-    run(home, home / "full", "--init=scratch", "--tokens=12800", "--lr=5e-3", "--eval_every=1000")
-    write_donor(RecursiveTransformer.load(home / "full"), home / "tokenizer", home / "donor")
-    return home
-
-
-def flags(home: Path, out: Path, *more: str) -> list[str]:
-    return [f"--donor={home}/donor", f"--data={home}/train.txt", f"--valid={home}/valid.txt", f"--out={out}",
-            "--tokens=2560", "--batch_tokens=128", "--seq_len=16", "--micro_batch=8", "--eval_tokens=256",
-            "--eval_every=5", "--log_every=1", "--warmup=2", "--device=cpu", *more]
-
-
-def run(home: Path, out: Path, *more: str) -> list[dict]:
-    train.main(flags(home, out, *more))
-    return read_log(out)
-
-
-def read_log(out: Path) -> list[dict]:
-    """log.jsonl without what differs from run to run."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    measured = {"tokens_per_s", "seconds", "mfu", "peak_gib"}
-    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return RecursiveTransformer.load(out).state_dict()
-
-
-def assert_same_weights(a: Path, b: Path, **tolerance) -> None:
-    want, have = weights(a), weights(b)
-    assert want.keys() == have.keys()
-    for name in want:
-        torch.testing.assert_close(have[name], want[name], msg=name, **(tolerance or {"rtol": 0, "atol": 0}))
-
-
-def assert_close_logs(a: list[dict], b: list[dict], tolerance: float = 1e-5) -> None:
-    assert [(line["step"], sorted(line)) for line in a] == [(line["step"], sorted(line)) for line in b]
-    for x, y in zip(a, b, strict=True):
-        for key in x.keys() & {"loss", "objective", "val_loss", "full_val_loss", "donor_loss", "lr"}:
-            assert x[key] == pytest.approx(y[key], abs=tolerance), (x, y)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@contextmanager
-def interrupt_at(step: int, how):
-    """Call `how()` when training begins the step after `step` steps."""
-    schedule = train.learning_rate
-
-    def interrupting(at, *rest):
-        if at == step:
-            how()
-        return schedule(at, *rest)
-    train.learning_rate = interrupting
-    try:
-        yield
-    finally:
-        train.learning_rate = schedule
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,75 +233,6 @@ def test_accumulated_micro_batches_are_one_batch(home, tmp_path):
     assert_same_weights(tmp_path / "a", tmp_path / "b", rtol=1e-3, atol=1e-4)
 
 
-def count_lines(save, reached):
-    """`save` that calls reached(n) before it runs the nth line of these three files, where files are moved."""
-    lines = itertools.count()
-
-    def trace(frame, event, _):
-        if not frame.f_code.co_filename.endswith(("checkpoint.py", "runtime.py", "shutil.py")):
-            return None
-        if event == "line":
-            reached(next(lines))
-        return trace
-
-    def traced(*args):
-        sys.settrace(trace)
-        save(*args)
-        sys.settrace(None)
-    return traced
-
-
-def child(argv: list[str], output: str, env: dict, kill_at: int | None = None) -> None:
-    """One process of a run, with real signals, exit code and output; killed when its saves have run so many lines."""
-    if kill_at is not None:
-        train.save_checkpoint = count_lines(
-            train.save_checkpoint, lambda line: line == kill_at and os.kill(os.getpid(), signal.SIGKILL))
-    os.environ.update(env)
-    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(fd, 1), os.dup2(fd, 2)
-    torch.set_num_threads(1)
-    script(lambda: train.main(argv))
-
-
-@pytest.fixture(scope="module")
-def start():
-    """start(argv, output, **env) -> a process that trains. They are forked from a server that has imported all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "tiktoken", "torch._dynamo"])  # the last is what optimizers import late
-
-    def start(argv, output, kill_at=None, **env):
-        process = context.Process(target=child, args=(argv, str(output), env, kill_at), daemon=True)
-        process.start()
-        return process
-    return start
-
-
-def start_two(start, argv, output):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    return [start(argv, output, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=port) for rank in range(2)]
-
-
-def join(processes) -> list[int | None]:
-    for process in processes:
-        process.join(100)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()  # one that hangs heeds nothing less
-    return codes
-
-
-def wait_for_step(out: Path, step: int, alive) -> None:
-    until = time.time() + 100
-    while time.time() < until and alive():
-        if (out / "log.jsonl").exists() and f'"step": {step}, "loss"' in (out / "log.jsonl").read_text():
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached")
-
-
 def test_two_processes_are_one_that_accumulates_also_when_stopped_between(home, tmp_path, start):
     more = ["--batch_tokens=256", "--tokens=10240", "--rank=2", "--vectors=per_loop", "--eval_every=15"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -464,48 +316,6 @@ def test_only_the_first_process_writes_the_log(tmp_path, monkeypatch):
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
-def test_kill_9_at_any_moment_loses_nothing_but_the_last_step(home, tmp_path, start, monkeypatch):
-    """Every checkpoint found after a kill is, bit for bit, that of an undisturbed run at the same step. Half of the
-    kills come at a random line of writing a checkpoint, half at a random time."""
-    more = ["--tokens=800", "--batch_tokens=8", "--seq_len=8", "--micro_batch=1", "--save_every=1",
-            "--eval_every=1000", "--eval_tokens=8", f"--data={home}/valid.txt"]
-    straight, out, lines, rng, steps = tmp_path / "straight", tmp_path / "killed", [], random.Random(0), [0]
-    sums, save = {}, count_lines(train.save_checkpoint, lines.append)
-
-    def fingerprint(state):
-        return [w.double().sum().item() for w in state.values()] + [next(iter(state.values())).double().std().item()]
-
-    def recorded(folder, model, optimizer, state):
-        sums[state["step"]] = fingerprint(model.state_dict())
-        if state["step"] in (0, 1, 100):
-            lines.clear()
-            save(folder, model, optimizer, state)
-        if state["step"] == 0:
-            shutil.copytree(straight, out)
-    monkeypatch.setattr(train, "save_checkpoint", recorded)
-    want = run(home, straight, *more)
-    (out / "log.jsonl").write_text(json.dumps(want[0]) + "\n")
-    monkeypatch.undo()
-
-    for i in range(20):
-        argv = ["--resume", f"--out={out}"]
-        process = start(argv, tmp_path / "output", kill_at=rng.randrange(2 * len(lines)) if i % 2 else None)
-        while i % 2 == 0 and process.is_alive() and f'"step": {steps[-1] + 1}, ' not in (out / "log.jsonl").read_text():
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
-        if i % 2 == 0:
-            process.kill()
-        assert join([process]) == [-signal.SIGKILL], (tmp_path / "output").read_text()
-        state = weights(out)
-        steps.append(torch.load(out / "train.pt")["step"])
-        assert fingerprint(state) == sums[steps[-1]] and steps[-1] >= steps[-2]
-    assert len(set(steps)) > 5 and steps[-1] < 100, steps
-    train.main(["--resume", f"--out={out}"])
-    assert read_log(out) == want
-    assert_same_weights(tmp_path / "straight", out)
-    assert {p.name for p in tmp_path.iterdir()} == {"straight", "killed", "output"}
-
-
 @pytest.mark.parametrize("group", [False, True])
 def test_torchrun_stops_with_a_checkpoint(home, tmp_path, group):
     """SIGTERM to the launcher, as a cluster sends it; Ctrl-C, which the terminal sends to all."""
@@ -530,37 +340,6 @@ def test_torchrun_stops_with_a_checkpoint(home, tmp_path, group):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes and accidents
-
-@contextmanager
-def files_end_at(size: int):
-    """Writing a file beyond `size` bytes fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("what", ["model.safetensors", "train.pt", "log.jsonl"])
-def test_a_full_disk_leaves_the_previous_checkpoint(home, tmp_path, what):
-    out = tmp_path / "out"
-    run(home, out, "--save_every=5")
-    state, size = weights(out), {p.name: p.stat().st_size for p in out.iterdir()}
-    if what == "log.jsonl":
-        logged = (out / what).read_text()
-        (out / what).write_text(json.dumps({"step": 0, "pad": "x" * size["train.pt"]}) + "\n" + logged)
-    limit = {"model.safetensors": size["model.safetensors"] - 1, "train.pt": size["train.pt"] - 1,
-             "log.jsonl": (out / "log.jsonl").stat().st_size + 1}[what]
-    with files_end_at(limit), pytest.raises(UserError, match="cannot write") as e:
-        train.main(["--resume", f"--out={out}", "--tokens=25600"])
-    says = "holds the last checkpoint" if what == "log.jsonl" else "what was there before is untouched"
-    assert says in str(e.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert torch.load(out / "train.pt")["step"] == 20
-    assert all(torch.equal(w, state[n]) for n, w in weights(out).items())
-    train.main(["--resume", f"--out={out}", "--tokens=2688"])
-
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(home, tmp_path):
     with pytest.raises(UserError, match=r"at step 2: not finite.*holds the last good checkpoint.*lower --lr"):
