@@ -199,7 +199,8 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
     if args.teacher:
         folder = find_donor(args.teacher)
         sources[args.teacher] = donor_config(folder)
-        check_vocabulary(args.teacher, folder, sources[args.teacher], f"the donor {args.donor}", config, tokenizer)
+        check_vocabulary(f"--teacher={args.teacher}", folder, sources[args.teacher], f"the donor {args.donor}", config,
+                         tokenizer)
     for name, its in sources.items():
         if args.seq_len > its.n_ctx:
             raise UserError(f"--seq_len={args.seq_len} is longer than the {its.n_ctx} tokens that {name} was made for; "
@@ -213,7 +214,7 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
         loops = read_config(args.out).n_loop
     elif args.ckpt:
         start = read_config(args.ckpt)
-        check_vocabulary(args.ckpt, args.ckpt, start, f"its teacher {args.donor}", config, tokenizer)
+        check_vocabulary(f"--ckpt={args.ckpt}", args.ckpt, start, f"its donor {args.donor}", config, tokenizer)
         loops = start.n_loop
     elif args.init != "scratch":
         refuse_looped(config, "give its donor, or start from it with --ckpt")

@@ -32,11 +32,11 @@ from tiny import (
 import convert
 import train
 from convert import to_hf
-from data import load_tokens, validation, write_shards
+from data import batch, load_tokens, validation, write_shards
 from exits import distill_loss
-from model import RecursiveTransformer, is_matrix
+from model import Layer, RecursiveTransformer, is_matrix
 from runtime import UserError, script
-from tokenizer import Tokenizer, train_tokenizer
+from tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,6 +92,39 @@ def test_objective_is_cross_entropy_plus_scaled_distillation(weight, temperature
     assert not ce.requires_grad and loss.requires_grad
     plain, ce = train.Objective(model, args)(idx, targets, None)
     torch.testing.assert_close((plain, ce), (want, want[None]))
+
+
+def reference_objective(model, idx, targets, teacher, weights, distill_weight, self_distill):
+    """Sum over the exits of weight x (cross entropy + distill_weight x KL(teacher || student)), all logits at once."""
+    logits = [model.logits(x) for x in model(idx)]
+    losses = []
+    for i, s in enumerate(logits):
+        t = logits[-1].detach() if self_distill and i < len(logits) - 1 else teacher
+        ce = torch.nn.functional.cross_entropy(s.flatten(0, 1), targets.flatten())
+        losses.append(ce + (0 if t is None else distill_weight * distill_loss(s, t, "fkl")))
+    return sum(w * x for w, x in zip(weights, losses, strict=True))
+
+
+@pytest.mark.parametrize("kind, weights", [("weighted", [0.1, 0.2, 0.3, 0.4]), ("aggressive", [0.2, 0.2, 0.2, 1.0])])
+@pytest.mark.parametrize("distilled, self_distill", [(True, False), (True, True), (False, True), (False, False)])
+def test_the_objective_of_the_exits_and_its_gradient_are_those_written_out(kind, weights, distilled, self_distill):
+    torch.manual_seed(4)
+    model = RecursiveTransformer(replace(DONOR, n_loop=4, rank=2, vectors="per_loop")).double()
+    for p in model.parameters():
+        p.data = 0.3 * torch.randn_like(p)
+    args = train.TrainConfig(exits=kind, exit_coef=0.2, exit_distill=self_distill, distill_weight=0.7)
+    idx, targets = torch.randint(DONOR.vocab_size, (2, 3, 7))
+    states, head = torch.randn(3, 7, 8).double(), torch.randn(DONOR.vocab_size, 8).double()
+    teacher = (states, head) if distilled else None
+    want = reference_objective(model, idx, targets, states @ head.t() if distilled else None, weights, 0.7,
+                               self_distill)
+    grads = torch.autograd.grad(want, list(model.parameters()))
+    loss, ce = train.Objective(model, args)(idx, targets, teacher)
+    loss.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    assert len(ce) == 4
+    for (name, p), grad in zip(model.named_parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_learning_rate_goes_from_warmup_over_its_peak_to_its_end():
@@ -211,6 +244,41 @@ def test_every_parameter_gets_a_gradient(arch, vectors):
             assert (per_loop > 0).all(), (name, per_loop)
 
 
+def test_exits_are_trained_as_much_as_asked(home, tmp_path, capsys):
+    how = ["--tokens=640", "--loops=4", "--eval_every=3"]
+    plain = run(home, tmp_path / "plain", *how)
+    assert run(home, tmp_path / "none", *how, "--exits=aggressive", "--exit_coef=0") == plain
+    assert_same_weights(tmp_path / "plain", tmp_path / "none")
+    some = run(home, tmp_path / "some", *how, "--exits=aggressive", "--exit_coef=0.5", "--exit_distill")
+    assert [len(line["exit_loss"]) for line in some if "loss" in line] == [4] * 5
+    assert all(line["exit_loss"][-1] == line["loss"] for line in some if "loss" in line)
+    assert [len(line["exit_val_loss"]) for line in some if "val_loss" in line] == [4]
+    assert "(exits " in capsys.readouterr().out
+    assert some[1]["loss"] == plain[1]["loss"] and some[-2]["loss"] != plain[-2]["loss"]
+    assert sum(some[-2]["exit_loss"][:-1]) < sum(some[1]["exit_loss"][:-1])
+
+
+def test_the_teacher_is_who_is_named(home, tmp_path):
+    """The first step's objective, written out, with a teacher of another width and depth; and the donor itself, as a
+    checkpoint of ours, teaches the same as where none is named."""
+    torch.manual_seed(7)
+    wide = RecursiveTransformer(replace(DONOR, n_embd=48, n_layer=2, n_hidden=80)).eval()
+    wide.embed.weight.data *= 4
+    write_donor(wide, home / "tokenizer", tmp_path / "wide")
+    how = ["--tokens=256", "--loops=2"]
+    log = run(home, tmp_path / "a", *how, f"--teacher={tmp_path}/wide")
+    usual = run(home, tmp_path / "b", *how)
+    assert run(home, tmp_path / "c", *how, f"--teacher={home}/full") == usual
+    tokenizer = Tokenizer.load(home / "donor")
+    idx, targets = batch(load_tokens(f"{home}/train.txt", tokenizer, DONOR.vocab_size), range(8), 16, seed=0)
+    student = convert.to_recursive(RecursiveTransformer.load(home / "full"), 2, "stepwise", 0)
+    with torch.no_grad():
+        want = reference_objective(student, idx, targets, wide.logits(wide(idx)[-1]), [0, 1], 1.0, False)
+    assert log[1]["objective"] == pytest.approx(want.item(), abs=1e-4)
+    assert log[1]["loss"] == usual[1]["loss"] and log[1]["objective"] > usual[1]["objective"] + 0.1
+    assert log[0] == usual[0]                                          # the donor stays what is compared with
+
+
 def test_a_converted_checkpoint_is_a_start(home, tmp_path):
     how = ["--init=average", "--rank=4", "--vectors=per_loop"]
     convert.main([f"--donor={home}/donor", f"--out={tmp_path}/converted", *how])
@@ -224,6 +292,24 @@ def test_a_converted_checkpoint_is_a_start(home, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Equal runs
+
+def test_checkpointing_changes_nothing_but_memory(home, tmp_path, start, monkeypatch):
+    torch.manual_seed(8)
+    RecursiveTransformer(replace(DONOR, n_layer=6, n_loop=3, rank=2, vectors="per_loop")).save(tmp_path / "start")
+    copy_tokenizer(home / "tokenizer", tmp_path / "start")
+    how = [f"--ckpt={tmp_path}/start", "--tokens=640", "--exits=weighted"]
+    want, again = run(home, tmp_path / "plain", *how), []
+    argv = flags(home, tmp_path / "two", *how, "--checkpointing", "--micro_batch=4")
+    processes = start_two(start, argv, tmp_path / "output")
+    forward = Layer.forward
+    monkeypatch.setattr(Layer, "forward", lambda self, *a: again.append(torch.is_grad_enabled()) or forward(self, *a))
+    assert run(home, tmp_path / "one", *how, "--checkpointing") == want
+    assert sum(again) == 2 * 5 * 6                                     # each layer twice in each step: it did happen
+    assert_same_weights(tmp_path / "plain", tmp_path / "one")
+    assert join(processes) == [0, 0], (tmp_path / "output").read_text()
+    assert_close_logs(want, read_log(tmp_path / "two"))
+    assert_same_weights(tmp_path / "plain", tmp_path / "two", rtol=1e-2, atol=1e-4)
+
 
 def test_accumulated_micro_batches_are_one_batch(home, tmp_path):
     a = run(home, tmp_path / "a", "--batch_tokens=256", "--micro_batch=16", "--rank=2")
@@ -348,6 +434,35 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(home, tmp_path):
     assert all(w.isfinite().all() for w in weights(tmp_path / "out").values())
 
 
+def test_a_step_that_is_not_finite_is_skipped_or_named(home, tmp_path, monkeypatch, capsys):
+    step, forward, moved = train.train_step, train.Objective.forward, []
+
+    def watched(run, *rest):
+        def poisoned(self, *batch):
+            loss, ce = forward(self, *batch)
+            return loss * (float("nan") if run.step == 6 else 1), ce   # within step 7
+        monkeypatch.setattr(train.Objective, "forward", poisoned)
+        before = [p.clone() for p in run.model.parameters()]
+        result = step(run, *rest)
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True)))
+        assert all(p.isfinite().all() for p in run.model.parameters())
+        return result
+    monkeypatch.setattr(train, "train_step", watched)
+    out, how = tmp_path / "out", ["--tokens=1280", "--save_every=4"]
+    says = r"loss nan, gradient norm nan at step 7: not finite.*out holds the last good checkpoint, of step 4: " \
+           r".*--ckpt=\S*out and a lower --lr, or go on with --resume --skip_nonfinite"
+    with pytest.raises(UserError, match=says):
+        run(home, out, *how)
+    moved.clear()
+    train.main(["--resume", f"--out={out}", "--skip_nonfinite"])       # the message's advice
+    assert moved == [True, True, False, True, True, True]
+    log = read_log(out)
+    assert [line["skipped"] for line in log if "loss" in line] == [0] * 6 + [1] * 4 and log[-1]["final"]
+    assert "1 steps were skipped" in capsys.readouterr().out
+    train.main(["--resume", f"--out={out}", "--tokens=1408"])
+    assert read_log(out)[-2]["skipped"] == 1                           # the count goes on, too
+
+
 BAD = {  # flags -> what the message says
     "--batch_tokens=100": r"use --batch_tokens=128 or --batch_tokens=256",
     "--micro_batch=3": r"3 x 16 x 1 = 48; use --batch_tokens=96 or --batch_tokens=144, or a smaller --micro_batch",
@@ -385,9 +500,19 @@ BAD = {  # flags -> what the message says
     "--ckpt={home}/nothing": r"no checkpoint in \S*nothing",
     "--ckpt={home}/donor": r"convert it first",
     "--seq_len=128 --micro_batch=1": r"--seq_len=128 is longer than the 64 tokens .* use --seq_len=64 or less",
-    "--ckpt={home}/other_vocabulary": r"has a vocabulary of 300, its teacher \S*donor one of 320, or another",
+    "--ckpt={home}/other_vocabulary": r"has a vocabulary of 300, its donor \S*donor one of 320, or another",
     "--ckpt={home}/full --rank=4": r"--rank=4 says how a donor is converted, and --ckpt converts none",
     "--init=scratch --rank=4": r"--rank=4 says how a donor is converted, and --init=scratch converts none",
+    "--teacher={home}/nothing": r"donor \S*nothing does not exist",
+    "--teacher={home}/other_words": r"--teacher=\S*other_words has a vocabulary of 320, the donor \S*donor one of 320",
+    "--teacher={home}/wordy": r"--teacher=\S*wordy has a vocabulary of 400, the donor \S*donor one of 320, or another",
+    "--teacher={home}/short": r"--seq_len=16 is longer than the 8 tokens that \S*short was made for; use --seq_len=8",
+    "--teacher={home}/full --distill=none": r"--teacher=\S*full is distilled from, and --distill=none",
+    "--exits=aggressive --loops=1": r"--exits=aggressive needs a model with an exit before its last loop.*has 1 loop",
+    "--exits=weighted --init=scratch": r"--exits=weighted needs a model with an exit before its last loop",
+    "--exits=weighted --ckpt={home}/full": r"--exits=weighted needs a model with an exit before its last loop",
+    "--exit_distill": r"--exit_distill trains the earlier exits; say how much with --exits=aggressive or weighted",
+    "--exit_coef=-1": r"--exit_coef=-1.0 must not be negative",
     "--device=cuda": r"--device=cuda cannot be used here",
     "--device=abacus": r"--device=abacus cannot be used here",
     "--out={home}/something": r"holds something that is not a checkpoint of this project \(precious.txt\)",
@@ -413,6 +538,9 @@ def mistakes(home):
     to_hf(RecursiveTransformer(DONOR), home / "no_tokenizer")
     write_donor(RecursiveTransformer(small), home / "tokenizer", home / "small_vocabulary")
     RecursiveTransformer(replace(small, n_loop=2)).save(home / "other_vocabulary")
+    write_donor(RecursiveTransformer(DONOR), home / "other_tokenizer", home / "other_words")
+    write_donor(RecursiveTransformer(replace(DONOR, vocab_size=400)), home / "tokenizer", home / "wordy")
+    write_donor(RecursiveTransformer(replace(DONOR, n_ctx=8)), home / "tokenizer", home / "short")
     shutil.copytree(home / "full", home / "damaged")
     (home / "damaged" / "train.pt").write_bytes((home / "full" / "train.pt").read_bytes()[:1000])
     return home
