@@ -9,7 +9,6 @@ import os
 import shutil
 import zipfile
 import zlib
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from model import RecursiveTransformer
-from runtime import UserError, beside, is_main, parse_args, print0, recover_folder, replace_folder
+from runtime import UserError, is_main, parse_args, print0, recover_folder, replace_folder
 from tokenizer import copy_tokenizer
 
 
@@ -54,70 +53,89 @@ def checksum(path: Path) -> list[int]:
 
 
 def load_state(folder) -> dict:
-    """What save_checkpoint was given, and "optimizer". Raises UserError if there is none or anything is damaged."""
+    """What save_checkpoint was given, "sums" and "optimizer". UserError if there is none or it is damaged."""
     path = Path(folder) / "train.pt"
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; start without --resume, or name the run with --out")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:                                   # torch raises whatever its unpickler met
         raise UserError(f"{path} is damaged ({str(e).splitlines()[0]})") from None
+    if "sums" not in state:
+        raise UserError(f"{path} is another version's; start a new run from its weights with --ckpt={folder}")
+    return state
 
 
-def check_whole(folder) -> None:
-    """Raise UserError unless every file of the checkpoint in `folder` is as it was written."""
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    optimizer.load_state_dict(state)
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.state.clear()                              # it holds its share twice now; `optim` is what it steps
+        optimizer.optim.load_state_dict(optimizer.optim.state_dict())  # its "step" is on the CPU: fused needs a GPU's
+
+
+def check_whole(folder) -> dict:
+    """The state of the checkpoint in `folder`. Raises UserError unless every file of it is as it was written."""
     folder = Path(folder)
-    sums = load_state(folder)["sums"]
     try:
         with zipfile.ZipFile(folder / "train.pt") as f:      # torch's format; it does not look at the sums itself
             bad = f.testzip()
-        wrong = ["train.pt"] if bad else [name for name, was in sums.items() if checksum(folder / name) != was]
-    except (OSError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"{folder} is damaged ({e})") from None
+    except FileNotFoundError:
+        raise UserError(f"{folder} is damaged: train.pt is missing") from None
+    except Exception as e:                                   # zipfile, too, raises whatever it met
+        raise UserError(f"{folder} is damaged: train.pt ({e})") from None
+    wrong = ["train.pt"] if bad else []
+    state = {} if bad else load_state(folder)
+    for name, was in state.get("sums", {}).items():
+        try:
+            wrong += [name] * (checksum(folder / name) != was)
+        except OSError as e:
+            wrong += [f"{name} ({e.strerror})"]
     if wrong:
-        raise UserError(f"{folder} is damaged: {', '.join(wrong)} is not as it was written")
+        raise UserError(f"{folder} is damaged: {', '.join(wrong)} not as written")
+    return state
 
 
-def newest_whole(out: str) -> None:
-    """See to it that `out`, if a run ever saved there, holds a whole checkpoint: where the newest is damaged, the
-    previous one takes its place. Raises UserError if that is damaged as well."""
-    recover_folder(out)
-    out = Path(out)
-    if not (out / "train.pt").exists() and not (out / "previous").exists():
-        return
+def newest_whole(out: str) -> bool:
+    """True if a run ever saved in `out`; a whole checkpoint is there then: where the newest is damaged, the previous
+    one takes its place. Raises UserError if that is damaged as well."""
+    newest, previous = Path(out), Path(out) / "previous"
+    if not (newest / "train.pt").exists() and not (previous / "train.pt").exists():
+        return False
     try:
-        return check_whole(out)
+        check_whole(newest)
     except UserError as e:
-        if not (out / "previous").exists():
+        if not previous.exists():
             raise UserError(f"{e}, and there is no checkpoint before it; start anew with another --out") from None
-        print0(f"{e}: going back to the checkpoint before it")
-    check_whole(out / "previous")
-    old = beside(out, ".old")                                # a crash here is mended by recover_folder: both are in old
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
-    with suppress(FileNotFoundError):                        # its end is cut off when the run goes on
-        shutil.copy2(old / "log.jsonl", old / "previous" / "log.jsonl")
-    (old / "previous").rename(out)
-    shutil.rmtree(old)
+        try:
+            state = check_whole(previous)
+        except UserError as e2:
+            raise UserError(f"{e}, and the one before it too: {e2}; start anew with another --out") from None
+        print0(f"{e}: going back to the checkpoint before it, of step {state['step']}")
+        with replace_folder(out) as tmp:                     # a copy: killed at any moment, the previous one is there
+            for name in [*state["sums"], "train.pt"]:
+                shutil.copy2(previous / name, tmp)
+    return True
 
 
 def find_state(out: str, resume: Literal["no", "yes", "auto"]) -> dict | None:
     """The state of the run in `out` that is to go on, None to start anew; the first process sees to it that it is
-    whole. Raises UserError if "yes" finds nothing, or if nothing is whole."""
-    if resume == "no":
-        return None
-    path = Path(out) / "train.pt"
-    if is_main():
-        if resume == "auto":
-            newest_whole(out)
-        elif path.exists():
-            try:
+    whole. Raises UserError, on all processes, if "yes" finds nothing, or if nothing is whole."""
+    found, newest, previous = [resume == "yes"], Path(out) / "train.pt", Path(out) / "previous" / "train.pt"
+    if is_main() and resume != "no":
+        recover_folder(out)
+        try:
+            if resume == "auto":
+                found = [newest_whole(out)]
+            elif newest.exists() or previous.exists():
                 check_whole(out)
-            except UserError as e:
-                raise UserError(f"{e}; --resume=auto goes back to the checkpoint before it") from None
-    if dist.is_initialized():
-        dist.barrier()
-    return None if resume == "auto" and not path.exists() else load_state(out)
+        except UserError as e:
+            hint = "; --resume=auto goes back to the checkpoint before it" * (resume == "yes" and previous.exists())
+            found = [UserError(f"{e}{hint}")]
+    if dist.is_initialized():                                # one that fails alone would leave the others waiting
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return load_state(out) if found[0] else None
 
 
 def resumed_settings(argv, given, state: dict, may_change: set[str]):

@@ -291,8 +291,8 @@ def replace_folder(folder, keep: str | None = None):
             reason = getattr(e, "strerror", None) or e
             raise UserError(f"cannot write {folder}: {reason}; what was there before is untouched") from e
         raise
-    if keep:
-        with suppress(FileNotFoundError):  # the first of its name, or a reader's recover_folder was faster
+    if keep and (old / "train.pt").exists():  # not an empty folder, which could not be gone back to
+        with suppress(FileNotFoundError):  # a reader's recover_folder was faster
             put_inside(old, folder / keep)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -315,7 +315,7 @@ def recover_folder(folder) -> None:
     with suppress(FileNotFoundError):  # another process of this run was faster
         if not folder.exists() and old.exists():
             old.rename(folder)
-        elif (old / "train.pt").exists() and not (folder / "previous").exists():
+        elif all((f / "train.pt").exists() for f in (old, folder)) and not (folder / "previous").exists():
             put_inside(old, folder / "previous")
 
 
@@ -325,7 +325,8 @@ def check_out(folder) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --out needs a folder that is new, empty or a checkpoint")
-    if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
+    damaged = (folder / "train.pt").exists() and is_ours(folder / "previous")  # what --resume=auto mends
+    if folder.exists() and any(folder.iterdir()) and not is_ours(folder) and not damaged:
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:3])
         raise UserError(f"{folder} holds something that is not a checkpoint of this project ({held}); "
                         "give a folder that is new, empty or such a checkpoint")

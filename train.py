@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import drop_log_after, find_state, resumed_settings, save_checkpoint, write_log
+from checkpoint import drop_log_after, find_state, load_optimizer, resumed_settings, save_checkpoint, write_log
 from convert import LoraInit, Norms, Rounding, Vectors, to_recursive
 from data import Tokens, batches, load_tokens, validation
 from exits import chunked_loss, exit_weights
@@ -177,7 +177,7 @@ def check_settings(args: TrainConfig, resumed: bool) -> None:
                                 "none: drop one of the two")
     if args.tokens < args.batch_tokens:
         raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
-    if not resumed and (Path(args.out) / "train.pt").exists():
+    if not resumed and any((Path(args.out) / name / "train.pt").exists() for name in ("", "previous")):
         raise UserError(f"{args.out} holds a run already; go on with --resume, or give another --out")
     if not resumed and (Path(args.out) / "model.safetensors").exists():  # somebody's donor, perhaps
         raise UserError(f"{args.out} holds a model already; give another --out, and --ckpt={args.out} to start from it")
@@ -193,12 +193,18 @@ def donor_config(folder: Path) -> Config:
 
 def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: dict | None) -> None:
     """Raise UserError if donor or teacher do not fit the settings, --ckpt or the run resumed: before any real work."""
-    if args.seq_len > config.n_ctx:
-        raise UserError(f"--seq_len={args.seq_len} is longer than the {config.n_ctx} tokens that {args.donor} was made "
-                        f"for; use --seq_len={config.n_ctx} or less")
-    if args.teacher and args.distill != "none":
+    sources = {args.donor: config}
+    if args.teacher and args.distill == "none":
+        raise UserError(f"--teacher={args.teacher} is distilled from, and --distill=none distils nothing: drop one")
+    if args.teacher:
         folder = find_donor(args.teacher)
-        check_vocabulary(args.teacher, folder, donor_config(folder), f"the donor {args.donor}", config, tokenizer)
+        sources[args.teacher] = donor_config(folder)
+        check_vocabulary(f"--teacher={args.teacher}", folder, sources[args.teacher], f"the donor {args.donor}", config,
+                         tokenizer)
+    for name, its in sources.items():
+        if args.seq_len > its.n_ctx:
+            raise UserError(f"--seq_len={args.seq_len} is longer than the {its.n_ctx} tokens that {name} was made for; "
+                            f"use --seq_len={its.n_ctx} or less")
     if state:
         before = state["history"]["donor_config"]
         changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in asdict(config).items() if v != before.get(k))
@@ -208,17 +214,17 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
         loops = read_config(args.out).n_loop
     elif args.ckpt:
         start = read_config(args.ckpt)
-        check_vocabulary(args.ckpt, args.ckpt, start, f"its teacher {args.donor}", config, tokenizer)
+        check_vocabulary(f"--ckpt={args.ckpt}", args.ckpt, start, f"its donor {args.donor}", config, tokenizer)
         loops = start.n_loop
     elif args.init != "scratch":
         refuse_looped(config, "give its donor, or start from it with --ckpt")
         loops = replace(config, n_loop=args.loops, rank=args.rank).n_loop  # UserError if it does not divide the layers
     else:
         loops = config.n_loop
-    if loops == 1 and (args.exit_loss != "last" or args.exit_distill):
-        raise UserError(f"--exit_loss={args.exit_loss} needs an exit before the last loop, and this model has 1 loop")
     if args.exit_distill and args.exit_loss == "last":
         raise UserError("--exit_distill trains the earlier exits; say how much with --exit_loss=aggressive or weighted")
+    if loops == 1 and args.exit_loss != "last":
+        raise UserError(f"--exit_loss={args.exit_loss} needs an exit before the last loop, and this model has 1 loop")
 
 
 def check_vocabulary(name: str, folder, its: Config, other: str, config: Config, tokenizer: Tokenizer) -> None:
@@ -242,7 +248,7 @@ def build(args: TrainConfig, folder: Path, config: Config, device,
                                args.rounding, args.norms)
     student.checkpointing = args.checkpointing
     teacher = None if args.distill == "none" else donor
-    if args.teacher and args.distill != "none":
+    if args.teacher:
         teacher = load_any(str(find_donor(args.teacher)), torch.float32).requires_grad_(False).to(device)
     return student.to(device), donor, teacher
 
@@ -315,8 +321,8 @@ def prepare(args: TrainConfig, procs: Processes, state: dict | None) -> Run:
     step = 0
     if state:
         history, step = state["history"], state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-        drop_log_after(Path(args.out) / "log.jsonl", step)
+        load_optimizer(optimizer, state["optimizer"])
+        drop_log_after(Path(args.out) / "log.jsonl", step or -1)  # the first line follows its checkpoint: anew
     objective, peak = Objective(model, args), peak_flops(procs.device, bf16)
     if args.compile:
         objective.compile()
@@ -334,13 +340,16 @@ def begin(run: Run, resumed: bool) -> None:
            f"to train on | {run.procs.world} x {run.procs.device.type}{' bf16' * run.bf16}")
     if resumed:
         print0(f"resuming at step {run.step} of {run.steps}")
-        return
-    run.history["donor"] = evaluate(run.donor, run.valid, run.procs, run.autocast)[-1] if run.donor else None
-    run.history["converted"] = evaluate(run.model, run.valid, run.procs, run.autocast)[-1]
-    before = f"donor {run.history['donor']:.4f}, " if run.donor else ""
-    print0(f"validation loss: {before}start {run.history['converted']:.4f}")
-    save(run)
-    write_log(args.out, step=0, full_val_loss=run.history["converted"], donor_loss=run.history["donor"])
+    else:
+        run.history["donor"] = evaluate(run.donor, run.valid, run.procs, run.autocast)[-1] if run.donor else None
+        run.history["converted"] = evaluate(run.model, run.valid, run.procs, run.autocast)[-1]
+        before = f"donor {run.history['donor']:.4f}, " if run.donor else ""
+        print0(f"validation loss: {before}start {run.history['converted']:.4f}")
+        save(run)
+    if run.step == 0:
+        write_log(args.out, step=0, full_val_loss=run.history["converted"], donor_loss=run.history["donor"])
+    if run.donor and run.donor is not run.teacher:
+        run.donor.cpu()                                 # scored, and of no further use on a GPU
 
 
 def save(run: Run) -> None:
@@ -461,14 +470,16 @@ def score(loss: float, n: dict) -> list[str]:
 
 def main(argv=None):
     began, args = time.perf_counter(), parse_args(TrainConfig, argv)
-    check_out(args.out)
     procs = start_processes(args.device)
     state = find_state(args.out, args.resume)
+    check_out(args.out)                                 # after a damaged checkpoint has made way for the previous one
     if state:
         args = resumed_settings(argv, args, state, MAY_CHANGE)
-    check_settings(args, state is not None)
+    resumed = state is not None
+    check_settings(args, resumed)
     run = prepare(args, procs, state)
-    begin(run, state is not None)
+    del state                                           # mapped from its file, which the disk could not free
+    begin(run, resumed)
     if train(run):
         report(run, time.perf_counter() - began)
     else:

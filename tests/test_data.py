@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import repeat
 from pathlib import Path
@@ -653,6 +654,34 @@ def test_rows_do_not_depend_on_how_they_are_dealt():
             "print(batch(t, range(24), 10, 3)[0][:, 0].tolist())")
     other = subprocess.run([sys.executable, "-c", code], cwd=data.__file__.rpartition("/")[0], capture_output=True)
     assert json.loads(other.stdout) == whole[0][:, 0].tolist(), other.stderr   # another process sees the same data
+
+
+def test_batches_prepared_ahead_are_the_same_in_the_same_order(monkeypatch):
+    rows, prepared = [range(i, i + 3) for i in range(0, 30, 3)], []
+    real = data.batch
+    monkeypatch.setattr(data, "batch", lambda tokens, numbers, *rest: prepared.append(
+        (numbers, threading.current_thread())) or real(tokens, numbers, *rest))
+    stream = data.batches(TOKENS, iter(rows), 10, 3, torch.device("cpu"))
+    for i, numbers in enumerate(rows):
+        got = next(stream)
+        assert all(torch.equal(a, b) for a, b in zip(got, real(TOKENS, numbers, 10, 3), strict=True))
+        assert i + 1 <= len(prepared) <= i + 2                         # one ahead, no more
+    assert next(stream, None) is None
+    assert [numbers for numbers, _ in prepared] == rows
+    assert threading.current_thread() not in {thread for _, thread in prepared}
+    assert list(data.batches(TOKENS, [], 10, 3, torch.device("cpu"))) == []
+
+
+def test_an_error_while_preparing_ahead_comes_where_its_batch_would(monkeypatch):
+    real = data.batch
+    monkeypatch.setattr(data, "batch", lambda tokens, numbers, *rest: real(tokens, numbers, *rest) if 6 not in numbers
+                        else 1 / 0)
+    threads = threading.active_count()
+    stream = data.batches(TOKENS, [range(i, i + 3) for i in range(0, 30, 3)], 10, 3, torch.device("cpu"))
+    assert len([next(stream), next(stream)]) == 2
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+    assert threading.active_count() == threads                         # nobody left to wait for
 
 
 def test_too_short_a_text():

@@ -1,36 +1,43 @@
 """Uptraining on a donor of a few thousand weights: that it learns, that equivalent runs are equal, that no moment of
 being interrupted loses anything, and that a mistake is named before anything is overwritten."""
 
-import itertools
-import json
-import multiprocessing
 import os
-import random
-import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import (
+    DONOR,
+    assert_close_logs,
+    assert_same_weights,
+    contents,
+    flags,
+    interrupt_at,
+    join,
+    read_log,
+    run,
+    start_two,
+    story,
+    wait_for_step,
+    weights,
+    write_donor,
+)
 
 import convert
 import train
 from convert import to_hf
-from data import load_tokens, validation, write_shards
+from data import batch, load_tokens, validation, write_shards
 from exits import distill_loss
-from model import Config, RecursiveTransformer, is_matrix
+from model import Layer, RecursiveTransformer, is_matrix
 from runtime import UserError, script
 from tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-DONOR = Config(vocab_size=320, n_layer=4, n_embd=32, n_head=4, n_kv_head=1, head_dim=8, n_hidden=64, n_ctx=64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,92 +46,6 @@ def one_thread():
     torch.set_num_threads(1)  # the order of sums, and so the last bit, depends on it
     yield
     torch.set_num_threads(before)
-
-
-def story(seed: int, sentences: int) -> str:
-    """Sentences of a small grammar: quickly learnt, and never the same twice."""
-    rng = random.Random(seed)
-    parts = (["The cat", "A dog", "My aunt", "The old king"], ["sees", "eats", "finds", "loves"],
-             ["a mouse", "the bread", "her garden", "some gold"])
-    return " ".join(" ".join(map(rng.choice, parts)) + "." for _ in range(sentences))
-
-
-def write_donor(model: RecursiveTransformer, tokenizer: Path, folder: Path) -> Path:
-    to_hf(model, folder)
-    copy_tokenizer(tokenizer, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A folder with donor/ (trained a little, in Gemma's layout), train.txt and valid.txt."""
-    home = tmp_path_factory.mktemp("home")
-    words = random.Random(3)
-    noise = " ".join("".join(words.choices("abcdefgh", k=words.randint(2, 5))) for _ in range(2000))
-    train_tokenizer([story(1, 300) + noise], DONOR.vocab_size, home / "tokenizer")
-    (home / "train.txt").write_text(story(1, 3000))
-    (home / "valid.txt").write_text(story(2, 300))
-    torch.manual_seed(0)
-    write_donor(RecursiveTransformer(DONOR), home / "tokenizer", home / "donor")
-    run(home, home / "full", "--init=scratch", "--tokens=12800", "--lr=5e-3", "--eval_every=1000")
-    write_donor(RecursiveTransformer.load(home / "full"), home / "tokenizer", home / "donor")
-    return home
-
-
-def flags(home: Path, out: Path, *more: str) -> list[str]:
-    return [f"--donor={home}/donor", f"--data={home}/train.txt", f"--valid={home}/valid.txt", f"--out={out}",
-            "--tokens=2560", "--batch_tokens=128", "--seq_len=16", "--micro_batch=8", "--eval_tokens=256",
-            "--eval_every=5", "--log_every=1", "--warmup=2", "--device=cpu", *more]
-
-
-def run(home: Path, out: Path, *more: str) -> list[dict]:
-    train.main(flags(home, out, *more))
-    return read_log(out)
-
-
-def read_log(out: Path) -> list[dict]:
-    """log.jsonl without what differs from run to run."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    measured = {"tokens_per_s", "seconds", "mfu", "peak_gib"}
-    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return RecursiveTransformer.load(out).state_dict()
-
-
-def assert_same_weights(a: Path, b: Path, **tolerance) -> None:
-    want, have = weights(a), weights(b)
-    assert want.keys() == have.keys()
-    for name in want:
-        torch.testing.assert_close(have[name], want[name], msg=name, **(tolerance or {"rtol": 0, "atol": 0}))
-
-
-def assert_close_logs(a: list[dict], b: list[dict], tolerance: float = 1e-5) -> None:
-    assert [(line["step"], sorted(line)) for line in a] == [(line["step"], sorted(line)) for line in b]
-    for x, y in zip(a, b, strict=True):
-        for key in x.keys() & {"loss", "objective", "val_loss", "full_val_loss", "donor_loss", "lr"}:
-            assert x[key] == pytest.approx(y[key], abs=tolerance), (x, y)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@contextmanager
-def interrupt_at(step: int, how):
-    """Call `how()` when training begins the step after `step` steps."""
-    schedule = train.learning_rate
-
-    def interrupting(at, *rest):
-        if at == step:
-            how()
-        return schedule(at, *rest)
-    train.learning_rate = interrupting
-    try:
-        yield
-    finally:
-        train.learning_rate = schedule
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,6 +67,39 @@ def test_objective_is_cross_entropy_plus_scaled_distillation(weight, temperature
     assert not ce.requires_grad and loss.requires_grad
     plain, ce = train.Objective(model, args)(idx, targets, None)
     torch.testing.assert_close((plain, ce), (want, want[None]))
+
+
+def reference_objective(model, idx, targets, teacher, weights, distill_weight, self_distill):
+    """Sum over the exits of weight x (cross entropy + distill_weight x KL(teacher || student)), all logits at once."""
+    logits = [model.logits(x) for x in model(idx)]
+    losses = []
+    for i, s in enumerate(logits):
+        t = logits[-1].detach() if self_distill and i < len(logits) - 1 else teacher
+        ce = torch.nn.functional.cross_entropy(s.flatten(0, 1), targets.flatten())
+        losses.append(ce + (0 if t is None else distill_weight * distill_loss(s, t, "fkl")))
+    return sum(w * x for w, x in zip(weights, losses, strict=True))
+
+
+@pytest.mark.parametrize("kind, weights", [("weighted", [0.1, 0.2, 0.3, 0.4]), ("aggressive", [0.2, 0.2, 0.2, 1.0])])
+@pytest.mark.parametrize("distilled, self_distill", [(True, False), (True, True), (False, True), (False, False)])
+def test_the_objective_of_the_exits_and_its_gradient_are_those_written_out(kind, weights, distilled, self_distill):
+    torch.manual_seed(4)
+    model = RecursiveTransformer(replace(DONOR, n_loop=4, rank=2, vectors="per_loop")).double()
+    for p in model.parameters():
+        p.data = 0.3 * torch.randn_like(p)
+    args = train.TrainConfig(exit_loss=kind, exit_coef=0.2, exit_distill=self_distill, distill_weight=0.7)
+    idx, targets = torch.randint(DONOR.vocab_size, (2, 3, 7))
+    states, head = torch.randn(3, 7, 8).double(), torch.randn(DONOR.vocab_size, 8).double()
+    teacher = (states, head) if distilled else None
+    want = reference_objective(model, idx, targets, states @ head.t() if distilled else None, weights, 0.7,
+                               self_distill)
+    grads = torch.autograd.grad(want, list(model.parameters()))
+    loss, ce = train.Objective(model, args)(idx, targets, teacher)
+    loss.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    assert len(ce) == 4
+    for (name, p), grad in zip(model.named_parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_learning_rate_goes_from_warmup_over_its_peak_to_its_end():
@@ -265,6 +219,41 @@ def test_every_parameter_gets_a_gradient(arch, vectors):
             assert (per_loop > 0).all(), (name, per_loop)
 
 
+def test_exits_are_trained_as_much_as_asked(home, tmp_path, capsys):
+    how = ["--tokens=640", "--loops=4", "--eval_every=3"]
+    plain = run(home, tmp_path / "plain", *how)
+    assert run(home, tmp_path / "none", *how, "--exit_loss=aggressive", "--exit_coef=0") == plain
+    assert_same_weights(tmp_path / "plain", tmp_path / "none")
+    some = run(home, tmp_path / "some", *how, "--exit_loss=aggressive", "--exit_coef=0.5", "--exit_distill")
+    assert [len(line["exit_loss"]) for line in some if "loss" in line] == [4] * 5
+    assert all(line["exit_loss"][-1] == line["loss"] for line in some if "loss" in line)
+    assert [len(line["exit_val_loss"]) for line in some if "val_loss" in line] == [4]
+    assert "(exits " in capsys.readouterr().out
+    assert some[1]["loss"] == plain[1]["loss"] and some[-2]["loss"] != plain[-2]["loss"]
+    assert sum(some[-2]["exit_loss"][:-1]) < sum(some[1]["exit_loss"][:-1])
+
+
+def test_the_teacher_is_who_is_named(home, tmp_path):
+    """The first step's objective, written out, with a teacher of another width and depth; and the donor itself, as a
+    checkpoint of ours, teaches the same as where none is named."""
+    torch.manual_seed(7)
+    wide = RecursiveTransformer(replace(DONOR, n_embd=48, n_layer=2, n_hidden=80)).eval()
+    wide.embed.weight.data *= 4
+    write_donor(wide, home / "tokenizer", tmp_path / "wide")
+    how = ["--tokens=256", "--loops=2"]
+    log = run(home, tmp_path / "a", *how, f"--teacher={tmp_path}/wide")
+    usual = run(home, tmp_path / "b", *how)
+    assert run(home, tmp_path / "c", *how, f"--teacher={home}/full") == usual
+    tokenizer = Tokenizer.load(home / "donor")
+    idx, targets = batch(load_tokens(f"{home}/train.txt", tokenizer, DONOR.vocab_size), range(8), 16, seed=0)
+    student = convert.to_recursive(RecursiveTransformer.load(home / "full"), 2, "stepwise", 0)
+    with torch.no_grad():
+        want = reference_objective(student, idx, targets, wide.logits(wide(idx)[-1]), [0, 1], 1.0, False)
+    assert log[1]["objective"] == pytest.approx(want.item(), abs=1e-4)
+    assert log[1]["loss"] == usual[1]["loss"] and log[1]["objective"] > usual[1]["objective"] + 0.1
+    assert log[0] == usual[0]                                          # the donor stays what is compared with
+
+
 def test_a_converted_checkpoint_is_a_start(home, tmp_path):
     how = ["--init=average", "--rank=4", "--vectors=per_loop"]
     convert.main([f"--donor={home}/donor", f"--out={tmp_path}/converted", *how])
@@ -279,81 +268,30 @@ def test_a_converted_checkpoint_is_a_start(home, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Equal runs
 
+def test_checkpointing_changes_nothing_but_memory(home, tmp_path, start, monkeypatch):
+    torch.manual_seed(8)
+    RecursiveTransformer(replace(DONOR, n_layer=6, n_loop=3, rank=2, vectors="per_loop")).save(tmp_path / "start")
+    copy_tokenizer(home / "tokenizer", tmp_path / "start")
+    how = [f"--ckpt={tmp_path}/start", "--tokens=640", "--exit_loss=weighted"]
+    want, again = run(home, tmp_path / "plain", *how), []
+    argv = flags(home, tmp_path / "two", *how, "--checkpointing", "--micro_batch=4")
+    processes = start_two(start, argv, tmp_path / "output")
+    forward = Layer.forward
+    monkeypatch.setattr(Layer, "forward", lambda self, *a: again.append(torch.is_grad_enabled()) or forward(self, *a))
+    assert run(home, tmp_path / "one", *how, "--checkpointing") == want
+    assert sum(again) == 2 * 5 * 6                                     # each layer twice in each step: it did happen
+    assert_same_weights(tmp_path / "plain", tmp_path / "one")
+    assert join(processes) == [0, 0], (tmp_path / "output").read_text()
+    assert_close_logs(want, read_log(tmp_path / "two"))
+    assert_same_weights(tmp_path / "plain", tmp_path / "two", rtol=1e-2, atol=1e-4)
+
+
 def test_accumulated_micro_batches_are_one_batch(home, tmp_path):
     a = run(home, tmp_path / "a", "--batch_tokens=256", "--micro_batch=16", "--rank=2")
     b = run(home, tmp_path / "b", "--batch_tokens=256", "--micro_batch=8", "--rank=2")
     assert len(a) > 10
     assert_close_logs(a, b)
     assert_same_weights(tmp_path / "a", tmp_path / "b", rtol=1e-3, atol=1e-4)
-
-
-def count_lines(save, reached):
-    """`save` that calls reached(n) before it runs the nth line of these three files, where files are moved."""
-    lines = itertools.count()
-
-    def trace(frame, event, _):
-        if not frame.f_code.co_filename.endswith(("checkpoint.py", "runtime.py", "shutil.py")):
-            return None
-        if event == "line":
-            reached(next(lines))
-        return trace
-
-    def traced(*args):
-        sys.settrace(trace)
-        save(*args)
-        sys.settrace(None)
-    return traced
-
-
-def child(argv: list[str], output: str, env: dict, kill_at: int | None = None) -> None:
-    """One process of a run, with real signals, exit code and output; killed when its saves have run so many lines."""
-    if kill_at is not None:
-        train.save_checkpoint = count_lines(
-            train.save_checkpoint, lambda line: line == kill_at and os.kill(os.getpid(), signal.SIGKILL))
-    os.environ.update(env)
-    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(fd, 1), os.dup2(fd, 2)
-    torch.set_num_threads(1)
-    script(lambda: train.main(argv))
-
-
-@pytest.fixture(scope="module")
-def start():
-    """start(argv, output, **env) -> a process that trains. They are forked from a server that has imported all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "tiktoken", "torch._dynamo"])  # the last is what optimizers import late
-
-    def start(argv, output, kill_at=None, **env):
-        process = context.Process(target=child, args=(argv, str(output), env, kill_at), daemon=True)
-        process.start()
-        return process
-    return start
-
-
-def start_two(start, argv, output):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    return [start(argv, output, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=port) for rank in range(2)]
-
-
-def join(processes) -> list[int | None]:
-    for process in processes:
-        process.join(100)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()  # one that hangs heeds nothing less
-    return codes
-
-
-def wait_for_step(out: Path, step: int, alive) -> None:
-    until = time.time() + 100
-    while time.time() < until and alive():
-        if (out / "log.jsonl").exists() and f'"step": {step}, "loss"' in (out / "log.jsonl").read_text():
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached")
 
 
 def test_two_processes_are_one_that_accumulates_also_when_stopped_between(home, tmp_path, start):
@@ -439,48 +377,6 @@ def test_only_the_first_process_writes_the_log(tmp_path, monkeypatch):
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
-def test_kill_9_at_any_moment_loses_nothing_but_the_last_step(home, tmp_path, start, monkeypatch):
-    """Every checkpoint found after a kill is, bit for bit, that of an undisturbed run at the same step. Half of the
-    kills come at a random line of writing a checkpoint, half at a random time."""
-    more = ["--tokens=800", "--batch_tokens=8", "--seq_len=8", "--micro_batch=1", "--save_every=1",
-            "--eval_every=1000", "--eval_tokens=8", f"--data={home}/valid.txt"]
-    straight, out, lines, rng, steps = tmp_path / "straight", tmp_path / "killed", [], random.Random(0), [0]
-    sums, save = {}, count_lines(train.save_checkpoint, lines.append)
-
-    def fingerprint(state):
-        return [w.double().sum().item() for w in state.values()] + [next(iter(state.values())).double().std().item()]
-
-    def recorded(folder, model, optimizer, state):
-        sums[state["step"]] = fingerprint(model.state_dict())
-        if state["step"] in (0, 1, 100):
-            lines.clear()
-            save(folder, model, optimizer, state)
-        if state["step"] == 0:
-            shutil.copytree(straight, out)
-    monkeypatch.setattr(train, "save_checkpoint", recorded)
-    want = run(home, straight, *more)
-    (out / "log.jsonl").write_text(json.dumps(want[0]) + "\n")
-    monkeypatch.undo()
-
-    for i in range(20):
-        argv = ["--resume", f"--out={out}"]
-        process = start(argv, tmp_path / "output", kill_at=rng.randrange(2 * len(lines)) if i % 2 else None)
-        while i % 2 == 0 and process.is_alive() and f'"step": {steps[-1] + 1}, ' not in (out / "log.jsonl").read_text():
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
-        if i % 2 == 0:
-            process.kill()
-        assert join([process]) == [-signal.SIGKILL], (tmp_path / "output").read_text()
-        state = weights(out)
-        steps.append(torch.load(out / "train.pt")["step"])
-        assert fingerprint(state) == sums[steps[-1]] and steps[-1] >= steps[-2]
-    assert len(set(steps)) > 5 and steps[-1] < 100, steps
-    train.main(["--resume", f"--out={out}"])
-    assert read_log(out) == want
-    assert_same_weights(tmp_path / "straight", out)
-    assert {p.name for p in tmp_path.iterdir()} == {"straight", "killed", "output"}
-
-
 @pytest.mark.parametrize("group", [False, True])
 def test_torchrun_stops_with_a_checkpoint(home, tmp_path, group):
     """SIGTERM to the launcher, as a cluster sends it; Ctrl-C, which the terminal sends to all."""
@@ -506,42 +402,40 @@ def test_torchrun_stops_with_a_checkpoint(home, tmp_path, group):
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes and accidents
 
-@contextmanager
-def files_end_at(size: int):
-    """Writing a file beyond `size` bytes fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("what", ["model.safetensors", "train.pt", "log.jsonl"])
-def test_a_full_disk_leaves_the_previous_checkpoint(home, tmp_path, what):
-    out = tmp_path / "out"
-    run(home, out, "--save_every=5")
-    state, size = weights(out), {p.name: p.stat().st_size for p in out.iterdir()}
-    if what == "log.jsonl":
-        logged = (out / what).read_text()
-        (out / what).write_text(json.dumps({"step": 0, "pad": "x" * size["train.pt"]}) + "\n" + logged)
-    limit = {"model.safetensors": size["model.safetensors"] - 1, "train.pt": size["train.pt"] - 1,
-             "log.jsonl": (out / "log.jsonl").stat().st_size + 1}[what]
-    with files_end_at(limit), pytest.raises(UserError, match="cannot write") as e:
-        train.main(["--resume", f"--out={out}", "--tokens=25600"])
-    says = "holds the last checkpoint" if what == "log.jsonl" else "what was there before is untouched"
-    assert says in str(e.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert torch.load(out / "train.pt")["step"] == 20
-    assert all(torch.equal(w, state[n]) for n, w in weights(out).items())
-    train.main(["--resume", f"--out={out}", "--tokens=2688"])
-
-
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(home, tmp_path):
     with pytest.raises(UserError, match=r"at step 2: not finite.*holds the last good checkpoint.*lower --lr"):
         run(home, tmp_path / "out", "--lr=1e30")
     assert torch.load(tmp_path / "out" / "train.pt")["step"] == 0
     assert all(w.isfinite().all() for w in weights(tmp_path / "out").values())
+
+
+def test_a_step_that_is_not_finite_is_skipped_or_named(home, tmp_path, monkeypatch, capsys):
+    step, forward, moved = train.train_step, train.Objective.forward, []
+
+    def watched(run, *rest):
+        def poisoned(self, *batch):
+            loss, ce = forward(self, *batch)
+            return loss * (float("nan") if run.step == 6 else 1), ce   # within step 7
+        monkeypatch.setattr(train.Objective, "forward", poisoned)
+        before = [p.clone() for p in run.model.parameters()]
+        result = step(run, *rest)
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True)))
+        assert all(p.isfinite().all() for p in run.model.parameters())
+        return result
+    monkeypatch.setattr(train, "train_step", watched)
+    out, how = tmp_path / "out", ["--tokens=1280", "--save_every=4"]
+    says = r"loss nan, gradient norm nan at step 7: not finite.*out holds the last good checkpoint, of step 4: " \
+           r".*--ckpt=\S*out and a lower --lr, or go on with --resume --skip_nonfinite"
+    with pytest.raises(UserError, match=says):
+        run(home, out, *how)
+    moved.clear()
+    train.main(["--resume", f"--out={out}", "--skip_nonfinite"])       # the message's advice
+    assert moved == [True, True, False, True, True, True]
+    log = read_log(out)
+    assert [line["skipped"] for line in log if "loss" in line] == [0] * 6 + [1] * 4 and log[-1]["final"]
+    assert "1 steps were skipped" in capsys.readouterr().out
+    train.main(["--resume", f"--out={out}", "--tokens=1408"])
+    assert read_log(out)[-2]["skipped"] == 1                           # the count goes on, too
 
 
 BAD = {  # flags -> what the message says
@@ -581,9 +475,19 @@ BAD = {  # flags -> what the message says
     "--ckpt={home}/nothing": r"no checkpoint in \S*nothing",
     "--ckpt={home}/donor": r"convert it first",
     "--seq_len=128 --micro_batch=1": r"--seq_len=128 is longer than the 64 tokens .* use --seq_len=64 or less",
-    "--ckpt={home}/other_vocabulary": r"has a vocabulary of 300, its teacher \S*donor one of 320, or another",
+    "--ckpt={home}/other_vocabulary": r"has a vocabulary of 300, its donor \S*donor one of 320, or another",
     "--ckpt={home}/full --rank=4": r"--rank=4 says how a donor is converted, and --ckpt converts none",
     "--init=scratch --rank=4": r"--rank=4 says how a donor is converted, and --init=scratch converts none",
+    "--teacher={home}/nothing": r"donor \S*nothing does not exist",
+    "--teacher={home}/other_words": r"--teacher=\S*other_words has a vocabulary of 320, the donor \S*donor one of 320",
+    "--teacher={home}/wordy": r"--teacher=\S*wordy has a vocabulary of 400, the donor \S*donor one of 320, or another",
+    "--teacher={home}/short": r"--seq_len=16 is longer than the 8 tokens that \S*short was made for; use --seq_len=8",
+    "--teacher={home}/full --distill=none": r"--teacher=\S*full is distilled from, and --distill=none",
+    "--exit_loss=aggressive --loops=1": r"--exit_loss=aggressive needs an exit before the last loop.*has 1 loop",
+    "--exit_loss=weighted --init=scratch": r"--exit_loss=weighted needs an exit before the last loop",
+    "--exit_loss=weighted --ckpt={home}/full": r"--exit_loss=weighted needs an exit before the last loop",
+    "--exit_distill": r"--exit_distill trains the earlier exits; say how much with --exit_loss=aggressive or weighted",
+    "--exit_coef=-1": r"--exit_coef=-1.0 must not be negative",
     "--device=cuda": r"--device=cuda cannot be used here",
     "--device=abacus": r"--device=abacus cannot be used here",
     "--out={home}/something": r"holds something that is not a checkpoint of this project \(precious.txt\)",
@@ -609,6 +513,9 @@ def mistakes(home):
     to_hf(RecursiveTransformer(DONOR), home / "no_tokenizer")
     write_donor(RecursiveTransformer(small), home / "tokenizer", home / "small_vocabulary")
     RecursiveTransformer(replace(small, n_loop=2)).save(home / "other_vocabulary")
+    write_donor(RecursiveTransformer(DONOR), home / "other_tokenizer", home / "other_words")
+    write_donor(RecursiveTransformer(replace(DONOR, vocab_size=400)), home / "tokenizer", home / "wordy")
+    write_donor(RecursiveTransformer(replace(DONOR, n_ctx=8)), home / "tokenizer", home / "short")
     shutil.copytree(home / "full", home / "damaged")
     (home / "damaged" / "train.pt").write_bytes((home / "full" / "train.pt").read_bytes()[:1000])
     return home
