@@ -199,6 +199,9 @@ def peak_memory(device: torch.device) -> float:
     """GiB: the most that tensors took on a GPU, or that this process took of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")  # on Linux; ru_maxrss there starts at what the process had that started this one
+    if status.exists() and (kilobytes := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(kilobytes[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 

@@ -13,7 +13,7 @@ import bench
 from bench import NaiveObjective, TransformersObjective, apart, measure_layer
 from convert import to_hf
 from model import Config, Layer, RecursiveTransformer, RelaxedLinear
-from runtime import UserError
+from runtime import UserError, peak_memory
 from train import Objective, TrainConfig
 
 CONFIG = Config(**SMALL | ARCHS["llama"])
@@ -141,9 +141,11 @@ def test_memory_that_is_not_there_is_an_error_of_the_case():
 
 
 def test_a_measurement_comes_back_from_its_process():
+    ballast = b"x" * 2**29                                       # half a GiB that is not the other process'
     config = bench.BenchConfig(seq_len=16, micro_batch=2, steps=3, device="cpu")
     row = apart(measure_layer, config, CONFIG, {"rank": 3, "path": "separate"})
     assert row.keys() == {"seconds", "loss", "peak_gib"} and len(row["seconds"]) == 3
+    assert 0.05 < row["peak_gib"] < peak_memory(torch.device("cpu")) - len(ballast) / 2**31
 
 
 # ---------------------------------------------------------------------------------------------------------------------
