@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from test_model import ARCHS, SMALL, randomise, tokens
 
 import bench
-from bench import NaiveObjective, TransformersObjective, apart, measure_layer
+import bench_training
+from bench_training import NaiveObjective, TransformersObjective, apart, measure_layer, measure_loss
 from convert import to_hf
 from model import Config, Layer, RecursiveTransformer, RelaxedLinear
 from runtime import UserError, peak_memory
@@ -30,7 +31,7 @@ def donor(tmp_path_factory):
 
 def run(monkeypatch, capsys, *flags) -> dict:
     """What bench.py prints at its end, measured in this process."""
-    monkeypatch.setattr(bench, "apart", lambda measure, *args: measure(*args))
+    monkeypatch.setattr(bench_training, "apart", lambda measure, *args: measure(*args))
     bench.main([*TINY, *flags])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -44,7 +45,7 @@ def assert_measured(rows, rounds=1):
 def test_training_is_measured_case_by_case(donor, monkeypatch, capsys):
     pytest.importorskip("transformers")
     peaks = []
-    monkeypatch.setattr(bench, "peak_flops", lambda *_: peaks.append(1e9) or 1e9)
+    monkeypatch.setattr(bench_training, "peak_flops", lambda *_: peaks.append(1e9) or 1e9)
     numbers = run(monkeypatch, capsys, "--what=train", donor, "--loops=2", "--ranks=0,3", "--rounds=2", "--layers=4")
     rows = numbers["rows"]
     assert_measured(rows, rounds=2)
@@ -61,6 +62,17 @@ def test_training_is_measured_case_by_case(donor, monkeypatch, capsys):
     assert all(r["mfu"] == pytest.approx(r["tokens_per_s"] * r["flops_per_token"] / 1e9) for r in rows)
 
 
+def test_the_loss_is_measured_beside_the_naive_one(donor, monkeypatch, capsys):
+    rows = run(monkeypatch, capsys, "--what=loss", donor)["rows"]
+    assert_measured(rows)
+    assert [(r["code"], r["distill"], r["tokens"]) for r in rows] == [
+        (code, distill, n) for distill in (False, True) for code, n in (("chunked", 32), ("naive", 8))]
+    whole = [measure_loss(bench.BenchConfig(steps=1, device="cpu"), CONFIG, r | {"tokens": 32})["loss"] for r in rows]
+    assert whole[0] == pytest.approx(whole[1], rel=1e-5) and whole[2] == pytest.approx(whole[3], rel=1e-5)
+    assert whole[2] > whole[0] + 1e-4
+    assert rows[1]["added_gib_at_all"] == 4 * rows[1]["added_gib"]
+
+
 def test_a_layer_with_lora_is_measured_path_by_path(donor, monkeypatch, capsys):
     numbers = run(monkeypatch, capsys, "--what=lora", donor, "--ranks=0,3")
     assert_measured(numbers["rows"])
@@ -73,13 +85,13 @@ def test_the_separate_path_is_the_same_map():
     layer = randomise(Layer(replace(CONFIG, n_loop=2, rank=3, attn_bias=True, vectors="per_loop")))
     for linear in (m for m in layer.modules() if isinstance(m, RelaxedLinear)):
         x = torch.randn(2, 50, linear.weight.size(1))
-        torch.testing.assert_close(bench.separate(linear, x, 1), linear(x, 1))
+        torch.testing.assert_close(bench_training.separate(linear, x, 1), linear(x, 1))
 
 
 def test_a_case_without_the_memory_says_so_and_the_others_go_on(donor, monkeypatch, capsys):
     def measure(measure, config, shape, case):
         return {"error": "out of memory"} if case["rank"] else measure(config, shape, case)
-    monkeypatch.setattr(bench, "apart", measure)
+    monkeypatch.setattr(bench_training, "apart", measure)
     bench.main([*TINY, "--what=lora", donor, "--ranks=3", "--rounds=2"])
     printed = capsys.readouterr().out
     first, *others = json.loads(printed.splitlines()[-1])["rows"]
@@ -165,7 +177,7 @@ def test_a_measurement_comes_back_from_its_process():
     ("--donor=nowhere/at/all", "nowhere/at/all"),
 ])
 def test_mistakes_are_named_before_any_work(donor, monkeypatch, what, flag, message):
-    monkeypatch.setattr(bench, "apart", lambda *_: pytest.fail("began to measure"))
+    monkeypatch.setattr(bench_training, "apart", lambda *_: pytest.fail("began to measure"))
     with pytest.raises(UserError) as e:
         bench.main([*TINY, f"--what={what}", donor, flag])
     assert message in str(e.value)
@@ -177,7 +189,7 @@ def test_mistakes_are_named_before_any_work(donor, monkeypatch, what, flag, mess
     ("0", "0 loops do not divide the 6 layers"),
 ])
 def test_loops_that_do_not_divide_are_named_before_any_work(donor, monkeypatch, loops, message):
-    monkeypatch.setattr(bench, "apart", lambda *_: pytest.fail("began to measure"))
+    monkeypatch.setattr(bench_training, "apart", lambda *_: pytest.fail("began to measure"))
     with pytest.raises(UserError) as e:
         bench.main([*TINY, "--what=train", donor, f"--loops={loops}"])
     assert message in str(e.value)
