@@ -58,6 +58,7 @@ class BenchConfig:
     tmp: str | None = None                 # scale: folder with 10 GB to spare; not set = the system's
     shape: Literal["donor", "gemma-2b", "tinyllama", "pythia-1b", "smollm2"] = "donor"  # train, lora: which model's
     layers: int = 0                        # train: keep so many of its layers, for a small machine; 0 = all
+    width: int = 0                         # loss: of the hidden states, for a small machine; 0 = the shape's
     micro_batch: int = 8                   # train, lora: sequences in a step
     steps: int = 5                         # train, lora: steps that are timed, after two that are not
     rounds: int = 1                        # train, lora: times that all cases are gone through; their steps are pooled

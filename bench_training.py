@@ -234,6 +234,7 @@ def bench_loss(config) -> dict:
     """Memory and seconds of cross entropy without and with forward KL, in chunks and from whole logits. The naive loss
     is measured on a quarter of the tokens, so that it fits: its memory at all of them is four times what it added."""
     shape, tokens = shape_of(config), config.micro_batch * config.seq_len
+    shape = replace(shape, n_embd=config.width or shape.n_embd)
     product = 2 * shape.n_embd * shape.vocab_size                            # FLOPs of logits, and of either gradient
     cases = [{"code": code, "distill": distill, "tokens": n, "flops_per_token": (4 if distill else 3) * product}
              for distill in (False, True) for code, n in (("chunked", tokens), ("naive", tokens // 4))]
