@@ -3,6 +3,7 @@
     python bench.py --what=convert --donor=FOLDER --text=FILE     # what conversion costs, against transformers
     python bench.py --what=svd                                    # our SVD of a residual against torch.linalg.svd
     python bench.py --what=scale                                  # convert a checkpoint of Gemma 2B's exact shapes
+    python bench.py --what=tokenise --donor=FOLDER --text=FILES   # data.py beside the tokenizer's own batch encoding
     python bench.py --what=train --shape=gemma-2b --compile       # training: ours, transformers, the naive loss
     python bench.py --what=loss --shape=gemma-2b --micro_batch=16  # the loss alone, in chunks and naive
     python bench.py --what=lora --shape=tinyllama --micro_batch=16  # training a layer: LoRA merged against separate
@@ -12,7 +13,9 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from bench_training import GEMMA_2B, bench_lora, bench_loss, bench_train, by_comma
 from convert import svd_factors, to_hf, to_recursive, unroll
-from data import load_tokens, windows
+from data import Texts, load_tokens, windows, write_shards
 from hf import find_donor, hf_config, hf_shapes, load_full
 from model import Config, RecursiveTransformer
 from runtime import (
@@ -47,9 +50,9 @@ HERE = Path(__file__).parent
 
 @dataclass
 class BenchConfig:
-    what: Literal["convert", "svd", "scale", "train", "loss", "lora"] = "convert"  # which measurement
-    donor: str = "assets/donor"            # convert, train: full-size model, a folder or a Hugging Face id
-    text: str = "assets/books/valid.txt"   # convert: text whose loss is measured
+    what: Literal["convert", "svd", "scale", "tokenise", "train", "loss", "lora"] = "convert"  # which measurement
+    donor: str = "assets/donor"            # convert, train, tokenise: full-size model, a folder or a Hugging Face id
+    text: str = "assets/books/valid.txt"   # convert, tokenise: text whose loss is measured, or that is tokenised
     tokens: int = 16_384                   # convert: of that text, in windows spread evenly over it
     seq_len: int = 256                     # convert, train, lora: tokens in a window
     loops: str = "2,3"                     # convert, train: numbers of loops, by comma
@@ -61,7 +64,7 @@ class BenchConfig:
     width: int = 0                         # loss: of the hidden states, for a small machine; 0 = the shape's
     micro_batch: int = 8                   # train, lora: sequences in a step
     steps: int = 5                         # train, lora: steps that are timed, after two that are not
-    rounds: int = 1                        # train, lora: times that all cases are gone through; their steps are pooled
+    rounds: int = 1                        # train, loss, lora, tokenise: times that all cases are gone through; pooled
     compile: bool = False                  # train: also with torch.compile, ours and transformers'
     device: str = "auto"                   # train, lora: auto, cpu, cuda
     save: str | None = None                # also append the JSON line to this file
@@ -204,10 +207,38 @@ def bench_scale(config: BenchConfig) -> dict:
     return {"seconds": seconds, "peak_gib": peak, "written_gib": written}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# How long tokenising takes
+
+def bench_tokenise(config: BenchConfig) -> dict:
+    """Tokens/s of data.py, from text files to shards on the disk, and of the tokenizer's own batch encoding alone, of
+    the same documents in memory; in turns, medians over the rounds."""
+    tokenizer, documents = Tokenizer.load(find_donor(config.donor)), list(Texts(config.text))
+    seconds, total = {"tokenizer alone": [], "data.py": []}, 0
+    for _ in progress(range(config.rounds), desc="rounds"):
+        began = time.perf_counter()
+        if tokenizer.fast:
+            ids = tokenizer.fast.encode_batch(documents, add_special_tokens=False)
+        else:
+            ids = tokenizer.ranks.encode_ordinary_batch(documents, num_threads=os.cpu_count() or 1)
+        seconds["tokenizer alone"].append(time.perf_counter() - began)
+        del ids                                              # to free them is not what is measured
+        with tempfile.TemporaryDirectory(dir=config.tmp) as tmp:
+            began = time.perf_counter()
+            total, _ = write_shards(config.text, tokenizer, Path(tmp) / "out", tokenizer.vocab_size)
+            seconds["data.py"].append(time.perf_counter() - began)
+    speed = {way: total / statistics.median(s) for way, s in seconds.items()}
+    ratio = speed["data.py"] / speed["tokenizer alone"]
+    lines = [["way", "tok/s", "of the first"], ["tokenizer alone", f"{speed['tokenizer alone']:,.0f}", "1.00"],
+             ["data.py", f"{speed['data.py']:,.0f}", f"{ratio:.2f}"]]
+    print(f"{len(documents):,} documents, {total:,} tokens\n{table(lines)}")
+    return {"documents": len(documents), "tokens": total, "tokens_per_s": speed, "ratio": ratio, "seconds": seconds}
+
+
 def main(argv=None):
     config = parse_args(BenchConfig, argv)
-    benches = {"convert": bench_convert, "svd": bench_svd, "scale": bench_scale, "train": bench_train,
-               "loss": bench_loss, "lora": bench_lora}
+    benches = {"tokenise": bench_tokenise, "convert": bench_convert, "svd": bench_svd, "scale": bench_scale,
+               "train": bench_train, "loss": bench_loss, "lora": bench_lora}
     numbers = benches[config.what](config)
     line = json.dumps({"what": config.what, "settings": asdict(config)} | run_info() | numbers)
     print(line)

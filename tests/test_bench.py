@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from bench_training import NaiveObjective, TransformersObjective, apart, measure
 from convert import to_hf
 from model import Config, Layer, RecursiveTransformer, RelaxedLinear
 from runtime import UserError, peak_memory
+from tokenizer import Tokenizer
 from train import Objective, TrainConfig
 
+ROOT = Path(bench.__file__).parent
 CONFIG = Config(**SMALL | ARCHS["llama"])
 TINY = ["--seq_len=16", "--micro_batch=2", "--steps=1", "--device=cpu"]
 
@@ -60,6 +63,19 @@ def test_training_is_measured_case_by_case(donor, monkeypatch, capsys):
     want = RecursiveTransformer(replace(CONFIG, n_layer=4)).flops(16)
     assert [r["flops_per_token"] for r in rows] == 5 * [3 * want] + 5 * [4 * want]
     assert all(r["mfu"] == pytest.approx(r["tokens_per_s"] * r["flops_per_token"] / 1e9) for r in rows)
+
+
+def test_tokenising_is_measured_beside_the_tokenizer_alone(monkeypatch, capsys, tmp_path):
+    text = (ROOT / "assets/books/valid.txt").read_text()
+    (tmp_path / "a.txt").write_text(text[:5000])
+    (tmp_path / "b.txt").write_text(text[5000:6000])
+    numbers = run(monkeypatch, capsys, "--what=tokenise", f"--donor={ROOT}/assets/donor", f"--text={tmp_path}",
+                  "--rounds=2")
+    tokenizer = Tokenizer.load(ROOT / "assets/donor")
+    assert numbers["documents"] == 2 and [len(s) for s in numbers["seconds"].values()] == [2, 2]
+    assert numbers["tokens"] == 2 + sum(map(len, tokenizer.encode_batch([text[:5000], text[5000:6000]])))
+    assert numbers["ratio"] == pytest.approx(numbers["tokens_per_s"]["data.py"]
+                                             / numbers["tokens_per_s"]["tokenizer alone"])
 
 
 def test_the_loss_is_measured_beside_the_naive_one(donor, monkeypatch, capsys):
