@@ -109,7 +109,11 @@ def start_processes(device: str = "auto") -> Processes:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo",
+        # torchrun's store outlives its restarts, and with it the addresses of processes that died: each attempt gets
+        # its own corner. (Nodes may count attempts differently: several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if here == world else ""
+        store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://", rank, world))[0])
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                                 device_id=chosen if chosen.type == "cuda" else None)
         if chosen.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's cautious default
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
