@@ -520,7 +520,7 @@ BAD = {  # flags -> what the message says
     "--out={home}/full": r"full holds a run already; go on with --resume, or give another --out",
     "--out={home}/donor": r"donor holds a model already; give another --out",
     "--resume": r"nothing to resume: \S*train.pt does not exist",
-    "--resume --out={home}/damaged": r"train.pt is damaged",
+    "--resume --out={home}/damaged": r"damaged is damaged: train.pt",
 }
 
 
