@@ -197,10 +197,9 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
     if args.teacher and args.distill == "none":
         raise UserError(f"--teacher={args.teacher} is distilled from, and --distill=none distils nothing: drop one")
     if args.teacher:
-        folder = find_donor(args.teacher)
+        folder, other = find_donor(args.teacher), f"the donor {args.donor}"
         sources[args.teacher] = donor_config(folder)
-        check_vocabulary(f"--teacher={args.teacher}", folder, sources[args.teacher], f"the donor {args.donor}", config,
-                         tokenizer)
+        check_vocabulary(f"--teacher={args.teacher}", folder, sources[args.teacher], other, config, tokenizer)
     for name, its in sources.items():
         if args.seq_len > its.n_ctx:
             raise UserError(f"--seq_len={args.seq_len} is longer than the {its.n_ctx} tokens that {name} was made for; "
