@@ -38,6 +38,7 @@ if [ "$model" = toy ]; then
 else
     launch=(torchrun --nproc_per_node="${GPUS:-8}" --max-restarts=3)
     if [ "${NODES:-1}" -gt 1 ]; then
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else a restart finds the addresses of the processes that died
         launch+=(--nnodes="$NODES" --rdzv_backend=c10d --rdzv_endpoint="${HEAD:?host:port of the first machine}")
     else
         launch+=(--standalone)

@@ -47,13 +47,17 @@ def small(command: str) -> list[str]:
     words = launch[words[0]] + words[1:]
     if "TinyLlama" in command or "out_" in command:
         words = [re.sub("TinyLlama/[^ ]+", "llama", w).replace("assets/books/train", "small.txt") for w in words]
-        words += ["--valid=small.txt"] * (script == "train.py" and "--resume" not in command)
-    return words + SMALL[script].split() * ("--resume" not in command)
+        words += ["--valid=small.txt"] * (script == "train.py" and not goes_on(command))
+    return words + SMALL[script].split() * (not goes_on(command))
+
+
+def goes_on(command: str) -> bool:
+    return "--resume" in command.split()                     # --resume=auto starts where there is nothing
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" not in c])
 def test_command_runs(clone, command):
-    if "--resume" in command:  # as if the run had been stopped: there is more to do
+    if goes_on(command):  # as if the run had been stopped: there is more to do
         command += " --tokens=1536"
     done = subprocess.run(small(command), cwd=clone, capture_output=True, text=True, timeout=280,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})

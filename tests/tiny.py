@@ -68,7 +68,7 @@ def run(home: Path, out: Path, *more: str) -> list[dict]:
 
 def read_log(out: Path) -> list[dict]:
     """log.jsonl without what differs from run to run."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (out / "log.jsonl").read_text().splitlines()]
     measured = {"tokens_per_s", "seconds", "mfu", "peak_gib"}
     return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
