@@ -5,7 +5,6 @@ step, settings, and the sums of the other files. The one saved before stays in i
 """
 
 import json
-import math
 import os
 import shutil
 import zipfile
@@ -171,9 +170,7 @@ def drop_log_after(path: Path, step: int) -> None:
 def write_log(out: str, **values) -> None:
     """Add a line to out/log.jsonl. Raises UserError if the disk is full."""
     if is_main():
-        for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                values[name] = None                          # JSON has no NaN
+        values = json.loads(json.dumps(values), parse_constant=lambda _: None)  # JSON has no NaN, readers may be strict
         try:
             with open(Path(out) / "log.jsonl", "a") as f:
                 f.write(json.dumps(values) + "\n")
