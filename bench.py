@@ -34,14 +34,7 @@ from convert import svd_factors, to_hf, to_recursive, unroll
 from data import Texts, load_tokens, windows, write_shards
 from hf import find_donor, hf_config, hf_shapes, load_full
 from model import Config, RecursiveTransformer
-from runtime import (
-    UserError,
-    parse_args,
-    progress,
-    run_info,
-    script,
-    table,
-)
+from runtime import UserError, parse_args, progress, run_info, script, table
 from sample import generate
 from tokenizer import Tokenizer, copy_tokenizer
 
@@ -54,19 +47,19 @@ class BenchConfig:
     donor: str = "assets/donor"            # convert, train, tokenise: full-size model, a folder or a Hugging Face id
     text: str = "assets/books/valid.txt"   # convert, tokenise: text whose loss is measured, or that is tokenised
     tokens: int = 16_384                   # convert: of that text, in windows spread evenly over it
-    seq_len: int = 256                     # convert, train, lora: tokens in a window
+    seq_len: int = 256                     # convert, train, loss, lora: tokens in a window
     loops: str = "2,3"                     # convert, train: numbers of loops, by comma
     inits: str = "stepwise,average,lower"  # convert: inits, by comma
     ranks: str = "0,16,64"                 # convert, train, lora: LoRA ranks, by comma; "full" is full rank (convert)
-    tmp: str | None = None                 # scale: folder with 10 GB to spare; not set = the system's
-    shape: Literal["donor", "gemma-2b", "tinyllama", "pythia-1b", "smollm2"] = "donor"  # train, lora: which model's
+    tmp: str | None = None                 # scale, tokenise: folder with 10 GB to spare; not set = the system's
+    shape: Literal["donor", "gemma-2b", "tinyllama", "pythia-1b", "smollm2"] = "donor"  # train, loss, lora: of what
     layers: int = 0                        # train: keep so many of its layers, for a small machine; 0 = all
     width: int = 0                         # loss: of the hidden states, for a small machine; 0 = the shape's
-    micro_batch: int = 8                   # train, lora: sequences in a step
-    steps: int = 5                         # train, lora: steps that are timed, after two that are not
+    micro_batch: int = 8                   # train, loss, lora: sequences in a step
+    steps: int = 5                         # train, loss, lora: steps that are timed, after two that are not
     rounds: int = 1                        # train, loss, lora, tokenise: times that all cases are gone through; pooled
     compile: bool = False                  # train: also with torch.compile, ours and transformers'
-    device: str = "auto"                   # train, lora: auto, cpu, cuda
+    device: str = "auto"                   # train, loss, lora: auto, cpu, cuda
     save: str | None = None                # also append the JSON line to this file
 
 

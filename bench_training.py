@@ -71,17 +71,17 @@ def apart(measure: Callable, *args) -> dict:
 
 
 def measure_in_turn(measure: Callable, cases: list[dict], config, shape: Config) -> None:
-    """Add to each case what `measure` finds, tokens_per_s of its median step and mfu; or why there is nothing. The
-    cases are gone through config.rounds times, so that a noisy machine disturbs them all alike."""
+    """Add to each case what `measure` finds, tokens_per_s of its median step (of its `tokens`) and mfu; or why there is
+    nothing. The cases are gone through config.rounds times, so that a noisy machine disturbs them all alike."""
     device = pick_device(config.device)
-    peak, tokens = peak_flops(device, device.type == "cuda"), config.micro_batch * config.seq_len
+    peak = peak_flops(device, device.type == "cuda")
     for case in progress(cases * config.rounds, desc="cases", unit="case"):
         if "error" not in case:
             new = apart(measure, config, shape, dict(case))
             case.update(new | {"seconds": sorted(case.get("seconds", []) + new.get("seconds", []))})
     for case in cases:
         if "error" not in case:
-            speed = tokens / case["seconds"][len(case["seconds"]) // 2]
+            speed = case["tokens"] / case["seconds"][len(case["seconds"]) // 2]
             case |= {"tokens_per_s": speed, "mfu": peak and speed * case["flops_per_token"] / peak}
 
 
@@ -179,7 +179,7 @@ def measure_training(config, shape: Config, case: dict) -> dict:
 def bench_train(config) -> dict:
     """Tokens/s, MFU and peak memory of a training step: transformers, ours at full size, ours looped, with the loss in
     chunks and with the naive one, without and with distillation from a frozen full-size teacher."""
-    shape = shape_of(config)
+    shape, tokens = shape_of(config), config.micro_batch * config.seq_len
     with torch.device("meta"):
         forward = RecursiveTransformer(shape).flops(config.seq_len)
     looped = list(itertools.product(by_comma("loops", config.loops), by_comma("ranks", config.ranks)))
@@ -187,7 +187,7 @@ def bench_train(config) -> dict:
         replace(shape, n_loop=loops, rank=rank)                              # refuses now what cannot be built later
     cases = []
     for distill, compiled in itertools.product((False, True), (False, True)[:1 + config.compile]):
-        how = {"distill": distill, "compile": compiled,                      # looped or not, the same layers run
+        how = {"distill": distill, "compile": compiled, "tokens": tokens,    # looped or not, the same layers run
                "flops_per_token": forward * (4 if distill else 3)}
         if importlib.util.find_spec("transformers"):
             cases.append({"code": "transformers", "loops": 1, "rank": 0} | how)
@@ -199,7 +199,6 @@ def bench_train(config) -> dict:
         base = first.setdefault(case["distill"], case["tokens_per_s"]) if "error" not in case else 1.0
         lines.append([case["code"], case["loops"], case["rank"],
                       *("yes" if case[k] else "" for k in ("distill", "compile")), *speeds(case, base)])
-    tokens = config.micro_batch * config.seq_len
     print(f"{tokens} tokens a step\n{table(lines)}")
     return {"shape": asdict(shape), "tokens_per_step": tokens, "rows": cases}
 
@@ -245,10 +244,8 @@ def bench_loss(config) -> dict:
         if "error" in case:
             lines.append([*known, case["error"], "", ""])
             continue
-        seconds = case["seconds"][len(case["seconds"]) // 2]
-        case["tokens_per_s"] = case["tokens"] / seconds
         case["added_gib_at_all"] = case["added_gib"] * (4 if case["code"] == "naive" else 1)
-        lines.append([*known, f"{1e6 * seconds / case['tokens']:.1f}", f"{case['added_gib']:.2f}",
+        lines.append([*known, f"{1e6 / case['tokens_per_s']:.1f}", f"{case['added_gib']:.2f}",
                       f"{case['added_gib_at_all']:.2f}"])
     print(f"{shape.vocab_size:,} words, C = {shape.n_embd}\n{table(lines)}")
     return {"shape": asdict(shape), "tokens_per_step": tokens, "rows": cases}
@@ -285,18 +282,17 @@ def measure_layer(config, shape: Config, case: dict) -> dict:
 def bench_lora(config) -> dict:
     """Tokens/s of a training step through one layer: what each LoRA rank adds to rank 0, merged into W' as in
     `RelaxedLinear` (where there are many tokens) and as a path of its own beside it."""
-    shape = shape_of(config)
+    shape, tokens = shape_of(config), config.micro_batch * config.seq_len
     ranks = [rank for rank in by_comma("ranks", config.ranks) if rank]
     for rank in ranks:
         replace(shape, rank=rank)                                            # refuses a negative one
     with torch.device("meta"):
         flops = 3 * RecursiveTransformer(replace(shape, n_layer=1)).flops(config.seq_len, n_exits=0)
-    cases = [{"rank": rank, "path": path, "flops_per_token": flops}
+    cases = [{"rank": rank, "path": path, "tokens": tokens, "flops_per_token": flops}
              for rank, path in [(0, "merged"), *itertools.product(ranks, ("merged", "separate"))]]
     measure_in_turn(measure_layer, cases, config, shape)
     first = next((case["tokens_per_s"] for case in cases if "error" not in case), 1.0)
     lines = [["path", "rank", "tok/s", "of first", "mfu", "peak memory"]]
     lines += [[case["path"], case["rank"], *speeds(case, first)] for case in cases]
-    tokens = config.micro_batch * config.seq_len
     print(f"{tokens} tokens a step\n{table(lines)}")
     return {"shape": asdict(shape), "tokens_per_step": tokens, "rows": cases}

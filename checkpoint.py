@@ -25,15 +25,15 @@ from tokenizer import copy_tokenizer
 def save_checkpoint(out: str, model: RecursiveTransformer, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Replace the folder `out`, whose former content moves to out/previous. All processes call, the first one writes.
 
-    state: what the run must know to go on; its "tokenizer" names the folder whose tokenizer goes along. UserError if
-    the disk is full; the folder is then as it was.
+    state: what the run must know to go on; in its "history", "tokenizer" names the folder whose tokenizer goes
+    along. UserError if the disk is full; the folder is then as it was.
     """
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=0)               # a step for all: each holds the state of its own share
     if is_main():
         with replace_folder(out, keep="previous") as tmp:
             model.write(tmp)
-            copy_tokenizer(state["tokenizer"], tmp)
+            copy_tokenizer(state["history"]["tokenizer"], tmp)
             sums = {path.name: checksum(path) for path in tmp.iterdir()}
             try:
                 torch.save(state | {"sums": sums, "optimizer": optimizer.state_dict()}, tmp / "train.pt")

@@ -5,10 +5,8 @@ python data.py --name=FILES --train_tokenizer=4096 --out=out_tokenizer          
 """
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf import find_donor
 from runtime import UserError, parse_args, print0, script
-from shards import UNFINISHED, Texts, encode_batches, token_type, write_shards
+from shards import UNFINISHED, Texts, ahead, encode_batches, token_type, write_shards
 from tokenizer import Tokenizer, read_json, train_tokenizer
 
 
@@ -122,19 +120,15 @@ def batch(tokens: Tokens, rows: range, seq_len: int, seed: int) -> tuple[torch.T
 def batches(tokens: Tokens, rows: Iterable[range], seq_len: int, seed: int, device: torch.device) -> Iterator:
     """`batch` for each range of sample numbers, on `device`. While one is worked on, a thread prepares the next (in
     pinned memory for a GPU), so that the device never waits for the disk or for the host."""
-    def prepare(numbers):
-        pair = batch(tokens, numbers, seq_len, seed)
+    def prepared():
         if device.type == "cuda":
             torch.cuda.set_device(device)                    # a thread starts out with the first GPU
-            pair = [t.pin_memory() for t in pair]
-        return pair
+        for numbers in rows:
+            pair = batch(tokens, numbers, seq_len, seed)
+            yield [t.pin_memory() for t in pair] if device.type == "cuda" else pair
 
-    with ThreadPoolExecutor(1) as thread:
-        coming = None
-        for numbers in chain(rows, [None]):
-            ready, coming = coming, numbers and thread.submit(prepare, numbers)
-            if ready:
-                yield tuple(t.to(device, non_blocking=True) for t in ready.result())
+    for pair in ahead(prepared()):
+        yield tuple(t.to(device, non_blocking=True) for t in pair)
 
 
 def validation(tokens: Tokens, seq_len: int, max_tokens: int | None = None, rows: int = 8) -> list:

@@ -353,8 +353,7 @@ def begin(run: Run, resumed: bool) -> None:
 
 def save(run: Run) -> None:
     save_checkpoint(run.args.out, run.model, run.optimizer,
-                    {"step": run.step, "args": asdict(run.args), "history": run.history,
-                     "tokenizer": run.history["tokenizer"]})
+                    {"step": run.step, "args": asdict(run.args), "history": run.history})
     run.saved = run.step
 
 

@@ -86,6 +86,9 @@ def test_the_loss_is_measured_beside_the_naive_one(donor, monkeypatch, capsys):
     whole = [measure_loss(bench.BenchConfig(steps=1, device="cpu"), CONFIG, r | {"tokens": 32})["loss"] for r in rows]
     assert whole[0] == pytest.approx(whole[1], rel=1e-5) and whole[2] == pytest.approx(whole[3], rel=1e-5)
     assert whole[2] > whole[0] + 1e-4
+    peaks = [r["tokens_per_s"] * r["flops_per_token"] / r["mfu"] for r in rows]  # of a quarter of the tokens, too
+    assert peaks == pytest.approx(4 * [peaks[0]])
+    assert rows[1]["tokens_per_s"] == rows[1]["tokens"] / rows[1]["seconds"][0]
     assert rows[1]["added_gib_at_all"] == 4 * rows[1]["added_gib"]
 
 
