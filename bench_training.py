@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exits import chunked_loss, distill_loss
 from hf import find_donor, hf_config
+from losses import chunked_loss, distill_loss
 from model import Config, Layer, RecursiveTransformer, RelaxedLinear, of_loop, rope_angles, widen
 from runtime import UserError, peak_flops, peak_memory, pick_device, progress, table
 from train import Objective, TrainConfig, donor_config, make_optimizer

@@ -145,16 +145,30 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_kv_head, max_len, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
-        self.length = 0        # tokens held; RecursiveTransformer.forward moves it on
+        self.n_unique = config.n_unique
+        self.lengths = [0] * config.n_loop  # tokens held, per loop: one that left early is missing in the later ones
+        self.left: Tensor | None = None     # (B, T) new tokens that take over the keys of the loop before (exits.py)
 
     def append(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k, v (B, K, T, D) of the new tokens; returns all of this depth so far, (B, K, length + T, D) each."""
-        end = self.length + k.size(2)
+        start = self.lengths[depth // self.n_unique]
+        end = start + k.size(2)
         if end > self.k.size(3):
             raise UserError(f"{end} tokens do not fit a cache made for {self.k.size(3)}")
-        self.k[depth, :, :, self.length:end] = k
-        self.v[depth, :, :, self.length:end] = v
+        if self.left is not None:
+            left, before = self.left[:, None, :, None], depth - self.n_unique
+            k = torch.where(left, self.k[before, :, :, start:end], k)
+            v = torch.where(left, self.v[before, :, :, start:end], v)
+        self.k[depth, :, :, start:end] = k
+        self.v[depth, :, :, start:end] = v
         return self.k[depth, :, :, :end], self.v[depth, :, :, :end]
+
+    def copy_loop(self, loop: int) -> None:
+        """Let the keys and values of the loop before stand in for those that `loop` does not have yet."""
+        start, end, n = self.lengths[loop], self.lengths[loop - 1], self.n_unique
+        for kept in (self.k, self.v):
+            kept[loop * n:(loop + 1) * n, :, :, start:end] = kept[(loop - 1) * n:loop * n, :, :, start:end]
+        self.lengths[loop] = end
 
 
 def rope_angles(pos: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -249,21 +263,30 @@ class RecursiveTransformer(nn.Module):
 
         With a cache the tokens follow those it holds, and are added to it.
         """
-        x = self.embed(idx)                                              # (B, T, C)
+        x, states = self.first_state(idx), []
+        for loop in range(self.config.n_loop):                           # Eq. 2: the same layers, n_loop times
+            x = self.block(x, loop, cache)
+            states.append(x)
+        return states
+
+    def first_state(self, idx: Tensor) -> Tensor:
+        """What the first loop reads (B, T, C): the embeddings of the tokens."""
+        x = self.embed(idx)
         if self.config.arch == "gemma":  # sqrt(C) rounded to the compute dtype, as Gemma was trained
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
-        start = cache.length if cache is not None else 0
-        rope = rope_angles(torch.arange(start, start + idx.size(1), device=idx.device), self.config)
-        states = []
-        for loop in range(self.config.n_loop):                           # Eq. 2: the same layers, n_loop times
-            for i, layer in enumerate(self.layers):
-                place = rope, loop, loop * self.config.n_unique + i, cache
-                # The reentrant kind would hand a shared weight's gradient to DDP once per loop, and DDP refuses that.
-                x = checkpoint(layer, x, *place, use_reentrant=False) if self.checkpointing else layer(x, *place)
-            states.append(x)
+        return x
+
+    def block(self, x: Tensor, loop: int, cache: KVCache | None = None) -> Tensor:
+        """The stored layers, run once as loop number `loop`, on states x (B, T, C)."""
+        start = cache.lengths[loop] if cache is not None else 0
+        rope = rope_angles(torch.arange(start, start + x.size(1), device=x.device), self.config)
+        for i, layer in enumerate(self.layers):
+            place = rope, loop, loop * self.config.n_unique + i, cache
+            # The reentrant kind would hand a shared weight's gradient to DDP once per loop, and DDP refuses that.
+            x = checkpoint(layer, x, *place, use_reentrant=False) if self.checkpointing else layer(x, *place)
         if cache is not None:
-            cache.length += idx.size(1)
-        return states
+            cache.lengths[loop] += x.size(1)
+        return x
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) in fp32 of any loop's hidden state (B, T, C): all exits share final norm and head (§2.4)."""

@@ -253,6 +253,7 @@ class StopFlag:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.tiktoken", "tokenizer.model", "tokenizer_config.json",
                    "special_tokens_map.json", "generation_config.json")
+GATE_FILE, THRESHOLDS_FILE = "gate.safetensors", "exits.json"  # made for the weights beside them (rules.py)
 
 
 @contextmanager
@@ -261,7 +262,8 @@ def replace_folder(folder, keep: str | None = None):
 
     A crash at any moment leaves the old folder or the new one: everything is written to `.folder.tmp`, flushed to the
     disk, and renamed. Between the two renames the old one is called `.folder.old`, which `recover_folder` puts back.
-    What the block did not write (a log, a folder inside) is carried over, but nothing of an old tokenizer beside a new.
+    What the block did not write (a log, a folder inside) is carried over, but nothing of an old tokenizer beside a new,
+    and no gate of other weights.
     keep: the name under which the old folder then stays inside the new one, instead of being deleted.
     """
     check_out(folder)
@@ -273,7 +275,8 @@ def replace_folder(folder, keep: str | None = None):
         yield tmp
         if folder.exists():
             new = {path.name for path in tmp.iterdir()}
-            stale = {"train.pt", "previous"} | set(TOKENIZER_FILES if new & set(TOKENIZER_FILES) else ())
+            stale = {"train.pt", "previous", GATE_FILE, THRESHOLDS_FILE,
+                     *(TOKENIZER_FILES if new & set(TOKENIZER_FILES) else ())}
             for path in folder.iterdir():
                 if path.name in new | stale:
                     continue

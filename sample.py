@@ -2,18 +2,21 @@
 
     python sample.py --ckpt=out --prompt="The old house"
     python sample.py --ckpt=assets/donor --samples=3 --temperature=0.7 --top_p=0.9
+    python sample.py --ckpt=out --rule=gate --show_exits     # tokens leave early, and are coloured by where they did
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from exits import decode
 from hf import find_donor, load_any
-from model import KVCache, RecursiveTransformer
+from model import RecursiveTransformer
+from rules import Keys, Rule, RuleName, load_rule, read_thresholds
 from runtime import UserError, parse_args, pick_device, progress, script
 from tokenizer import TextStream, Tokenizer
 
@@ -28,6 +31,11 @@ class SampleConfig:
     temperature: float = 0.8           # below 1 sharper, above 1 wilder; 0 always takes the likeliest token
     top_k: int = 50                    # choose among the k likeliest tokens; 0 = all
     top_p: float = 1.0                 # choose among the likeliest tokens that make up this probability; 1 = all
+    rule: RuleName | None = None       # which tokens may leave early; not set = never, with --show_exits the gate
+    threshold: float | None = None     # score from which a token leaves, 0 to 1; not set = as python exits.py found
+    exit_loop: int = 1                 # rule fixed: the loop after which all tokens leave, counted from 1
+    keys: Keys = "exact"               # keys of tokens that left: computed later, or copied from their exit loop
+    show_exits: bool = False           # show after which loop each token left: by colour, in a pipe by number
     seed: int = 0                      # same seed, same text
     device: str = "auto"               # auto, cpu, cuda
 
@@ -58,24 +66,28 @@ def token_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) ->
     return probs
 
 
-@torch.no_grad()
 def generate(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, seed: int = 0) -> Iterator[Tensor]:
-    """The next tokens (B,) of prompts idx (B, T), one step after the other, until the context is full.
-
-    Keys and values are cached per depth, so a step runs one token and never the prefix again.
-    """
-    B, T = idx.shape
-    steps = min(max_new_tokens, model.config.n_ctx - T)
-    weight = model.embed.weight
-    cache = KVCache(model.config, B, T + steps, weight.device, weight.dtype)
+             top_p: float = 1.0, seed: int = 0, rule: Rule | None = None, keys: Keys = "exact",
+             eos_id: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The next tokens (B,) of prompts idx (B, T), and the loops (B,) they left after: see `decode`, exits.py."""
     draw = torch.Generator().manual_seed(seed)  # on the CPU: the same text on every device
-    for _ in range(steps):
-        logits = model.logits(model(idx, cache)[-1][:, -1])              # (B, V)
+
+    def choose(logits: Tensor) -> Tensor:
         probs = token_probs(logits, temperature, top_k, top_p).cpu()
-        token = torch.multinomial(probs, 1, generator=draw).to(idx.device)
-        yield token[:, 0]
-        idx = token
+        return torch.multinomial(probs, 1, generator=draw)[:, 0].to(logits.device)
+    return decode(model, idx, max_new_tokens, rule, keys, choose, eos_id)
+
+
+def find_rule(args: SampleConfig, folder, model: RecursiveTransformer) -> Rule:
+    """The rule that was asked for; where only --show_exits was, the calibrated gate, or what there is to show."""
+    name, threshold = args.rule or "never", args.threshold
+    if args.rule is None and args.show_exits and model.config.n_loop > 1:
+        name = "gate"
+        if threshold is None and name not in read_thresholds(folder).get(args.keys, {}).get("thresholds", {}):
+            name, threshold = "max_prob", 0.5
+            print(f"{args.ckpt} is not calibrated: tokens leave where the likeliest one has a probability of 0.5; for "
+                  f"a gate that keeps its promise run python exits.py --ckpt={args.ckpt}", file=sys.stderr)
+    return load_rule(folder, model, name, threshold, args.exit_loop, args.keys)
 
 
 def read_prompt(args: SampleConfig, tokenizer: Tokenizer, n_ctx: int) -> tuple[str, list[int]]:
@@ -108,41 +120,59 @@ def main(argv=None):
     print(f"{args.ckpt}: {c.arch}, {c.n_layer} layers as {c.n_loop} x {c.n_unique}, rank {c.rank}, "
           f"{n['stored'] / 1e6:.1f} M parameters, on {device.type}\n", file=sys.stderr)
 
-    steps = generate(model, torch.tensor([ids] * args.samples, device=device), args.max_new_tokens,
-                     args.temperature, args.top_k, args.top_p, args.seed)
+    show = Exits(c.n_loop, sys.stdout.isatty()) if args.show_exits else None
+    steps = generate(model, torch.tensor([ids] * args.samples, device=device), args.max_new_tokens, args.temperature,
+                     args.top_k, args.top_p, args.seed, find_rule(args, folder, model), args.keys, tokenizer.eos_id)
     if args.samples == 1:
         print(text, end="", flush=True)
-        end = stream(steps, tokenizer, ids)
+        end = write(((token.item(), loop.item()) for token, loop in steps), tokenizer, ids, show)
         print(f"\n({end or why_stopped(args, len(ids), c.n_ctx)})", flush=True)
-        return
-    rows = [[] for _ in range(args.samples)]
-    for tokens in progress(steps, total=args.max_new_tokens, desc="sampling", unit="tok"):
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            row.append(token)
-        if all(tokenizer.eos_id in row for row in rows):
+    else:
+        steps = list(progress(steps, total=args.max_new_tokens, desc="sampling", unit="tok"))
+        tokens, loops = (torch.stack(part, 1).tolist() for part in zip(*steps, strict=True))     # (samples, steps)
+        for i, row in enumerate(zip(tokens, loops, strict=True)):
+            print(f"--- sample {i + 1} of {args.samples}\n{text}", end="")
+            end = write(zip(*row, strict=True), tokenizer, ids, show)
+            print(f"\n({end or why_stopped(args, len(ids), c.n_ctx)})\n", flush=True)
+    if show:
+        print(show.legend())
+
+
+class Exits:
+    """Marks pieces of text by the loop that they left after: in colour, or where there is none by a small number."""
+
+    COLOURS = (32, 33, 35, 36, 34, 31)                       # green, yellow, magenta, cyan, blue, red
+
+    def __init__(self, n_loop: int, colour: bool):
+        self.colour, self.count = colour, [0] * n_loop
+
+    def mark(self, piece: str, loop: int) -> str:
+        if not self.colour:
+            return piece + "".join(chr(0x2080 + int(digit)) for digit in str(loop + 1)) * bool(piece)
+        return f"\033[{self.COLOURS[loop % len(self.COLOURS)]}m{piece}\033[0m" * bool(piece)
+
+    def legend(self) -> str:
+        total = max(1, sum(self.count))
+        shares = " · ".join(f"{self.mark(f'loop {i + 1}', i)} {n} ({n / total:.0%})" for i, n in enumerate(self.count))
+        mean = sum((i + 1) * n for i, n in enumerate(self.count)) / total
+        return f"left after {shares} · mean depth {mean:.2f} of {len(self.count)}"
+
+
+def write(steps: Iterable[tuple[int, int]], tokenizer: Tokenizer, prompt: list[int], show: Exits | None = None) -> str:
+    """Print one sample's text as it comes, from (token, loop) each, whole characters only; returns "end of text" if the
+    model ended it."""
+    out, end, loop = TextStream(tokenizer, prompt), "", 0
+    for token, loop in steps:
+        if show:
+            show.count[loop] += 1
+        if token == tokenizer.eos_id:
+            end = "end of text"
             break
-    for i, row in enumerate(rows):
-        kept = row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
-        end = "end of text" if len(kept) < len(row) else why_stopped(args, len(ids), c.n_ctx)
-        new = continuation(kept, tokenizer, ids)
-        print(f"--- sample {i + 1} of {args.samples}\n{text}{new}\n({end})\n", flush=True)
-
-
-def stream(steps: Iterator[Tensor], tokenizer: Tokenizer, prompt: list[int]) -> str:
-    """Print one sample's text as it comes, whole characters only; returns "end of text" if the model ended it."""
-    out = TextStream(tokenizer, prompt)
-    for token in steps:
-        if token.item() == tokenizer.eos_id:
-            print(out.flush(), end="")
-            return "end of text"
-        print(out.push(token.item()), end="", flush=True)
-    print(out.flush(), end="")
-    return ""
-
-
-def continuation(ids: list[int], tokenizer: Tokenizer, prompt: list[int]) -> str:
-    out = TextStream(tokenizer, prompt)
-    return "".join([out.push(i) for i in ids]) + out.flush()
+        piece = out.push(token)
+        print(show.mark(piece, loop) if show else piece, end="", flush=True)
+    piece = out.flush()
+    print(show.mark(piece, loop) if show else piece, end="")
+    return end
 
 
 def why_stopped(args: SampleConfig, prompt: int, n_ctx: int) -> str:

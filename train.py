@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import drop_log_after, find_state, load_optimizer, resumed_settings, save_checkpoint, write_log
 from convert import LoraInit, Norms, Rounding, Vectors, to_recursive
 from data import Tokens, batches, load_tokens, validation
-from exits import chunked_loss, exit_weights
 from hf import config_from_hf, find_donor, load_any, read_json, refuse_looped
+from losses import chunked_loss, exit_weights
 from model import Config, RecursiveTransformer, read_config
 from runtime import (
     Processes,

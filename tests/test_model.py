@@ -86,7 +86,7 @@ def test_cached_decoding_equals_full_forward(arch, n_loop, vectors):
     parts = [model(chunk, cache) for chunk in idx.split([5, 4, 1, 2, 1], dim=1)]
     for loop, want in enumerate(model(idx)):
         close(torch.cat([p[loop] for p in parts], dim=1), want, 1e-10)
-    assert cache.length == 13
+    assert cache.lengths == [13] * n_loop
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def test_cache_that_is_full_says_so():
     model(tokens(1, 3), cache)
     with pytest.raises(UserError, match="5 tokens do not fit a cache made for 4"):
         model(tokens(1, 2), cache)
-    assert cache.length == 3
+    assert cache.lengths == [3, 3]
     model(tokens(1, 1), cache)
 
 

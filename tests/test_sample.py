@@ -48,7 +48,7 @@ def test_token_probs_temperature_top_k_top_p():
 def test_generate_greedy_equals_full_forward_at_each_step(ckpt):
     model = RecursiveTransformer.load(ckpt)
     idx = torch.randint(0, 300, (2, 5))
-    got = torch.stack(list(sample.generate(model, idx, 10, temperature=0)), dim=1)
+    got = torch.stack([token for token, _ in sample.generate(model, idx, 10, temperature=0)], dim=1)
     for _ in range(10):
         idx = torch.cat([idx, model.logits(model(idx)[-1])[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(got, idx[:, 5:])
@@ -62,7 +62,7 @@ def test_same_seed_same_text_and_other_seed_other_text(ckpt, capsys):
 
 def test_stops_at_the_context_limit_and_says_so(ckpt, capsys, monkeypatch):
     drawn = sample.generate  # random weights end their text now and then: not here
-    monkeypatch.setattr(sample, "generate", lambda *a: (t.where(t != 299, 0) for t in drawn(*a)))
+    monkeypatch.setattr(sample, "generate", lambda *a: ((t.where(t != 299, 0), loop) for t, loop in drawn(*a[:-1])))
     assert run(capsys, f"--ckpt={ckpt}", "--prompt=the cat").endswith("(the context of 48 tokens is full)\n")
 
 
@@ -71,7 +71,7 @@ def test_stops_at_end_of_text_and_says_so(ckpt, capsys, monkeypatch, samples):
     cat, eos = 99, 299  # "c", end of text
 
     def scripted(model, idx, *_):
-        return iter([torch.full((len(idx),), t) for t in (cat, eos, cat)])
+        return iter([(torch.full((len(idx),), t), torch.ones(len(idx))) for t in (cat, eos, cat)])
     monkeypatch.setattr(sample, "generate", scripted)
     out = run(capsys, f"--ckpt={ckpt}", "--prompt=", f"--samples={samples}")
     assert out.count("(end of text)") == samples
@@ -85,7 +85,7 @@ def test_streams_whole_characters_only(ckpt, capsys, monkeypatch):
     assert len(ids) > 3
     pieces = []
     monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.extend(a))
-    assert sample.stream(iter([torch.tensor([i]) for i in ids]), tokens, []) == ""
+    assert sample.write([(i, 0) for i in ids], tokens, []) == ""
     assert "".join(pieces) == "日🙂é" and not any("�" in p for p in pieces)
 
 
@@ -124,6 +124,5 @@ def test_a_continuation_keeps_the_space_that_llama_decoders_strip(capsys):
 
         def decode(self, ids):
             return "".join([" man", " looked"][i] for i in ids).removeprefix(" ")
-    assert sample.continuation([1], Llama(), [0]) == " looked"
-    sample.stream(iter([torch.tensor([1])]), Llama(), [0])
+    sample.write([(1, 0)], Llama(), [0])
     assert capsys.readouterr().out == " looked"

@@ -32,7 +32,7 @@ import convert
 import train
 from convert import to_hf
 from data import batch, load_tokens, validation, write_shards
-from exits import distill_loss
+from losses import distill_loss
 from model import Layer, RecursiveTransformer, is_matrix
 from runtime import UserError, script
 from tokenizer import Tokenizer, copy_tokenizer, train_tokenizer

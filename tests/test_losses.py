@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from exits import IGNORE, chunked_loss, distill_loss, exit_weights
+from losses import IGNORE, chunked_loss, distill_loss, exit_weights
 
 KINDS = ["fkl", "rkl", "jsd", "tvd"]
 V, C = 23, 6

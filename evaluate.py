@@ -1,0 +1,147 @@
+"""How good a model is after each of its loops, and what early exits cost and save, on any text.
+
+    python evaluate.py --ckpt=out --text=assets/books/valid.txt
+    python evaluate.py --ckpt=out --plot=results/exits.png --save=results/exits.jsonl
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from data import count_windows, load_tokens, windows
+from exits import Seen, observe, outcome, statistics
+from model import RecursiveTransformer
+from rules import SCORED, Gate, Rule, read_thresholds
+from runtime import GATE_FILE, UserError, parse_args, pick_device, print0, progress, run_info, script, table
+from tokenizer import Tokenizer
+
+
+@dataclass
+class EvaluateConfig:
+    ckpt: str = "out"                      # checkpoint folder
+    text: str = "assets/books/valid.txt"   # text files or a folder of token shards; several by comma
+    tokens: int = 16_384                   # tokens of it, in windows spread evenly over it
+    seq_len: int = 256                     # tokens in a window
+    rules: str = "max_prob,margin,entropy,gate"  # exit rules, by comma; the gate if the checkpoint has one
+    keys: str = "exact,copy"               # keys of tokens that left, by comma; copied ones take a pass per threshold
+    thresholds: str = ""                   # scores from which tokens leave, by comma; empty: nine, spread over them
+    plot: str | None = None                # write a plot of agreement against mean loops to this file
+    save: str | None = None                # also append the JSON line to this file
+    device: str = "auto"                   # auto, cpu, cuda
+
+
+def by_comma(name: str, text: str, allowed: Sequence[str]) -> list[str]:
+    given = text.split(",")
+    for word in given:
+        if word not in allowed:
+            raise UserError(f"--{name}={text}: {word!r} is unknown; use {', '.join(allowed)}, several by comma")
+    return given
+
+
+def read_text(config: EvaluateConfig, model: RecursiveTransformer) -> list:
+    """Batches of windows, inputs and targets (<= 8, seq_len), spread evenly over the text."""
+    vocab_size, seq_len = model.config.vocab_size, min(config.seq_len, model.config.n_ctx)
+    tokens = load_tokens(config.text, Tokenizer.load(config.ckpt, vocab_size), vocab_size)
+    there = count_windows(tokens, seq_len)
+    n = min(config.tokens // seq_len, there)
+    if n < 1:
+        raise UserError(f"--tokens={config.tokens} is less than one window; use --tokens={seq_len} or more")
+    spread = [i * there // n for i in range(n)]
+    return [windows(tokens, seq_len, spread[i:i + 8]) for i in range(0, n, 8)]
+
+
+def find_thresholds(config: EvaluateConfig, seen: Seen, name: str, keys: str) -> list[float]:
+    """The thresholds to try for a rule: those given, or those at which a tenth, two tenths, ... of the scores let a
+    token leave; and the one that was calibrated."""
+    found = read_thresholds(config.ckpt).get(keys, {}).get("thresholds", {})
+    calibrated = [found[name]] if name in found else []
+    if config.thresholds:
+        try:
+            given = [float(word) for word in config.thresholds.split(",")]
+        except ValueError:
+            raise UserError(f"--thresholds={config.thresholds} must be numbers by comma, as 0.5,0.9") from None
+        if not all(0 <= t <= 1 for t in given):
+            raise UserError(f"--thresholds={config.thresholds} are out of range: scores are between 0 and 1")
+    else:
+        shares = torch.linspace(0.9, 0.1, 9, dtype=torch.float64)
+        given = seen.score[name].flatten().double().cpu().quantile(shares).tolist()
+    return sorted({*given, *calibrated}, reverse=True)
+
+
+def evaluate_exits(config: EvaluateConfig, model: RecursiveTransformer, pairs: list, rules: list[Rule],
+                   policies: list[str]) -> dict:
+    """Loss at each exit, and a row of `statistics` for each rule, threshold and policy for keys."""
+    seen, rows = observe(model, pairs, rules), []
+    ce = seen.ce.double().mean(1).tolist()
+    oracle = {"rule": "oracle", "keys": "exact", "threshold": None} | statistics(seen.at(seen.oracle), seen)
+    work = [(keys, rule, threshold) for keys in policies for rule in rules
+            for threshold in find_thresholds(config, seen, rule.name, keys)]
+    for keys, rule, threshold in progress(work, desc="thresholds", unit="pass"):
+        out = outcome(model, pairs, seen, replace(rule, threshold=threshold), keys)
+        calibrated = read_thresholds(config.ckpt).get(keys, {})
+        promise = calibrated["agreement"] if calibrated.get("thresholds", {}).get(rule.name) == threshold else None
+        rows.append({"rule": rule.name, "keys": keys, "threshold": threshold, "calibrated_for": promise}
+                    | statistics(out, seen))
+    return {"tokens": seen.ce.size(1), "exit_loss": ce, "rows": [oracle, *rows]}
+
+
+def show(numbers: dict) -> str:
+    exits = [["after loop", "loss", "perplexity"]]
+    exits += [[i + 1, f"{ce:.4f}", f"{math.exp(min(ce, 700)):.2f}"] for i, ce in enumerate(numbers["exit_loss"])]
+    lines = [["rule", "keys", "threshold", "mean loops", "left after each", "agreement", "perplexity", "caught", ""]]
+    for row in numbers["rows"]:
+        lines.append([row["rule"], row["keys"], "" if row["threshold"] is None else f"{row['threshold']:.4f}",
+                      f"{row['loops']:.3f}", " ".join(f"{share:.0%}" for share in row["left_at"]),
+                      f"{row['agreement']:.4f}", f"{row['perplexity']:.2f}", f"{row['caught']:.0%}",
+                      f"calibrated for {row['calibrated_for']}" if row.get("calibrated_for") else ""])
+    return f"{table(exits)}\n\n{table(lines) if len(numbers['exit_loss']) > 1 else ''}"
+
+
+def plot(numbers: dict, path: str) -> None:
+    """Agreement with the full model against mean loops: a line per rule, dashed for copied keys, a star the oracle."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('--plot needs matplotlib: pip install -e ".[plot]"') from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    oracle, *rows = numbers["rows"]
+    names = list(dict.fromkeys(row["rule"] for row in rows))
+    for (name, keys) in dict.fromkeys((row["rule"], row["keys"]) for row in rows):
+        points = sorted((r["loops"], r["agreement"]) for r in rows if (r["rule"], r["keys"]) == (name, keys))
+        axes.plot(*zip(*points, strict=True), "o-" if keys == "exact" else "x--", color=f"C{names.index(name)}",
+                  markersize=4, label=f"{name}, {keys} keys")
+    axes.plot(oracle["loops"], 1, "k*", markersize=12, label="oracle")
+    axes.set(xlabel=f"mean loops of {len(numbers['exit_loss'])}", ylabel="share of tokens as at full depth")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None) -> None:
+    config = parse_args(EvaluateConfig, argv)
+    names = by_comma("rules", config.rules, SCORED)
+    policies = by_comma("keys", config.keys, ("exact", "copy"))
+    device = pick_device(config.device)
+    model = RecursiveTransformer.load(config.ckpt, dtype=None if device.type == "cuda" else torch.float32).to(device)
+    if "gate" in names and config.rules == EvaluateConfig.rules and not (Path(config.ckpt) / GATE_FILE).exists():
+        names.remove("gate")
+        print0(f"{config.ckpt} has no gate yet: python exits.py --ckpt={config.ckpt} trains one")
+    rules = [Rule(name, gate=Gate.load(config.ckpt, model) if name == "gate" else None) for name in names]
+    numbers = evaluate_exits(config, model, read_text(config, model), rules, policies)
+    print0(show(numbers))
+    line = json.dumps({"settings": asdict(config)} | run_info() | numbers)
+    print0(line)
+    if config.save:
+        with open(config.save, "a") as f:
+            f.write(line + "\n")
+    if config.plot:
+        plot(numbers, config.plot)
+
+
+if __name__ == "__main__":
+    script(main)
