@@ -7,6 +7,7 @@
     python bench.py --what=train --shape=gemma-2b --compile       # training: ours, transformers, the naive loss
     python bench.py --what=loss --shape=gemma-2b --micro_batch=16  # the loss alone, in chunks and naive
     python bench.py --what=lora --shape=tinyllama --micro_batch=16  # training a layer: LoRA merged against separate
+    python bench.py --what=decision --shape=gemma-2b              # an exit decision by each rule beside a block pass
 """
 
 import importlib.util
@@ -29,37 +30,41 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench_decode import bench_decision
 from bench_training import GEMMA_2B, bench_lora, bench_loss, bench_train, by_comma
 from convert import svd_factors, to_hf, to_recursive, unroll
 from data import Texts, load_tokens, windows, write_shards
 from hf import find_donor, hf_config, hf_shapes, load_full
 from model import Config, RecursiveTransformer
-from runtime import UserError, parse_args, progress, run_info, script, table
+from runtime import UserError, append_line, parse_args, progress, run_info, script, table
 from sample import generate
 from tokenizer import Tokenizer, copy_tokenizer
 
 HERE = Path(__file__).parent
+What = Literal["convert", "svd", "scale", "tokenise", "train", "loss", "lora", "decision"]
 
 
 @dataclass
 class BenchConfig:
-    what: Literal["convert", "svd", "scale", "tokenise", "train", "loss", "lora"] = "convert"  # which measurement
+    what: What = "convert"                 # which measurement
     donor: str = "assets/donor"            # convert, train, tokenise: full-size model, a folder or a Hugging Face id
     text: str = "assets/books/valid.txt"   # convert, tokenise: text whose loss is measured, or that is tokenised
     tokens: int = 16_384                   # convert: of that text, in windows spread evenly over it
-    seq_len: int = 256                     # convert, train, loss, lora: tokens in a window
+    seq_len: int = 256                     # convert, train, loss, lora, decision: tokens in a window, in the context
     loops: str = "2,3"                     # convert, train: numbers of loops, by comma
     inits: str = "stepwise,average,lower"  # convert: inits, by comma
     ranks: str = "0,16,64"                 # convert, train, lora: LoRA ranks, by comma; "full" is full rank (convert)
     tmp: str | None = None                 # scale, tokenise: folder with 10 GB to spare; not set = the system's
-    shape: Literal["donor", "gemma-2b", "tinyllama", "pythia-1b", "smollm2"] = "donor"  # train, loss, lora: of what
-    layers: int = 0                        # train: keep so many of its layers, for a small machine; 0 = all
+    shape: Literal["donor", "gemma-2b", "tinyllama", "pythia-1b", "smollm2"] = "donor"  # train, ..., decision: of what
+    vocab_sizes: str = "4096,256000"       # decision: sizes of the vocabulary, by comma
+    rows: str = "1,16"                     # decision: numbers of rows that are decoded together, by comma
+    layers: int = 0                        # train, decision: keep so many of its layers, for a small machine; 0 = all
     width: int = 0                         # loss: of the hidden states, for a small machine; 0 = the shape's
     micro_batch: int = 8                   # train, loss, lora: sequences in a step
-    steps: int = 5                         # train, loss, lora: steps that are timed, after two that are not
+    steps: int = 5                         # train, loss, lora, decision: steps that are timed, after two that are not
     rounds: int = 1                        # train, loss, lora, tokenise: times that all cases are gone through; pooled
     compile: bool = False                  # train: also with torch.compile, ours and transformers'
-    device: str = "auto"                   # train, loss, lora: auto, cpu, cuda
+    device: str = "auto"                   # train, loss, lora, decision: auto, cpu, cuda
     save: str | None = None                # also append the JSON line to this file
 
 
@@ -231,13 +236,12 @@ def bench_tokenise(config: BenchConfig) -> dict:
 def main(argv=None):
     config = parse_args(BenchConfig, argv)
     benches = {"tokenise": bench_tokenise, "convert": bench_convert, "svd": bench_svd, "scale": bench_scale,
-               "train": bench_train, "loss": bench_loss, "lora": bench_lora}
+               "train": bench_train, "loss": bench_loss, "lora": bench_lora, "decision": bench_decision}
     numbers = benches[config.what](config)
-    line = json.dumps({"what": config.what, "settings": asdict(config)} | run_info() | numbers)
-    print(line)
+    numbers = {"what": config.what, "settings": asdict(config)} | run_info() | numbers
+    print(json.dumps(numbers))
     if config.save:
-        with open(config.save, "a") as f:
-            f.write(line + "\n")
+        append_line(config.save, numbers)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from data import count_windows, load_tokens, windows
 from exits import Seen, observe, outcome, statistics
 from model import RecursiveTransformer
 from rules import SCORED, Gate, Rule, read_thresholds
-from runtime import GATE_FILE, UserError, parse_args, pick_device, print0, progress, run_info, script, table
+from runtime import GATE_FILE, UserError, append_line, parse_args, pick_device, print0, progress, run_info, script, table
 from tokenizer import Tokenizer
 
 
@@ -134,11 +134,10 @@ def main(argv=None) -> None:
     rules = [Rule(name, gate=Gate.load(config.ckpt, model) if name == "gate" else None) for name in names]
     numbers = evaluate_exits(config, model, read_text(config, model), rules, policies)
     print0(show(numbers))
-    line = json.dumps({"settings": asdict(config)} | run_info() | numbers)
-    print0(line)
+    numbers = {"what": "evaluate", "settings": asdict(config)} | run_info() | numbers
+    print0(json.dumps(numbers))
     if config.save:
-        with open(config.save, "a") as f:
-            f.write(line + "\n")
+        append_line(config.save, numbers)
     if config.plot:
         plot(numbers, config.plot)
 

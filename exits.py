@@ -16,7 +16,7 @@ earlier loops: still one pass, loop by loop (`run_exits`). How training makes ea
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,19 @@ from data import batch, count_windows, load_tokens, windows
 from losses import distill_loss, exit_weights  # noqa: F401 (also found here)
 from model import KVCache, RecursiveTransformer
 from rules import SCORED, Gate, Keys, Rule, read_thresholds, write_beside
-from runtime import GATE_FILE, THRESHOLDS_FILE, UserError, parse_args, pick_device, print0, progress, script, table
+from runtime import (
+    GATE_FILE,
+    THRESHOLDS_FILE,
+    UserError,
+    append_line,
+    parse_args,
+    pick_device,
+    print0,
+    progress,
+    run_info,
+    script,
+    table,
+)
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,6 +294,7 @@ class ExitsConfig:
     tokens: int = 80_000                   # tokens to calibrate and check on
     seq_len: int = 256                     # tokens in a window
     new_gate: bool = False                 # train the gate anew where there is one
+    save: str | None = None                # also append what was measured to this file, as a line of JSON
     device: str = "auto"                   # auto, cpu, cuda
 
 
@@ -338,7 +351,7 @@ def main(argv=None) -> None:
     shares = torch.linspace(0.98, 0, 50, dtype=torch.float64)
     tuning = observe(model, learn[:len(learn) // 4 + 1], rules).score
     seen, checked = (observe(model, pairs, rules) for pairs in (calibration, check))
-    thresholds, lines = {}, []
+    thresholds, measured, lines = {}, {}, []
     for rule in progress(rules, desc="calibrating", unit="rule"):
         grid = tuning[rule.name].flatten().double().cpu().quantile(shares).tolist()
         at = calibrate(model, calibration, seen, rule, config.keys, grid, config.agreement, config.confidence)
@@ -346,20 +359,23 @@ def main(argv=None) -> None:
             lines.append([rule.name, "cannot be had", *[""] * 5])
             continue
         thresholds[rule.name], done = at, replace(rule, threshold=at)
-        a = statistics(outcome(model, calibration, seen, done, config.keys), seen)
-        b = statistics(outcome(model, check, checked, done, config.keys), checked)
+        a, b = measured[rule.name] = [statistics(outcome(model, pairs, what, done, config.keys), what)
+                                      for pairs, what in ((calibration, seen), (check, checked))]
         lines.append([rule.name, f"{at:.4f}", f"{a['loops']:.3f}", f"{a['agreement']:.4f}", f"{b['loops']:.3f}",
                       f"{b['agreement']:.4f}", f"{b['caught']:.0%}"])
-    best = [f"{s.oracle.double().mean().item() + 1:.3f}" for s in (seen, checked)]
+    best = [s.oracle.double().mean().item() + 1 for s in (seen, checked)]
     print0(table([["rule", "threshold", "mean loops", "agreement", "check: loops", "agreement", "caught"], *lines,
-                  ["oracle", "", best[0], "1.0000", best[1], "1.0000", "100%"]]))
+                  ["oracle", "", f"{best[0]:.3f}", "1.0000", f"{best[1]:.3f}", "1.0000", "100%"]]))
     if not thresholds:
         raise UserError(f"an agreement of {config.agreement} cannot be had with {config.keys} keys: at the strictest "
                         "threshold of every rule, where 2 % of the scores let a token leave, these tokens do not show "
                         "it; ask for a lower --agreement, give more --tokens, or train the exits (--exit_loss)")
-    everything = read_thresholds(config.ckpt) | {config.keys: {
-        "agreement": config.agreement, "confidence": config.confidence, "thresholds": thresholds}}
+    found = {"agreement": config.agreement, "confidence": config.confidence, "thresholds": thresholds}
+    everything = read_thresholds(config.ckpt) | {config.keys: found}
     write_beside(config.ckpt, THRESHOLDS_FILE, lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))
+    if config.save:
+        append_line(config.save, {"what": "exits", "settings": asdict(config)} | run_info() | found | {
+            "tokens": count[1:], "oracle": best, "calibration_and_check": measured})
 
 
 if __name__ == "__main__":

@@ -221,6 +221,15 @@ def run_info() -> dict:
             "time": time.strftime("%F %T")}
 
 
+def append_line(path: str, numbers: dict) -> None:
+    """Add a line of JSON to the file; raises UserError where it cannot be written."""
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(numbers) + "\n")
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror}); what was measured stands above") from e
+
+
 class StopFlag:
     """Ctrl-C or SIGTERM on any process ends the run after the current step, with a checkpoint."""
 
