@@ -16,7 +16,18 @@ from data import count_windows, load_tokens, windows
 from exits import Seen, observe, outcome, statistics
 from model import RecursiveTransformer
 from rules import SCORED, Gate, Rule, read_thresholds
-from runtime import GATE_FILE, UserError, append_line, parse_args, pick_device, print0, progress, run_info, script, table
+from runtime import (
+    GATE_FILE,
+    UserError,
+    append_line,
+    parse_args,
+    pick_device,
+    print0,
+    progress,
+    run_info,
+    script,
+    table,
+)
 from tokenizer import Tokenizer
 
 
