@@ -100,6 +100,21 @@ def test_a_layer_with_lora_is_measured_path_by_path(donor, monkeypatch, capsys):
 
 
 @torch.no_grad()
+def test_an_exit_decision_is_measured_with_all_that_it_needs(donor, monkeypatch, capsys):
+    asked = {"head": 0, "block": 0}
+    def counting(name, method):
+        def count(*args):
+            asked[name] += 1
+            return method(*args)
+        return count
+    monkeypatch.setattr(RecursiveTransformer, "logits", counting("head", RecursiveTransformer.logits))
+    monkeypatch.setattr(RecursiveTransformer, "block", counting("block", RecursiveTransformer.block))
+    numbers = run(monkeypatch, capsys, "--what=decision", donor, "--rows=1,3", "--vocab_sizes=50,70")
+    assert [(row["vocab_size"], row["batch"]) for row in numbers["rows"]] == [(50, 1), (50, 3), (70, 1), (70, 3)]
+    assert all(row[name] > 0 for row in numbers["rows"] for name in ("block", "head", "max_prob", "gate"))
+    assert asked["head"] == 4 * asked["block"] > 0              # by itself, and for each rule but the gate
+
+
 def test_the_separate_path_is_the_same_map():
     layer = randomise(Layer(replace(CONFIG, n_loop=2, rank=3, attn_bias=True, vectors="per_loop")))
     for linear in (m for m in layer.modules() if isinstance(m, RelaxedLinear)):
@@ -211,4 +226,13 @@ def test_loops_that_do_not_divide_are_named_before_any_work(donor, monkeypatch, 
     monkeypatch.setattr(bench_training, "apart", lambda *_: pytest.fail("began to measure"))
     with pytest.raises(UserError) as e:
         bench.main([*TINY, "--what=train", donor, f"--loops={loops}"])
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--rows=0", "--rows=0 must be positive"), ("--vocab_sizes=4k", "--vocab_sizes=4k must be whole numbers by comma"),
+    ("--layers=7", "--layers=7, but --shape=donor has 6 of them"), ("--seq_len=0", "--seq_len=0 must be positive")])
+def test_mistakes_about_decisions_are_named(donor, flag, message):
+    with pytest.raises(UserError) as e:
+        bench.main([*TINY, "--what=decision", donor, flag])
     assert message in str(e.value)

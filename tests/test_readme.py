@@ -20,7 +20,8 @@ COMMANDS = [part.strip() for block in re.findall(r"```bash\n(.*?)```", README, r
             for line in block.splitlines() for part in line.split("&&") if not part.strip().startswith("pip ")]
 SMALL = {  # added to a command: the last of two equal flags counts
     "train.py": "--tokens=1024 --batch_tokens=512 --micro_batch=1 --seq_len=64 --eval_tokens=256 --log_every=1",
-    "sample.py": "--max_new_tokens=8", "convert.py": "", "data.py": "",
+    "sample.py": "--max_new_tokens=8", "convert.py": "", "data.py": "", "evaluate.py": "--tokens=512 --keys=exact",
+    "exits.py": "--gate_tokens=512 --tokens=2048 --agreement=0.2",
 }
 
 

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 import train
+from evaluate import EvaluateConfig
+from exits import ExitsConfig
 from runtime import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ["tied", "relaxed", "distill", "long", "exits"]
+TOY = [(experiment, "toy") for experiment in [*EXPERIMENTS, "exits_seeds"]]
+LARGE = [(experiment, model) for experiment in EXPERIMENTS for model in ("gemma", "tinyllama", "pythia")]
 SMALL = ["--tokens=512", "--batch_tokens=512", "--micro_batch=8", "--seq_len=64", "--eval_tokens=256", "--device=cpu"]
 
 
@@ -23,11 +27,13 @@ def commands(experiment: str, model: str, *more: str, **env: str) -> list[list[s
     return [shlex.split(line[2:]) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("model", ["toy", "gemma", "tinyllama", "pythia"])
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment, model", [*TOY, *LARGE])
 def test_every_command_has_flags_that_exist_and_a_folder_of_its_own(experiment, model):
     words = commands(experiment, model, "--seed=7")
-    runs = [parse_args(train.TrainConfig, w[w.index("train.py") + 1:]) for w in words]
+    for w in words:
+        if w[0] == "python":
+            parse_args({"evaluate.py": EvaluateConfig, "exits.py": ExitsConfig}[w[1]], w[2:])
+    runs = [parse_args(train.TrainConfig, w[w.index("train.py") + 1:]) for w in words if "train.py" in w]
     assert len({r.out for r in runs}) == len(runs) >= 4
     for args in runs:
         assert args.resume == "auto" and args.seed == 7
