@@ -95,9 +95,9 @@ def draw_gate(model):
 def draw_case(seed):
     """A random model in fp64, prompts, number of steps, and rule; `rules[i]` is what row i alone would be given."""
     rng = random.Random(seed)
-    n_loop, rows, prompt, steps = rng.choice((2, 3)), rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 6)
-    model = tiny(rng.choice(list(ARCHS)), seed, n_layer=2 * n_loop, n_loop=n_loop, rank=rng.choice((0, 3)),
-                 vectors=rng.choice(("tied", "per_loop"))).double()
+    n_loop, rows, prompt, steps = rng.choice((2, 3)), rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 5)
+    model = tiny(rng.choice(list(ARCHS)), seed, n_layer=rng.randint(1, 2) * n_loop, n_loop=n_loop,
+                 rank=rng.choice((0, 3)), vectors=rng.choice(("tied", "per_loop"))).double()
     name = rng.choice(("table", "table", "fixed", *SCORED))
     if name == "table":
         rule = Table(torch.rand(rows, prompt + steps, n_loop - 1) < rng.random(), prompt - 1)
@@ -198,7 +198,7 @@ def test_exact_keys_say_what_the_model_says_computed_anew_at_every_step():
     for seed in range(200):
         model, idx, steps, rule, _ = draw_case(seed)
         found += [(model.config.n_loop, loop) for loop in assert_decoded_anew(model, idx, steps, rule)]
-    assert all(found.count(kind) > 50 for kind in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)))
+    assert all(found.count(kind) > 40 for kind in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)))
 
 
 def test_copied_keys_say_what_one_token_after_the_other_says():
@@ -206,7 +206,7 @@ def test_copied_keys_say_what_one_token_after_the_other_says():
     for seed in range(60):
         model, idx, steps, rule, rules = draw_case(1000 + seed)
         found += [(model.config.n_loop, loop) for loop in assert_copied(model, idx, steps, rule, rules)]
-    assert all(found.count(kind) > 15 for kind in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)))
+    assert all(found.count(kind) > 10 for kind in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
