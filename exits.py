@@ -228,11 +228,11 @@ def train_gate(model: RecursiveTransformer, pairs: list, epochs: int = 10, lr: f
             states.append(torch.stack(every[:-1]).flatten(1, 2))             # (n_loop - 1, B T, C)
             same.append((token[:-1] == token[-1]).flatten(1))                # (n_loop - 1, B T)
     states, same = torch.cat(states, 1), torch.cat(same, 1).float()
-    gate = Gate(len(states), model.config.n_embd).to(states.device)
+    draw = torch.Generator().manual_seed(0)
+    gate = Gate(len(states), model.config.n_embd, draw=draw).to(states.device)
     optimizer = torch.optim.AdamW(gate.parameters(), lr)
     steps = max(10, epochs * same.size(1) // rows)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
-    draw = torch.Generator().manual_seed(0)
     for _ in progress(range(steps), desc="training the gate", unit="step"):
         some = torch.randint(same.size(1), (rows,), generator=draw).to(states.device)
         answers = torch.stack([gate(states[loop, some], loop) for loop in range(len(states))])
@@ -337,13 +337,13 @@ def main(argv=None) -> None:
     device = pick_device(config.device)
     model = RecursiveTransformer.load(config.ckpt, dtype=None if device.type == "cuda" else torch.float32).to(device)
     check_settings(config, model.config.n_loop)
+    read_thresholds(config.ckpt)                             # damaged ones are named now, not after the minutes of work
     learn, calibration, check = read_texts(config, model)
     count = [sum(idx.numel() for idx, _ in pairs) for pairs in (learn, calibration, check)]
     print0(f"{config.ckpt}: {model.config.n_loop} loops; gate trained on {count[0]:,} tokens of {config.data}, "
            f"thresholds calibrated on {count[1]:,} tokens of {config.valid} and checked on {count[2]:,} others")
     if config.new_gate or not (Path(config.ckpt) / GATE_FILE).exists():
         gate = train_gate(model, learn)
-        (Path(config.ckpt) / THRESHOLDS_FILE).unlink(missing_ok=True)        # those of the gate before it
         gate.save(config.ckpt)
     gate = Gate.load(config.ckpt, model)
     rules = [Rule(name, gate=gate) for name in SCORED]
