@@ -12,8 +12,9 @@ from tiny import story
 
 import evaluate
 from evaluate import EvaluateConfig, read_text
+from exits import observe, outcome
 from model import Config, RecursiveTransformer
-from rules import Gate
+from rules import Gate, Rule
 from runtime import GATE_FILE, THRESHOLDS_FILE, UserError
 from tokenizer import Tokenizer, train_tokenizer
 
@@ -140,6 +141,15 @@ def test_what_a_rule_makes_of_a_text_keeps_no_graph(home, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "outcome", lambda *args: kept.append(outcome(*args)) or kept[-1])
     run(capsys, home, home / "ckpt", "--thresholds=0.1", "--tokens=32")
     assert len(kept) == 8 and not any(out.ce.requires_grad for out in kept)
+
+
+def test_a_token_leaves_at_the_threshold_itself(home):
+    model = RecursiveTransformer.load(home / "ckpt")
+    pairs = read_text(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 32, 16), model)
+    seen = observe(model, pairs, [Rule("margin")])
+    for keys in ("exact", "copy"):
+        rule = Rule("margin", threshold=seen.score["margin"][0, 7].item())
+        assert outcome(model, pairs, seen, rule, keys).loops[7] == 0
 
 
 def test_thresholds_are_spread_so_that_a_tenth_two_tenths_of_the_scores_pass(home, capsys):
