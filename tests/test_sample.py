@@ -274,6 +274,8 @@ def test_to_show_exits_alone_asks_the_calibrated_gate_or_says_what_it_does_inste
         assert f"{folder} is not calibrated for {keys} keys: tokens leave where the likeliest one has" in found.err
         assert f"run python exits.py --ckpt={folder} --keys={keys}" in found.err and "not calibrated" not in found.out
     assert asked == [("max_prob", 0.5, 1, "exact"), ("max_prob", 0.5, 1, "copy")]
+    with pytest.raises(UserError, match="no calibrated threshold of gate with copy keys"):
+        shown(calibrated, "--rule=gate", "--keys=copy")
 
 
 def test_a_model_of_one_loop_shows_one_loop_and_has_no_rules(ckpt, capsys, tmp_path):
