@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -349,12 +350,12 @@ def main(argv=None) -> None:
     gate = Gate.load(config.ckpt, model)
     rules = [Rule(name, gate=gate) for name in SCORED]
     # From which thresholds on 2 %, 4 %, ... of the scores let a token leave: by the gate's text, the other has no say.
-    shares = torch.linspace(0.98, 0, 50, dtype=torch.float64)
+    shares = np.linspace(0.98, 0, 50)
     tuning = observe(model, learn[:len(learn) // 4 + 1], rules).score
     seen, checked = (observe(model, pairs, rules) for pairs in (calibration, check))
     thresholds, measured, lines = {}, {}, []
     for rule in progress(rules, desc="calibrating", unit="rule"):
-        grid = tuning[rule.name].flatten().double().cpu().quantile(shares).tolist()
+        grid = np.quantile(tuning[rule.name].double().cpu(), shares).tolist()        # torch's has a limit
         at = calibrate(model, calibration, seen, rule, config.keys, grid, config.agreement, config.confidence)
         if at is None:
             lines.append([rule.name, "cannot be had", *[""] * 5])

@@ -314,7 +314,7 @@ def test_a_mistake_is_named_before_any_work(home, ckpt, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=says):
             evaluate.main(flags(home, ckpt, flag))
     (ckpt / THRESHOLDS_FILE).write_text("{")
-    with pytest.raises(UserError, match="not readable JSON"):
+    with pytest.raises(UserError, match="not readable as thresholds"):
         evaluate.main(flags(home, ckpt))
 
 
