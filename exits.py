@@ -117,6 +117,7 @@ def decide(model: RecursiveTransformer, rule: Rule, x: Tensor, loop: int) -> Ten
     return torch.cat([rule(c, loop, model.logits(c)) for c in chunks]).view(x.shape[:-1])
 
 
+@torch.no_grad()
 def outcome(model: RecursiveTransformer, pairs: list, seen: Seen, rule: Rule, keys: Keys = "exact") -> Outcome:
     """With exact keys `seen` holds it already; copied keys change the later states, so the texts are read again."""
     if keys == "exact" and rule.name in seen.score:
