@@ -174,9 +174,9 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
     when a later token needs them, several tokens in one pass; in a batch they run at once, beside those that go on.
     """
     c, (B, T), rule = model.config, idx.shape, rule or Rule()
-    if not 0 < T < c.n_ctx:
-        raise UserError(f"a prompt of {T} tokens: it takes at least 1 (a BOS, or whatever begins a text), and at most "
-                        f"{c.n_ctx - 1} leave room for one more in the model's context")
+    if not 0 < T <= c.n_ctx:
+        raise UserError(f"a prompt of {T} tokens: give 1 (a BOS, or whatever begins a text) to {c.n_ctx - 1}, so that "
+                        "one more fits the model's context")
     steps = min(max_new_tokens, c.n_ctx - T)
     state = model.first_state(idx[:, :0])                    # (B, 0, C)
     cache = KVCache(c, B, T + steps, state.device, state.dtype)

@@ -334,6 +334,12 @@ def test_decoding_stops_when_the_context_is_full(prompt, asked, want, keys, monk
     assert [loop for loop, _ in calls].count(0) == max(1, want)      # no pass for a token that nobody asks for
 
 
+@pytest.mark.parametrize("prompt", [0, 9])
+def test_a_prompt_that_is_empty_or_longer_than_the_context_is_named(prompt):
+    with pytest.raises(UserError, match=f"a prompt of {prompt} tokens: give 1 .* to 7"):
+        next(decode(tiny("gemma", n_loop=2, n_ctx=8), tokens(1, prompt), 4))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole texts
 
