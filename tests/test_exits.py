@@ -185,7 +185,7 @@ def assert_copied(model, idx, steps, rule, rules):
 def test_where_none_leaves_decoding_is_the_full_model(arch, n_loop, keys):
     model, idx = tiny(arch, n_loop=n_loop, rank=2), tokens(2, 5)
     for rule in (None, Rule(), Rule("max_prob"), Rule("fixed", exit_loop=n_loop - 1)):
-        said, loops = zip(*decode(model, idx, 8, rule, keys), strict=True)
+        said, loops = zip(*decode(model, idx, 5, rule, keys), strict=True)
         whole = idx
         for token, loop in zip(said, loops, strict=True):
             assert torch.equal(token, model.logits(model(whole)[-1])[:, -1].argmax(-1)) and loop.eq(n_loop - 1).all()
@@ -549,12 +549,12 @@ def test_calibration_goes_down_until_the_first_failure(monkeypatch):
 
 
 def test_windows_are_told_apart_in_calibration(monkeypatch):
-    """By window, not by token's place in it: the same share of disagreements, in few windows or in all."""
+    """The same 32 disagreements of 160, in four windows of twenty or anywhere: four windows show less."""
     clustered = torch.ones(20, 8, dtype=torch.bool)
-    clustered[:2, :6] = False
+    clustered[::5] = False
     scattered = clustered.flatten()[torch.randperm(160, generator=torch.Generator().manual_seed(0))].view(20, 8)
-    assert calibrated(monkeypatch, lambda t: scattered, [0.5], agreement=0.86)[0] == 0.5
-    assert calibrated(monkeypatch, lambda t: clustered, [0.5], agreement=0.86)[0] is None
+    assert calibrated(monkeypatch, lambda t: scattered, [0.5], agreement=0.6)[0] == 0.5
+    assert calibrated(monkeypatch, lambda t: clustered, [0.5], agreement=0.6)[0] is None
 
 
 def test_trying_many_thresholds_is_not_paid_for_in_confidence(monkeypatch):
@@ -594,8 +594,8 @@ def test_a_gate_learns_which_states_may_leave(learnable):
     for loop, score in enumerate(seen.score["gate"]):
         same = seen.token[loop] == seen.token[-1]
         assert 0.1 < same.float().mean() < 0.9
-        assert (score[same][:, None] > score[~same]).float().mean() > 0.95
-        assert abs(score.mean() - same.float().mean()) < 0.1                 # a probability, not an order alone
+        assert (score[same][:, None] > score[~same]).float().mean() > 0.98
+        assert abs(score.mean() - same.float().mean()) < 0.05                # a probability, not an order alone
     model.requires_grad_(False)
 
 

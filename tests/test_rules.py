@@ -11,7 +11,7 @@ from test_model import close, cut, tiny
 from tiny import contents, files_end_at
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rules import SCORED, Gate, Rule, load_rule, read_thresholds
+from rules import SCORED, Gate, Rule, load_rule, read_thresholds, write_beside
 from runtime import GATE_FILE, THRESHOLDS_FILE, UserError
 
 N, C, V, EXITS = 40, 6, 11, 3
@@ -190,6 +190,15 @@ def test_a_gate_that_does_not_fit_the_disk_leaves_the_old_one(ckpt):
     assert contents(ckpt) == before
     Gate(2, 32).save(ckpt)
     assert contents(ckpt)[GATE_FILE] != before[GATE_FILE]
+
+
+def test_what_is_added_to_a_checkpoint_is_whole_or_not_there(ckpt):
+    before = contents(ckpt)
+    with files_end_at(100), pytest.raises(UserError, match=rf"cannot write .*{THRESHOLDS_FILE} .* is as it was"):
+        write_beside(ckpt, THRESHOLDS_FILE, lambda path: path.write_text("x" * 200))
+    assert contents(ckpt) == before
+    write_beside(ckpt, THRESHOLDS_FILE, lambda path: path.write_text("x" * 200))
+    assert contents(ckpt) == before | {THRESHOLDS_FILE: b"x" * 200}
 
 
 def test_a_new_gate_takes_the_old_ones_thresholds_along(ckpt):
