@@ -36,7 +36,7 @@ from convert import svd_factors, to_hf, to_recursive, unroll
 from data import Texts, load_tokens, windows, write_shards
 from hf import find_donor, hf_config, hf_shapes, load_full
 from model import Config, RecursiveTransformer
-from runtime import UserError, append_line, parse_args, progress, run_info, script, table
+from runtime import UserError, append_line, json_line, parse_args, progress, run_info, script, table
 from sample import generate
 from tokenizer import Tokenizer, copy_tokenizer
 
@@ -239,7 +239,7 @@ def main(argv=None):
                "train": bench_train, "loss": bench_loss, "lora": bench_lora, "decision": bench_decision}
     numbers = benches[config.what](config)
     numbers = {"what": config.what, "settings": asdict(config)} | run_info() | numbers
-    print(json.dumps(numbers))
+    print(json_line(numbers))
     if config.save:
         append_line(config.save, numbers)
 

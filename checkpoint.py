@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from model import RecursiveTransformer
-from runtime import UserError, is_main, parse_args, print0, recover_folder, replace_folder
+from runtime import UserError, is_main, json_line, parse_args, print0, recover_folder, replace_folder
 from tokenizer import copy_tokenizer
 
 
@@ -170,10 +170,9 @@ def drop_log_after(path: Path, step: int) -> None:
 def write_log(out: str, **values) -> None:
     """Add a line to out/log.jsonl. Raises UserError if the disk is full."""
     if is_main():
-        values = json.loads(json.dumps(values), parse_constant=lambda _: None)  # JSON has no NaN, readers may be strict
         try:
             with open(Path(out) / "log.jsonl", "a") as f:
-                f.write(json.dumps(values) + "\n")
+                f.write(json_line(values) + "\n")
         except OSError as e:
             raise UserError(f"cannot write {e.filename or 'log.jsonl'} ({e.strerror}); {out} holds the last "
                             f"checkpoint: make room, then go on with --resume --out={out}") from e

@@ -4,22 +4,25 @@
     python evaluate.py --ckpt=out --plot=results/exits.png --save=results/exits.jsonl
 """
 
-import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from data import count_windows, load_tokens, windows
-from exits import Seen, observe, outcome, statistics
+from exits import observe, outcome, statistics
 from model import RecursiveTransformer
 from rules import SCORED, Gate, Rule, read_thresholds
 from runtime import (
     GATE_FILE,
     UserError,
     append_line,
+    json_line,
     parse_args,
     pick_device,
     print0,
@@ -46,10 +49,34 @@ class EvaluateConfig:
 
 
 def by_comma(name: str, text: str, allowed: Sequence[str]) -> list[str]:
-    given = text.split(",")
+    given = list(dict.fromkeys(text.split(",")))
     for word in given:
         if word not in allowed:
             raise UserError(f"--{name}={text}: {word!r} is unknown; use {', '.join(allowed)}, several by comma")
+    return given
+
+
+def check_settings(config: EvaluateConfig) -> list[float]:
+    """The thresholds given. UserError for what would otherwise only show after minutes of work."""
+    if config.seq_len < 1:
+        raise UserError(f"--seq_len={config.seq_len} must be at least 1")
+    for name, path in (("plot", config.plot), ("save", config.save)):
+        there = path and Path(path)
+        if there and (there.is_dir() or not os.access(there if there.exists() else there.parent, os.W_OK)):
+            raise UserError(f"--{name}={path} cannot be written: give a file in a folder that is there")
+    if config.plot:
+        try:
+            from matplotlib.backend_bases import FigureCanvasBase
+        except ImportError:
+            raise UserError('--plot needs matplotlib: pip install -e ".[plot]"') from None
+        if Path(config.plot).suffix[1:].lower() not in FigureCanvasBase.filetypes:
+            raise UserError(f"--plot={config.plot}: give a file that ends in .png, .svg or .pdf")
+    try:
+        given = [float(word) for word in config.thresholds.split(",")] if config.thresholds else []
+    except ValueError:
+        raise UserError(f"--thresholds={config.thresholds} must be numbers by comma, as 0.5,0.9") from None
+    if not all(0 <= t <= 1 for t in given):
+        raise UserError(f"--thresholds={config.thresholds} are out of range: scores are between 0 and 1")
     return given
 
 
@@ -65,36 +92,29 @@ def read_text(config: EvaluateConfig, model: RecursiveTransformer) -> list:
     return [windows(tokens, seq_len, spread[i:i + 8]) for i in range(0, n, 8)]
 
 
-def find_thresholds(config: EvaluateConfig, seen: Seen, name: str, keys: str) -> list[float]:
-    """The thresholds to try for a rule: those given, or those at which a tenth, two tenths, ... of the scores let a
+def find_thresholds(scores: Tensor, given: list[float], calibrated: float | None) -> list[float]:
+    """The thresholds to try for a rule: those given, or those at which a tenth, two tenths, ... of its scores let a
     token leave; and the one that was calibrated."""
-    found = read_thresholds(config.ckpt).get(keys, {}).get("thresholds", {})
-    calibrated = [found[name]] if name in found else []
-    if config.thresholds:
-        try:
-            given = [float(word) for word in config.thresholds.split(",")]
-        except ValueError:
-            raise UserError(f"--thresholds={config.thresholds} must be numbers by comma, as 0.5,0.9") from None
-        if not all(0 <= t <= 1 for t in given):
-            raise UserError(f"--thresholds={config.thresholds} are out of range: scores are between 0 and 1")
-    else:
-        shares = torch.linspace(0.9, 0.1, 9, dtype=torch.float64)
-        given = seen.score[name].flatten().double().cpu().quantile(shares).tolist()
-    return sorted({*given, *calibrated}, reverse=True)
+    if not given:
+        given = np.quantile(scores.double().cpu(), np.linspace(0.9, 0.1, 9)).tolist()    # torch's has a limit
+    return sorted({*given, calibrated} - {None}, reverse=True)
 
 
-def evaluate_exits(config: EvaluateConfig, model: RecursiveTransformer, pairs: list, rules: list[Rule],
-                   policies: list[str]) -> dict:
-    """Loss at each exit, and a row of `statistics` for each rule, threshold and policy for keys."""
+def evaluate_exits(model: RecursiveTransformer, pairs: list, rules: list[Rule], policies: list[str],
+                   given: list[float], calibrated: dict) -> dict:
+    """Loss at each exit, and a row of `statistics` for each rule, threshold and policy for keys.
+
+    calibrated: what `read_thresholds` found.
+    """
     seen, rows = observe(model, pairs, rules), []
     ce = seen.ce.double().mean(1).tolist()
     oracle = {"rule": "oracle", "keys": "exact", "threshold": None} | statistics(seen.at(seen.oracle), seen)
+    found = {keys: calibrated.get(keys, {}).get("thresholds", {}) for keys in policies}
     work = [(keys, rule, threshold) for keys in policies for rule in rules
-            for threshold in find_thresholds(config, seen, rule.name, keys)]
+            for threshold in find_thresholds(seen.score[rule.name], given, found[keys].get(rule.name))]
     for keys, rule, threshold in progress(work, desc="thresholds", unit="pass"):
         out = outcome(model, pairs, seen, replace(rule, threshold=threshold), keys)
-        calibrated = read_thresholds(config.ckpt).get(keys, {})
-        promise = calibrated["agreement"] if calibrated.get("thresholds", {}).get(rule.name) == threshold else None
+        promise = calibrated[keys]["agreement"] if found[keys].get(rule.name) == threshold else None
         rows.append({"rule": rule.name, "keys": keys, "threshold": threshold, "calibrated_for": promise}
                     | statistics(out, seen))
     return {"tokens": seen.ce.size(1), "exit_loss": ce, "rows": [oracle, *rows]}
@@ -109,15 +129,13 @@ def show(numbers: dict) -> str:
                       f"{row['loops']:.3f}", " ".join(f"{share:.0%}" for share in row["left_at"]),
                       f"{row['agreement']:.4f}", f"{row['perplexity']:.2f}", f"{row['caught']:.0%}",
                       f"calibrated for {row['calibrated_for']}" if row.get("calibrated_for") else ""])
-    return f"{table(exits)}\n\n{table(lines) if len(numbers['exit_loss']) > 1 else ''}"
+    return f"{table(exits)}\n\n{table(lines)}" if len(exits) > 2 else table(exits)
 
 
 def plot(numbers: dict, path: str) -> None:
     """Agreement with the full model against mean loops: a line per rule, dashed for copied keys, a star the oracle."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('--plot needs matplotlib: pip install -e ".[plot]"') from None
+    from matplotlib.figure import Figure  # check_settings has tried
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     oracle, *rows = numbers["rows"]
@@ -137,16 +155,21 @@ def main(argv=None) -> None:
     config = parse_args(EvaluateConfig, argv)
     names = by_comma("rules", config.rules, SCORED)
     policies = by_comma("keys", config.keys, ("exact", "copy"))
-    device = pick_device(config.device)
+    given, device = check_settings(config), pick_device(config.device)
     model = RecursiveTransformer.load(config.ckpt, dtype=None if device.type == "cuda" else torch.float32).to(device)
+    if model.config.n_loop == 1:
+        if config.plot:
+            raise UserError(f"{config.ckpt} has 1 loop, so there are no exits to plot: leave out --plot")
+        names = []
+        print0(f"{config.ckpt} has 1 loop: nothing can leave before the last")
     if "gate" in names and config.rules == EvaluateConfig.rules and not (Path(config.ckpt) / GATE_FILE).exists():
         names.remove("gate")
         print0(f"{config.ckpt} has no gate yet: python exits.py --ckpt={config.ckpt} trains one")
     rules = [Rule(name, gate=Gate.load(config.ckpt, model) if name == "gate" else None) for name in names]
-    numbers = evaluate_exits(config, model, read_text(config, model), rules, policies)
+    numbers = evaluate_exits(model, read_text(config, model), rules, policies, given, read_thresholds(config.ckpt))
     print0(show(numbers))
     numbers = {"what": "evaluate", "settings": asdict(config)} | run_info() | numbers
-    print0(json.dumps(numbers))
+    print0(json_line(numbers))
     if config.save:
         append_line(config.save, numbers)
     if config.plot:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -129,6 +130,7 @@ def decide(model: RecursiveTransformer, rule: Rule, x: Tensor, loop: int) -> Ten
     return torch.cat([rule(c, loop, model.logits(c)) for c in chunks]).view(x.shape[:-1])
 
 
+@torch.no_grad()
 def outcome(model: RecursiveTransformer, pairs: list, seen: Seen, rule: Rule, keys: Keys = "exact") -> Outcome:
     """With exact keys `seen` holds it already; copied keys change the later states, so the texts are read again."""
     if keys == "exact" and rule.name in seen.score:
@@ -228,11 +230,11 @@ def train_gate(model: RecursiveTransformer, pairs: list, epochs: int = 10, lr: f
             states.append(torch.stack(every[:-1]).flatten(1, 2))             # (n_loop - 1, B T, C)
             same.append((token[:-1] == token[-1]).flatten(1))                # (n_loop - 1, B T)
     states, same = torch.cat(states, 1), torch.cat(same, 1).float()
-    gate = Gate(len(states), model.config.n_embd).to(states.device)
+    draw = torch.Generator().manual_seed(0)
+    gate = Gate(len(states), model.config.n_embd, draw=draw).to(states.device)
     optimizer = torch.optim.AdamW(gate.parameters(), lr)
     steps = max(10, epochs * same.size(1) // rows)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
-    draw = torch.Generator().manual_seed(0)
     for _ in progress(range(steps), desc="training the gate", unit="step"):
         some = torch.randint(same.size(1), (rows,), generator=draw).to(states.device)
         answers = torch.stack([gate(states[loop, some], loop) for loop in range(len(states))])
@@ -337,23 +339,23 @@ def main(argv=None) -> None:
     device = pick_device(config.device)
     model = RecursiveTransformer.load(config.ckpt, dtype=None if device.type == "cuda" else torch.float32).to(device)
     check_settings(config, model.config.n_loop)
+    read_thresholds(config.ckpt)                             # damaged ones are named now, not after the minutes of work
     learn, calibration, check = read_texts(config, model)
     count = [sum(idx.numel() for idx, _ in pairs) for pairs in (learn, calibration, check)]
     print0(f"{config.ckpt}: {model.config.n_loop} loops; gate trained on {count[0]:,} tokens of {config.data}, "
            f"thresholds calibrated on {count[1]:,} tokens of {config.valid} and checked on {count[2]:,} others")
     if config.new_gate or not (Path(config.ckpt) / GATE_FILE).exists():
         gate = train_gate(model, learn)
-        (Path(config.ckpt) / THRESHOLDS_FILE).unlink(missing_ok=True)        # those of the gate before it
         gate.save(config.ckpt)
     gate = Gate.load(config.ckpt, model)
     rules = [Rule(name, gate=gate) for name in SCORED]
     # From which thresholds on 2 %, 4 %, ... of the scores let a token leave: by the gate's text, the other has no say.
-    shares = torch.linspace(0.98, 0, 50, dtype=torch.float64)
+    shares = np.linspace(0.98, 0, 50)
     tuning = observe(model, learn[:len(learn) // 4 + 1], rules).score
     seen, checked = (observe(model, pairs, rules) for pairs in (calibration, check))
     thresholds, measured, lines = {}, {}, []
     for rule in progress(rules, desc="calibrating", unit="rule"):
-        grid = tuning[rule.name].flatten().double().cpu().quantile(shares).tolist()
+        grid = np.quantile(tuning[rule.name].double().cpu(), shares).tolist()        # torch's has a limit
         at = calibrate(model, calibration, seen, rule, config.keys, grid, config.agreement, config.confidence)
         if at is None:
             lines.append([rule.name, "cannot be had", *[""] * 5])

@@ -35,9 +35,9 @@ class Gate(nn.Module):
     are stacked, so that the rows of a batch may stand at different loops.
     """
 
-    def __init__(self, n_exits: int, n_embd: int, hidden: int = 256):
+    def __init__(self, n_exits: int, n_embd: int, hidden: int = 256, draw: torch.Generator | None = None):
         super().__init__()
-        self.w1 = nn.Parameter(torch.randn(n_exits, hidden, n_embd) / n_embd**0.5)
+        self.w1 = nn.Parameter(torch.randn(n_exits, hidden, n_embd, generator=draw) / n_embd**0.5)
         self.b1 = nn.Parameter(torch.zeros(n_exits, hidden))
         self.w2 = nn.Parameter(torch.zeros(n_exits, hidden))
         self.b2 = nn.Parameter(torch.zeros(n_exits))
@@ -53,7 +53,12 @@ class Gate(nn.Module):
         return every.gather(-1, loop.clamp(max=len(self.b2) - 1)[..., None])[..., 0]
 
     def save(self, folder) -> None:
-        write_beside(folder, GATE_FILE, lambda path: save_file(self.state_dict(), path))
+        """Into the checkpoint in `folder`; thresholds there were those of the gate before, and go once this one is
+        written."""
+        def write(path: Path) -> None:
+            save_file(self.state_dict(), path)
+            (Path(folder) / THRESHOLDS_FILE).unlink(missing_ok=True)
+        write_beside(folder, GATE_FILE, write)
 
     @classmethod
     def load(cls, folder, model: RecursiveTransformer) -> "Gate":
@@ -107,7 +112,7 @@ class Rule:
             first, second = (logits.topk(2, dim=-1).values - total[..., None]).exp().unbind(-1)
             return first - second
         p = logits - total[..., None]                        # entropy, as a share of the most there could be
-        return 1 + (p.exp() * p).sum(-1) / math.log(logits.size(-1))
+        return (1 + (p.exp() * p).sum(-1) / math.log(logits.size(-1))).clamp(min=0)  # rounding may fall below
 
 
 def load_rule(folder, model: RecursiveTransformer, name: RuleName, threshold: float | None = None,
@@ -140,10 +145,13 @@ def load_rule(folder, model: RecursiveTransformer, name: RuleName, threshold: fl
 def read_thresholds(folder) -> dict:
     path = Path(folder) / THRESHOLDS_FILE
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{path} is not readable JSON ({e}); remove it, and calibrate again with python exits.py "
-                        f"--ckpt={folder}") from None
+        found = dict(json.loads(path.read_text())) if path.exists() else {}
+        if not all(0 <= t <= 1 for by_keys in found.values() for t in by_keys["thresholds"].values()):
+            raise ValueError("a threshold is not between 0 and 1")
+        return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path} is not readable as thresholds ({e}); remove it, and calibrate again with python "
+                        f"exits.py --ckpt={folder}") from None
 
 
 def write_beside(folder, name: str, write: Callable[[Path], object]) -> None:

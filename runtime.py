@@ -221,11 +221,16 @@ def run_info() -> dict:
             "time": time.strftime("%F %T")}
 
 
+def json_line(numbers: dict) -> str:
+    """A line of JSON; null for NaN and infinities, which JSON does not have and strict readers refuse."""
+    return json.dumps(json.loads(json.dumps(numbers), parse_constant=lambda _: None))
+
+
 def append_line(path: str, numbers: dict) -> None:
-    """Add a line of JSON to the file; raises UserError where it cannot be written."""
+    """Add `json_line` to the file. Raises UserError where it cannot be written."""
     try:
         with open(path, "a") as f:
-            f.write(json.dumps(numbers) + "\n")
+            f.write(json_line(numbers) + "\n")
     except OSError as e:
         raise UserError(f"cannot write {path} ({e.strerror}); what was measured stands above") from e
 

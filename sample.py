@@ -16,7 +16,7 @@ from torch import Tensor
 from exits import decode
 from hf import find_donor, load_any
 from model import RecursiveTransformer
-from rules import Keys, Rule, RuleName, load_rule, read_thresholds
+from rules import SCORED, Keys, Rule, RuleName, load_rule, read_thresholds
 from runtime import UserError, parse_args, pick_device, progress, script
 from tokenizer import TextStream, Tokenizer
 
@@ -47,6 +47,11 @@ def check_settings(args: SampleConfig) -> None:
     for name, (fine, rule) in allowed.items():
         if not fine:
             raise UserError(f"--{name}={getattr(args, name)} must be {rule}")
+    if args.threshold is not None and args.rule not in SCORED and (args.rule or not args.show_exits):
+        raise UserError(f"--threshold={args.threshold} needs a rule that compares scores with it: use --rule="
+                        f"{', '.join(SCORED)}")
+    if args.exit_loop != SampleConfig.exit_loop and args.rule != "fixed":
+        raise UserError(f"--exit_loop={args.exit_loop} is for --rule=fixed; the other rules decide token by token")
 
 
 def token_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -85,8 +90,9 @@ def find_rule(args: SampleConfig, folder, model: RecursiveTransformer) -> Rule:
         name = "gate"
         if threshold is None and name not in read_thresholds(folder).get(args.keys, {}).get("thresholds", {}):
             name, threshold = "max_prob", 0.5
-            print(f"{args.ckpt} is not calibrated: tokens leave where the likeliest one has a probability of 0.5; for "
-                  f"a gate that keeps its promise run python exits.py --ckpt={args.ckpt}", file=sys.stderr)
+            print(f"{args.ckpt} is not calibrated for {args.keys} keys: tokens leave where the likeliest one has a "
+                  f"probability of 0.5; for a gate that keeps its promise run python exits.py --ckpt={args.ckpt} "
+                  f"--keys={args.keys}", file=sys.stderr)
     return load_rule(folder, model, name, threshold, args.exit_loop, args.keys)
 
 

@@ -1,13 +1,18 @@
 """Sampling: what is drawn, when it stops, and that only whole characters come out."""
 
 import json
+import re
+import shutil
+import sys
 
 import pytest
 import torch
 
 import sample
+from exits import decode
 from model import Config, RecursiveTransformer
-from runtime import UserError
+from rules import Gate, Rule
+from runtime import THRESHOLDS_FILE, UserError
 from tokenizer import Tokenizer, train_tokenizer
 
 TEXT = ["the cat sat on the mat and the dog – naïve 日本 🙂 – ran away. " * 40]
@@ -126,3 +131,209 @@ def test_a_continuation_keeps_the_space_that_llama_decoders_strip(capsys):
             return "".join([" man", " looked"][i] for i in ids).removeprefix(" ")
     sample.write([(1, 0)], Llama(), [0])
     assert capsys.readouterr().out == " looked"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Early exits
+
+@pytest.fixture
+def calibrated(ckpt, tmp_path):
+    """A copy with a gate, and its threshold for exact keys."""
+    folder = shutil.copytree(ckpt, tmp_path / "calibrated")
+    torch.manual_seed(1)
+    gate = Gate(1, 16, hidden=8)
+    torch.nn.init.normal_(gate.w2)
+    gate.save(folder)
+    (folder / THRESHOLDS_FILE).write_text(json.dumps({"exact": {"agreement": 0.9, "thresholds": {"gate": 0.5}}}))
+    return folder
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The steps of the last text that was generated: (tokens, loops) each, lists over the samples."""
+    steps, generate = [], sample.generate
+
+    def recorded(*args):
+        steps.clear()
+        for token, loop in generate(*args):
+            steps.append((token.tolist(), loop.tolist()))
+            yield token, loop
+    monkeypatch.setattr(sample, "generate", recorded)
+    return steps
+
+
+def loops_until_the_end(steps, eos=299):
+    """The loop, from 1, of each token of each sample, up to the one that ends the text."""
+    found = []
+    for row in zip(*[zip(*step, strict=True) for step in steps], strict=True):
+        for token, loop in row:
+            found.append(loop + 1)
+            if token == eos:
+                break
+    return found
+
+
+def assert_legend(line, loops, n_loop=2):
+    counts = [loops.count(i + 1) for i in range(n_loop)]
+    assert re.findall(r"(\d+) \((\d+)%\)", line) == [(f"{n}", f"{n / len(loops) * 100:.0f}") for n in counts]
+    assert line.endswith(f"mean depth {sum(loops) / len(loops):.2f} of {n_loop}")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("flags", [
+    "--rule=max_prob --threshold=0.08", "--rule=gate --samples=3", "--rule=margin --threshold=0.02 --keys=copy",
+    "--rule=entropy --threshold=0.12 --keys=copy --samples=2", "--rule=never", "--rule=fixed --samples=2"])
+def test_to_show_exits_changes_no_text_and_the_legend_counts_its_tokens(calibrated, capsys, monkeypatch, steps, flags,
+                                                                        terminal):
+    flags = [f"--ckpt={calibrated}", "--prompt=the cat", "--max_new_tokens=25", "--seed=3", *flags.split()]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    plain = run(capsys, *flags)
+    assert not re.search("[₀-₉]|\033\\[", plain)
+    text, legend, rest = run(capsys, *flags, "--show_exits").rpartition("left after")
+    loops = loops_until_the_end(steps)
+    assert set(loops) == ({2} if "--rule=never" in flags else {1, 2})
+    assert re.sub("\033\\[\\d+m" if terminal else "[₁₂]", "", text) == plain != text
+    marks = re.findall("\033\\[(3[23])m" if terminal else "([₁₂])", text)
+    assert set(marks) <= ({"32", "33"} if terminal else {"₁", "₂"}) and 10 < len(marks) <= len(loops)
+    assert ("₁" in legend + rest) != terminal
+    assert_legend(re.sub("\033\\[\\d+m", "", legend + rest).rstrip("\n"), loops)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_every_piece_is_marked_by_the_loop_of_its_token_and_characters_stay_whole(ckpt, capsys, monkeypatch, terminal):
+    tokens = Tokenizer.load(ckpt)
+    ids = tokens.encode("the 🙂 cat 日本 – naïve")
+    assert len(tokens.encode("🙂")) > 1
+    loops = [i % 3 % 2 for i in range(len(ids))]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(sample, "generate", lambda *_: (
+        (torch.tensor([i]), torch.tensor([loop])) for i, loop in zip(ids, loops, strict=True)))
+    want, part = "", []
+    for i, loop in zip(ids, loops, strict=True):
+        part.append(i)
+        if "\ufffd" not in tokens.decode(part):
+            piece = tokens.decode(part)
+            want += f"\033[{32 + loop}m{piece}\033[0m" if terminal else piece + "₁₂"[loop]
+            part = []
+    out = run(capsys, f"--ckpt={ckpt}", "--prompt=the", "--show_exits")
+    assert out.startswith(f"the{want}\n(200 new tokens)") or out.startswith(f"the{want}\n(the context of 48")
+    assert_legend(re.sub("\033\\[\\d+m", "", out).splitlines()[-1], [loop + 1 for loop in loops])
+
+
+def test_half_a_character_at_the_end_is_marked_too(ckpt, capsys):
+    tokens = Tokenizer.load(ckpt)
+    half = tokens.encode("🙂")[:1]
+    sample.write([(half[0], 1)], tokens, [], sample.Exits(2, colour=False))
+    assert re.fullmatch("\ufffd+₂", capsys.readouterr().out)
+
+
+def test_loops_have_colours_of_their_own_and_numbers_of_two_digits():
+    show = sample.Exits(6, colour=True)
+    assert len({show.mark("a", loop) for loop in range(6)}) == 6
+    assert sample.Exits(12, colour=True).mark("a", 11).endswith("ma\033[0m")
+    assert sample.Exits(12, colour=False).mark("a", 11) == "a₁₂"
+    assert show.mark("", 0) == sample.Exits(6, colour=False).mark("", 0) == ""
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_rule_never_is_no_rule_and_fixed_leaves_where_it_is_told(ckpt, capsys, steps, samples):
+    flags = [f"--ckpt={ckpt}", "--prompt=the cat", "--max_new_tokens=12", f"--samples={samples}", "--seed=3"]
+    texts = {rule: run(capsys, *flags, *rule.split()) for rule in
+             ("", "--rule=never", "--rule=fixed --exit_loop=2", "--rule=fixed --exit_loop=1")}
+    assert [loop for _, loop in steps] == [[1] * samples] + [[0] * samples] * 11   # the first is the prompt's
+    early = texts.pop("--rule=fixed --exit_loop=1")
+    assert len(set(texts.values())) == 1 and early not in texts.values()
+
+
+def test_rule_threshold_and_keys_reach_the_decoder(ckpt, capsys, steps):
+    idx, found = torch.tensor([Tokenizer.load(ckpt).encode("the cat")]), []
+    for keys in ("exact", "copy"):
+        run(capsys, f"--ckpt={ckpt}", "--prompt=the cat", "--max_new_tokens=30", "--rule=max_prob", "--threshold=0.06",
+            f"--keys={keys}", "--temperature=0")
+        want = decode(RecursiveTransformer.load(ckpt), idx, 30, Rule("max_prob", 0.06), keys, eos_id=299)
+        assert steps == [(token.tolist(), loop.tolist()) for token, loop in want]
+        found.append(list(steps))
+    assert found[0] != found[1]
+
+
+def test_to_show_exits_alone_asks_the_calibrated_gate_or_says_what_it_does_instead(ckpt, calibrated, capsys, steps,
+                                                                                   monkeypatch):
+    asked, load_rule = [], sample.load_rule
+    monkeypatch.setattr(sample, "load_rule", lambda *args: asked.append(args[2:]) or load_rule(*args))
+
+    def shown(folder, *more):
+        sample.main([f"--ckpt={folder}", "--prompt=the cat", "--max_new_tokens=12", "--seed=3", "--show_exits", *more])
+        return capsys.readouterr()
+    want = shown(calibrated, "--rule=gate", "--threshold=0.5").out
+    found = shown(calibrated)
+    assert found.out == want and "₁" in found.out and "calibrated for" not in found.err
+    assert shown(calibrated, "--threshold=0.9").out != want
+    asked.clear()
+    for folder, more, keys in [(ckpt, [], "exact"), (calibrated, ["--keys=copy"], "copy")]:
+        found = shown(folder, *more)
+        assert f"{folder} is not calibrated for {keys} keys: tokens leave where the likeliest one has" in found.err
+        assert f"run python exits.py --ckpt={folder} --keys={keys}" in found.err and "not calibrated" not in found.out
+    assert asked == [("max_prob", 0.5, 1, "exact"), ("max_prob", 0.5, 1, "copy")]
+    with pytest.raises(UserError, match="no calibrated threshold of gate with copy keys"):
+        shown(calibrated, "--rule=gate", "--keys=copy")
+
+
+def test_a_model_of_one_loop_shows_one_loop_and_has_no_rules(ckpt, capsys, tmp_path):
+    config = Config(vocab_size=300, n_layer=2, n_embd=16, n_head=2, head_dim=8, n_hidden=32, n_ctx=48)
+    RecursiveTransformer(config).save(tmp_path / "full")
+    for name in ("tokenizer.tiktoken", "tokenizer_config.json"):
+        shutil.copy(ckpt / name, tmp_path / "full")
+    flags = [f"--ckpt={tmp_path / 'full'}", "--max_new_tokens=5", "--show_exits"]
+    sample.main(flags)
+    assert "mean depth 1.00 of 1" in capsys.readouterr().out
+    for rule in ("gate", "fixed", "max_prob"):
+        with pytest.raises(UserError, match=f"--rule={rule} lets tokens leave before the last loop.* has 1 loop"):
+            sample.main([*flags, f"--rule={rule}"])
+
+
+@pytest.mark.parametrize("rule", ["fixed", "gate"])
+def test_a_text_may_end_early_with_a_rule(calibrated, capsys, monkeypatch, steps, rule):
+    """Of two samples one ends after 3 tokens, one after 5."""
+    ends, token_probs = iter(range(99)), sample.token_probs
+
+    def ending(logits, *rest):
+        probs, step = token_probs(logits, *rest), next(ends)
+        probs[:, 299] = 0
+        for row, end in enumerate((2, 4)):
+            if step == end:
+                probs[row] = torch.eye(300)[299]
+        return probs
+    monkeypatch.setattr(sample, "token_probs", ending)
+    out = run(capsys, f"--ckpt={calibrated}", "--prompt=the cat", "--samples=2", f"--rule={rule}", "--show_exits")
+    assert out.count("(end of text)") == 2 and "endoftext" not in out
+    loops = loops_until_the_end(steps)
+    assert len(steps) == 5 and len(loops) == 8
+    assert_legend(out.splitlines()[-1], loops)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--rule=gate", "has no gate: train one with python exits.py"),
+    ("--rule=gate --threshold=0.5", "has no gate"), ("--show_exits --threshold=0.5", "has no gate"),
+    ("--rule=max_prob", "no calibrated threshold of max_prob with exact keys.*exits.py .*--keys=exact"),
+    ("--rule=max_prob --keys=copy", "max_prob with copy keys.*--keys=copy"),
+    ("--rule=max_prob --threshold=1.5", "--threshold=1.5 is out of range"),
+    ("--rule=margin --threshold=-0.1", "out of range"), ("--rule=entropy --threshold=nan", "out of range"),
+    ("--rule=fixed --exit_loop=0", "--exit_loop=0, but the model has the loops 1 to 2"),
+    ("--rule=fixed --exit_loop=3", "--exit_loop=3, but the model has the loops 1 to 2"),
+    ("--threshold=0.5", "--threshold=0.5 needs a rule that compares scores"),
+    ("--threshold=0", "needs a rule that compares"), ("--rule=never --threshold=0.5", "needs a rule that compares"),
+    ("--rule=never --threshold=0.5 --show_exits", "needs a rule that compares"),
+    ("--rule=fixed --threshold=0.5", "needs a rule that compares"),
+    ("--exit_loop=2", "--exit_loop=2 is for --rule=fixed"),
+    ("--rule=max_prob --threshold=0.5 --exit_loop=2", "is for --rule=fixed"),
+    ("--ckpt=assets/donor --rule=gate", "--rule=gate lets tokens leave before.*has 1 loop")])
+def test_rules_that_cannot_be_are_refused(ckpt, flags, says):
+    with pytest.raises(UserError, match=says):
+        sample.main([f"--ckpt={ckpt}", *flags.split()])
+
+
+@pytest.mark.parametrize("flag", ["--rule=guess", "--keys=moved", "--threshold=half", "--exit_loop=1.5"])
+def test_what_is_no_choice_is_refused_by_the_command_line(ckpt, capsys, flag):
+    with pytest.raises(SystemExit):
+        sample.main([f"--ckpt={ckpt}", flag])
+    assert flag.split("=")[0] in capsys.readouterr().err

@@ -1,0 +1,338 @@
+"""evaluate.py: its figures against others written out, and every mistake named before the work begins."""
+
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import story
+
+import evaluate
+from evaluate import EvaluateConfig, read_text
+from exits import observe, outcome
+from model import Config, RecursiveTransformer
+from rules import Gate, Rule
+from runtime import GATE_FILE, THRESHOLDS_FILE, UserError
+from tokenizer import Tokenizer, train_tokenizer
+
+RULES = ("max_prob", "margin", "entropy", "gate")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with ckpt/, of random weights, 3 loops and a gate, and text.txt."""
+    home = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    model = RecursiveTransformer(Config(vocab_size=300, n_layer=6, n_loop=3, rank=2, n_embd=16, n_head=2, head_dim=8,
+                                        n_hidden=32, n_ctx=48))
+    gate = Gate(2, 16, hidden=8)
+    for p in [*model.parameters(), gate.b1, gate.w2, gate.b2]:
+        torch.nn.init.normal_(p, std=0.3)
+    model.save(home / "ckpt")
+    gate.save(home / "ckpt")
+    train_tokenizer([story(0, 200) + "0123456789 " * 50], 300, home / "ckpt")
+    (home / "text.txt").write_text(story(1, 100))
+    return home
+
+
+@pytest.fixture
+def ckpt(home, tmp_path):
+    """A copy to change."""
+    return shutil.copytree(home / "ckpt", tmp_path / "ckpt")
+
+
+def flags(home, ckpt, *more):
+    return [f"--ckpt={ckpt}", f"--text={home}/text.txt", "--tokens=320", "--seq_len=16", "--device=cpu", *more]
+
+
+def strict(line):
+    return json.loads(line, parse_constant=pytest.fail)
+
+
+def run(capsys, home, ckpt, *more):
+    """What was printed before the JSON line, and that line."""
+    evaluate.main(flags(home, ckpt, *more))
+    *shown, line = capsys.readouterr().out.splitlines()
+    return "\n".join(shown), strict(line)
+
+
+def pick(numbers, **which):
+    return [row for row in numbers["rows"] if all(row[key] == value for key, value in which.items())]
+
+
+def look(folder, pairs):
+    """By loop and token, from all logits at once: likeliest token, cross entropy, and each rule's score."""
+    model = RecursiveTransformer.load(folder)
+    gate = Gate.load(folder, model)
+    idx, targets = (torch.cat(part) for part in zip(*pairs, strict=True))
+    token, ce, score = [], [], {name: [] for name in RULES}
+    with torch.no_grad():
+        for loop, x in enumerate(model(idx)):
+            logits = model.logits(x)
+            token.append(logits.argmax(-1).flatten().tolist())
+            ce.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").flatten().tolist())
+            if loop < 2:
+                p = logits.softmax(-1)
+                unit = x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+                hidden = F.gelu(unit @ gate.w1[loop].T + gate.b1[loop])
+                first, second = p.sort(-1).values[..., [-1, -2]].unbind(-1)
+                for name, s in [("max_prob", first), ("margin", first - second),
+                                ("entropy", 1 + (p * p.log()).sum(-1) / math.log(300)),
+                                ("gate", (hidden @ gate.w2[loop] + gate.b2[loop]).sigmoid())]:
+                    score[name].append(s.flatten().tolist())
+    return token, ce, score
+
+
+def assert_figures(row, loops, token, ce):
+    """The row says of tokens that leave after `loops`, in loops counted from 0, what it should."""
+    n = len(loops)
+    agree = [token[loop][i] == token[-1][i] for i, loop in enumerate(loops)]
+    early = [i for i in range(n) if token[-1][i] in (token[0][i], token[1][i])]
+    assert row["loops"] == pytest.approx(sum(loops) / n + 1)
+    assert row["left_at"] == pytest.approx([loops.count(loop) / n for loop in range(3)])
+    assert row["agreement"] == pytest.approx(sum(agree) / n)
+    assert row["perplexity"] == pytest.approx(math.exp(sum(ce[loop][i] for i, loop in enumerate(loops)) / n), rel=1e-4)
+    assert row["caught"] == pytest.approx(sum(loops[i] < 2 and agree[i] for i in early) / len(early))
+
+
+def test_the_figures_with_exact_keys_are_those_written_out(home, capsys):
+    pairs = read_text(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 320, 16), RecursiveTransformer.load(
+        home / "ckpt"))
+    token, ce, score = look(home / "ckpt", pairs)
+    shown, numbers = run(capsys, home, home / "ckpt", "--keys=exact", "--thresholds=0.04,0.105,0.4")
+    assert numbers["tokens"] == len(ce[0]) == 320
+    assert numbers["exit_loss"] == pytest.approx([sum(loop) / 320 for loop in ce], abs=1e-5)
+    table = [line.split() for line in shown.splitlines()]
+    for i, loss in enumerate(numbers["exit_loss"]):
+        assert [f"{i + 1}", f"{loss:.4f}", f"{math.exp(loss):.2f}"] in table
+    oracle, *rows = numbers["rows"]
+    assert oracle["rule"] == "oracle" and oracle["agreement"] == oracle["caught"] == 1
+    assert_figures(oracle, [[t[i] for t in token].index(token[-1][i]) for i in range(320)], token, ce)
+    assert [(row["rule"], row["threshold"]) for row in rows] == [(r, t) for r in RULES for t in (0.4, 0.105, 0.04)]
+    for row in rows:
+        first, second = score[row["rule"]]
+        loops = [0 if a >= row["threshold"] else 1 if b >= row["threshold"] else 2
+                 for a, b in zip(first, second, strict=True)]
+        assert_figures(row, loops, token, ce)
+    for name in RULES:
+        assert any(0.05 < row["left_at"][0] < 0.95 for row in pick(numbers, rule=name)), name
+
+
+def test_copied_keys_have_rows_of_their_own(home, capsys):
+    """As many leave after the first loop, whatever the keys; what they leave behind changes the loops after it."""
+    _, numbers = run(capsys, home, home / "ckpt", "--rules=margin", "--thresholds=0,0.04,1")
+    exact, copied = (pick(numbers, keys=keys, rule="margin") for keys in ("exact", "copy"))
+    assert [row["threshold"] for row in exact] == [row["threshold"] for row in copied] == [1, 0.04, 0]
+    for never, _, at_once in (exact, copied):
+        assert never["left_at"] == [0, 0, 1] and never["loops"] == 3 and never["agreement"] == 1
+        assert at_once["left_at"] == [1, 0, 0] and at_once["loops"] == 1
+        assert never["perplexity"] == pytest.approx(math.exp(numbers["exit_loss"][2]))
+        assert at_once["perplexity"] == pytest.approx(math.exp(numbers["exit_loss"][0]))
+    assert 0.05 < exact[1]["left_at"][0] == copied[1]["left_at"][0] < 0.95
+    assert copied[1]["perplexity"] != pytest.approx(exact[1]["perplexity"], rel=1e-4)
+
+
+def test_what_a_rule_makes_of_a_text_keeps_no_graph(home, capsys, monkeypatch):
+    """It would hold on to the logits of the whole text."""
+    outcome, kept = evaluate.outcome, []
+    monkeypatch.setattr(evaluate, "outcome", lambda *args: kept.append(outcome(*args)) or kept[-1])
+    run(capsys, home, home / "ckpt", "--thresholds=0.1", "--tokens=32")
+    assert len(kept) == 8 and not any(out.ce.requires_grad for out in kept)
+
+
+def test_a_token_leaves_at_the_threshold_itself(home):
+    model = RecursiveTransformer.load(home / "ckpt")
+    pairs = read_text(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 32, 16), model)
+    seen = observe(model, pairs, [Rule("margin")])
+    for keys in ("exact", "copy"):
+        rule = Rule("margin", threshold=seen.score["margin"][0, 7].item())
+        assert outcome(model, pairs, seen, rule, keys).loops[7] == 0
+
+
+def test_thresholds_are_spread_so_that_a_tenth_two_tenths_of_the_scores_pass(home, capsys):
+    config = EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 320, 16)
+    _, _, score = look(home / "ckpt", read_text(config, RecursiveTransformer.load(home / "ckpt")))
+    _, numbers = run(capsys, home, home / "ckpt", "--keys=exact")
+    for name in RULES:
+        thresholds = [row["threshold"] for row in pick(numbers, rule=name)]
+        scores = score[name][0] + score[name][1]
+        passed = [sum(s >= t - 1e-6 for s in scores) / len(scores) for t in thresholds]
+        assert len(thresholds) == 9 and passed == pytest.approx([i / 10 for i in range(1, 10)], abs=0.01)
+
+
+def test_thresholds_of_as_many_scores_as_there_may_be():
+    """torch.quantile gives up beyond 2^24."""
+    found = evaluate.find_thresholds(torch.zeros(2**24 + 1), [], 0.5)
+    assert found == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("given", ["", "--thresholds=0.3,0.2"])
+def test_a_calibrated_threshold_is_a_row_and_says_what_it_promised(home, ckpt, capsys, given):
+    (ckpt / THRESHOLDS_FILE).write_text(json.dumps({
+        "exact": {"agreement": 0.98, "confidence": 0.95, "thresholds": {"gate": 0.3, "margin": 0.123456789012345}},
+        "copy": {"agreement": 0.9, "confidence": 0.95, "thresholds": {"gate": 0.7}}}))
+    shown, numbers = run(capsys, home, ckpt, "--tokens=64", *([given] if given else []))
+    promised = {(r["rule"], r["keys"], r["threshold"]): r["calibrated_for"] for r in numbers["rows"][1:]
+                if r["calibrated_for"]}
+    assert promised == {("gate", "exact", 0.3): 0.98, ("margin", "exact", 0.123456789012345): 0.98,
+                        ("gate", "copy", 0.7): 0.9}
+    assert shown.count("calibrated for 0.98\n") == 2 and shown.count("calibrated for 0.9\n") == 1
+    rows = len(given.split(",")) if given else 9
+    assert len(pick(numbers, rule="max_prob", keys="exact")) == rows
+    assert len(pick(numbers, rule="gate", keys="copy")) == rows + 1
+    assert len(pick(numbers, rule="gate", keys="exact")) == rows + (not given)   # one of those given is that one
+    for name in ("gate", "margin"):
+        thresholds = [row["threshold"] for row in pick(numbers, rule=name, keys="exact")]
+        assert thresholds == sorted(thresholds, reverse=True)
+
+
+def test_rules_and_keys_can_be_chosen(home, capsys):
+    shown, numbers = run(capsys, home, home / "ckpt", "--rules=entropy,margin,entropy", "--keys=copy",
+                         "--thresholds=0.1")
+    assert [(r["rule"], r["keys"]) for r in numbers["rows"][1:]] == [("entropy", "copy"), ("margin", "copy")]
+    assert "max_prob" not in shown and " exact" not in shown.split("oracle")[1].split("\n", 1)[1]
+
+
+def test_without_a_gate_it_goes_on_and_says_so_unless_the_gate_was_asked_for(home, ckpt, capsys):
+    (ckpt / GATE_FILE).unlink()
+    shown, numbers = run(capsys, home, ckpt, "--thresholds=0.1")
+    assert f"{ckpt} has no gate yet: python exits.py --ckpt={ckpt} trains one" in shown
+    assert {row["rule"] for row in numbers["rows"]} == {"oracle", "max_prob", "margin", "entropy"}
+    with pytest.raises(UserError, match="has no gate: train one"):
+        evaluate.main(flags(home, ckpt, "--rules=max_prob,gate"))
+
+
+@pytest.fixture
+def one_loop(home, tmp_path):
+    model = RecursiveTransformer(Config(vocab_size=300, n_layer=2, n_embd=16, n_head=2, head_dim=8, n_hidden=32,
+                                        n_ctx=48))
+    model.save(tmp_path / "full")
+    for name in ("tokenizer.tiktoken", "tokenizer_config.json"):
+        shutil.copy(home / "ckpt" / name, tmp_path / "full")
+    return tmp_path / "full"
+
+
+@pytest.mark.parametrize("more", [[], ["--rules=gate", "--thresholds=0.5"]])
+def test_a_model_of_one_loop_has_a_loss_and_no_exits(home, one_loop, capsys, more):
+    shown, numbers = run(capsys, home, one_loop, *more)
+    assert "has 1 loop: nothing can leave before the last" in shown and "oracle" not in shown and "gate" not in shown
+    (loss,), (oracle,) = numbers["exit_loss"], numbers["rows"]
+    assert abs(loss - math.log(300)) < 0.5 and f"{loss:.4f}" in shown
+    assert oracle["loops"] == 1 and oracle["perplexity"] == pytest.approx(math.exp(loss))
+
+
+def test_a_plot_of_one_loop_is_refused(home, one_loop, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match="1 loop, so there are no exits to plot"):
+        evaluate.main(flags(home, one_loop, f"--plot={tmp_path}/a.png"))
+
+
+def test_the_line_says_all_and_save_appends_it(home, capsys, tmp_path):
+    path, numbers = tmp_path / "lines.jsonl", []
+    for thresholds in ("0.1", "0.2"):
+        numbers.append(run(capsys, home, home / "ckpt", f"--thresholds={thresholds}", f"--save={path}",
+                           "--tokens=64")[1])
+    assert [strict(line) for line in path.read_text().splitlines()] == numbers
+    assert [n["settings"]["thresholds"] for n in numbers] == ["0.1", "0.2"]
+    assert numbers[0]["settings"] | {"thresholds": "0.2"} == numbers[1]["settings"]
+    assert numbers[0]["settings"]["seq_len"] == 16 and numbers[0]["settings"]["ckpt"] == str(home / "ckpt")
+    assert numbers[0]["torch"] == torch.__version__ and {"python", "commit", "cpu", "time"} <= numbers[0].keys()
+    assert len(numbers[0]["rows"]) == 1 + 4 * 2
+
+
+def test_the_line_is_strict_json_though_a_perplexity_is_infinite(home, ckpt, capsys):
+    model = RecursiveTransformer.load(ckpt)
+    model.norm.weight.data *= 1e4
+    (ckpt / "model.safetensors").unlink()
+    model.write(ckpt)
+    _, numbers = run(capsys, home, ckpt, "--rules=max_prob", "--thresholds=0.5")
+    assert min(numbers["exit_loss"]) > 710 and numbers["rows"][0]["perplexity"] is None
+
+
+def test_a_plot_has_a_line_for_each_rule_and_keys(home, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or savefig(self, *a, **k))
+    _, numbers = run(capsys, home, home / "ckpt", "--rules=margin,gate", "--thresholds=0.1,0.3", "--tokens=64",
+                     f"--plot={tmp_path}/exits.png")
+    assert (tmp_path / "exits.png").read_bytes().startswith(b"\x89PNG\r\n")
+    (axes,) = figures[0].axes
+    *lines, star = axes.lines
+    assert [line.get_label() for line in lines] == ["margin, exact keys", "gate, exact keys", "margin, copy keys",
+                                                    "gate, copy keys"]
+    for line in lines:
+        name, keys, _ = line.get_label().replace(",", "").split()
+        rows = sorted((r["loops"], r["agreement"]) for r in pick(numbers, rule=name, keys=keys))
+        assert line.get_xydata().tolist() == [list(row) for row in rows]
+        assert line.get_linestyle() == ("-" if keys == "exact" else "--")
+        assert line.get_color() == lines[name == "gate"].get_color()
+    assert lines[0].get_color() != lines[1].get_color()
+    assert star.get_label() == "oracle" and star.get_xydata().tolist() == [[numbers["rows"][0]["loops"], 1]]
+
+
+def test_windows_are_spread_evenly_over_the_text(home, monkeypatch):
+    monkeypatch.setattr(evaluate, "windows", lambda tokens, seq_len, indices: list(indices))
+    model = RecursiveTransformer.load(home / "ckpt")
+    there = (len(Tokenizer.load(home / "ckpt").encode((home / "text.txt").read_text())) - 1) // 16
+    assert there > 60
+
+    def numbers(tokens, seq_len=16):
+        parts = read_text(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", tokens, seq_len), model)
+        assert all(1 <= len(part) <= 8 for part in parts)
+        return sum(parts, [])
+    assert numbers(16) == [0] and numbers(10**9) == list(range(there))
+    some = numbers(20 * 16 + 15)
+    gaps = [b - a for a, b in zip(some, [*some[1:], there], strict=True)]
+    assert some[0] == 0 and len(some) == 20 and set(gaps) <= {there // 20, there // 20 + 1}
+    assert len(numbers(480, seq_len=1000)) == 10             # no longer than the model's context, 48
+
+
+def test_a_mistake_is_named_before_any_work(home, ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "observe", lambda *_: pytest.fail("the text was read"))
+    (tmp_path / "short.txt").write_text("My aunt")
+    (tmp_path / "empty.txt").write_text("")
+    for flag, says in [
+            ("--rules=max_prob,guess", "--rules=max_prob,guess: 'guess' is unknown; use max_prob, margin"),
+            ("--rules=never", "'never' is unknown"), ("--rules=", "'' is unknown"),
+            ("--keys=exact,moved", "--keys=exact,moved: 'moved' is unknown; use exact, copy"),
+            ("--thresholds=0.5,1.5", "0.5,1.5 are out of range"), ("--thresholds=-0.1", "out of range"),
+            ("--thresholds=nan", "out of range"), ("--thresholds=0.5,inf", "out of range"),
+            ("--thresholds=0.5,half", "must be numbers by comma"), ("--thresholds=0.5,,0.9", "must be numbers"),
+            ("--seq_len=0", "--seq_len=0 must be at least 1"), ("--seq_len=-5", "must be at least 1"),
+            ("--tokens=15", "less than one window; use --tokens=16"), ("--tokens=0", "less than one window"),
+            ("--tokens=-1", "less than one window"),
+            (f"--text={tmp_path}/short.txt", "need at least 17"), (f"--text={tmp_path}/empty.txt", "is empty"),
+            (f"--text={tmp_path}/missing.txt", "missing.txt does not exist"),
+            (f"--ckpt={tmp_path}/nowhere", "no checkpoint in .*nowhere"),
+            ("--ckpt=assets/donor", "a Hugging Face one .*convert it first with python convert.py"),
+            (f"--save={tmp_path}/nowhere/a.jsonl", "nowhere/a.jsonl cannot be written"),
+            (f"--save={tmp_path}", "cannot be written"), ("--device=abacus", "cannot be used here")]:
+        with pytest.raises(UserError, match=says):
+            evaluate.main(flags(home, ckpt, flag))
+    (ckpt / THRESHOLDS_FILE).write_text("{")
+    with pytest.raises(UserError, match="not readable as thresholds"):
+        evaluate.main(flags(home, ckpt))
+
+
+def test_a_plot_that_cannot_be_is_named_before_any_work(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "observe", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.chdir(tmp_path)
+
+    def refused(path, says):
+        with pytest.raises(UserError, match=says):
+            evaluate.main(flags(home, home / "ckpt", f"--plot={path}"))
+    refused(tmp_path / "nowhere" / "a.png", "--plot=.*nowhere/a.png cannot be written")
+    refused(tmp_path, "cannot be written")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)
+        without.setitem(sys.modules, "matplotlib.backend_bases", None)
+        without.setitem(sys.modules, "matplotlib.figure", None)
+        refused("a.png", "--plot needs matplotlib")
+    pytest.importorskip("matplotlib")
+    refused("a.xyz", "ends in .png")
+    refused("plot", "ends in .png")
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,777 @@
+"""Early exits: decoding and whole texts against everything computed anew, rows that have nothing to do with each other,
+what is counted, and what a calibrated threshold promises."""
+
+import copy
+import json
+import math
+import random
+import shutil
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import ARCHS, close, cut, tiny, tokens
+from tiny import contents, files_end_at, read_log, run, weights
+
+import exits
+import train
+from exits import (
+    Outcome,
+    Seen,
+    binomial_cdf,
+    calibrate,
+    decide,
+    decode,
+    keeps,
+    observe,
+    oracle_exits,
+    outcome,
+    run_exits,
+    statistics,
+    train_gate,
+)
+from model import RecursiveTransformer, rope_angles, rotate
+from rules import SCORED, Gate, Rule, load_rule, read_thresholds
+from runtime import GATE_FILE, THRESHOLDS_FILE, UserError
+
+V = 53
+each_policy = pytest.mark.parametrize("keys", ["exact", "copy"])
+
+
+class Table:
+    """A rule that looks at no state: who leaves is written in a table (B, T, n_loop - 1). `at` is the last token before
+    those that `decode` asks about, one after the other."""
+    reads_logits = False
+
+    def __init__(self, leaves, at=-1):
+        self.leaves, self.at = torch.as_tensor(leaves), at
+
+    def __call__(self, x, loop, logits=None):
+        if x.dim() == 3:
+            return self.leaves[:, :x.size(1), loop]
+        self.at += loop == 0
+        return self.leaves[:, self.at, loop]
+
+    def row(self, i):
+        return Table(self.leaves[i:i + 1], self.at)
+
+
+class Chooser:
+    """Takes the likeliest token and the second likeliest in turn, of the words that are allowed, or the one that
+    `script` (B, steps) says; and keeps the logits."""
+
+    def __init__(self, words=V, script=None):
+        self.words, self.script, self.logits = words, script, []
+
+    def __call__(self, logits):
+        self.logits.append(logits)
+        step = len(self.logits) - 1
+        return logits[:, :self.words].topk(2).indices[:, step % 2] if self.script is None else self.script[:, step]
+
+
+def decoded(model, idx, steps, rule, keys="exact", choose=None, **options):
+    """(tokens, loops, logits) (B, steps, ...) of `decode`."""
+    choose = choose or Chooser()
+    said, loops = zip(*decode(model, idx, steps, copy.copy(rule), keys, choose, **options), strict=True)
+    return torch.stack(said, 1), torch.stack(loops, 1), torch.stack(choose.logits, 1)
+
+
+@torch.no_grad()
+def scores(model, rule, shape=(2, 12)):
+    """Those of a few tokens, after every loop but the last: thresholds are drawn from them."""
+    states = model(torch.randint(V, shape))
+    return torch.cat([rule.score(x, i, model.logits(x)).flatten() for i, x in enumerate(states[:-1])]).sort().values
+
+
+def draw_gate(model):
+    gate = Gate(model.config.n_loop - 1, model.config.n_embd, hidden=8).to(model.embed.weight.dtype)
+    for p in gate.parameters():
+        torch.nn.init.normal_(p)
+    return gate.requires_grad_(False)
+
+
+def draw_case(seed):
+    """A random model in fp64, prompts, number of steps, and rule; `rules[i]` is what row i alone would be given."""
+    rng = random.Random(seed)
+    n_loop, rows, prompt, steps = rng.choice((2, 3, 3)), rng.choice((1, 1, 2, 3)), rng.randint(1, 4), rng.randint(1, 7)
+    model = tiny(rng.choice(list(ARCHS)), seed, n_layer=rng.randint(1, 2) * n_loop, n_loop=n_loop,
+                 rank=rng.choice((0, 3)), vectors=rng.choice(("tied", "per_loop"))).double()
+    name = rng.choice(("table", "table", "fixed", *SCORED))
+    if name == "table":
+        rule = Table(torch.rand(rows, prompt + steps, n_loop - 1) < rng.uniform(0.2, 0.7), prompt - 1)
+    else:
+        rule = Rule(name, exit_loop=rng.randrange(n_loop), gate=draw_gate(model))
+        if name in SCORED:
+            found = scores(model, rule)
+            at = rng.randrange(len(found) - 1)
+            rule.threshold = found[at:at + 2].mean().item()
+    rules = [rule.row(i) if name == "table" else rule for i in range(rows)]
+    return model, torch.randint(V, (rows, prompt)), steps, rule, rules
+
+
+def first_exit(model, rule, states):
+    """The loops (B,) after which tokens leave whose states after each loop are (B, C)."""
+    asked = [rule(x, i, model.logits(x)) for i, x in enumerate(states[:-1])]
+    return torch.tensor([[*row, True].index(True) for row in torch.stack(asked, 1).tolist()])
+
+
+@torch.no_grad()
+def assert_decoded_anew(model, idx, steps, rule):
+    """Exact keys: at every step the whole text so far, from scratch. Returns the loops."""
+    said, loops, logits = decoded(model, idx, steps, rule)
+    rule, choose, rows = copy.copy(rule), Chooser(), torch.arange(len(idx))
+    for step in range(steps):
+        states = torch.stack([x[:, -1] for x in model(idx)])
+        at = first_exit(model, rule, states) if step else torch.full((len(idx),), len(states) - 1)
+        want = model.logits(states[at, rows])
+        assert torch.equal(loops[:, step], at)
+        close(logits[:, step], want, 1e-9)
+        assert torch.equal(said[:, step], choose(want))
+        idx = torch.cat([idx, said[:, step:step + 1]], 1)
+    return loops[:, 1:].flatten().tolist()
+
+
+@torch.no_grad()
+def one_by_one(model, row, rule, judged_from):
+    """(states (T, C), loops (T,)) that the tokens `row` (T,) leave with where keys are copied, one token after the
+    other. Those before `judged_from` run all loops."""
+    c, out, loops = model.config, [], []
+    kept = [[] for _ in range(c.n_layer)]                    # by depth, each token's key and value (2, K, D)
+    for t, token in enumerate(row):
+        x, left, rope = model.first_state(token.view(1, 1)), None, rope_angles(torch.tensor([t]), c)
+        for depth in range(c.n_layer):
+            loop, i = divmod(depth, c.n_unique)
+            if left is not None:
+                kept[depth].append(kept[left * c.n_unique + i][t])
+                continue
+            layer, attn = model.layers[i], model.layers[i].attn
+            h = layer.norm1(x, loop)
+            q, k, v = (f(h, loop).view(1, 1, -1, c.head_dim) for f in (attn.q, attn.k, attn.v))
+            kept[depth].append(torch.stack([rotate(k, rope)[0, 0], v[0, 0]]))
+            k, v = torch.stack(kept[depth], 2).repeat_interleave(c.n_head // c.n_kv_head, dim=1)      # (H, t + 1, D)
+            p = (torch.einsum("hd,htd->ht", rotate(q, rope)[0, 0], k) / c.head_dim**0.5).softmax(-1)
+            y = x + attn.o(torch.einsum("ht,htd->hd", p, v).view(1, 1, -1), loop)
+            x = y + layer.mlp(layer.norm2(x if c.parallel else y, loop), loop)
+            done = i == c.n_unique - 1 and loop < c.n_loop - 1
+            if done and t >= judged_from and rule(x[0], loop, model.logits(x[0])):
+                left = loop
+        out.append(x[0, 0])
+        loops.append(c.n_loop - 1 if left is None else left)
+    return torch.stack(out), torch.tensor(loops)
+
+
+def assert_copied(model, idx, steps, rule, rules):
+    """Copied keys: decode against `one_by_one`."""
+    said, loops, logits = decoded(model, idx, steps, rule, "copy")
+    choose, prompt = Chooser(), idx.size(1)
+    for step in range(steps):
+        assert torch.equal(said[:, step], choose(logits[:, step]))
+    for i, of_row in enumerate(rules):
+        x, want = one_by_one(model, torch.cat([idx[i], said[i, :-1]]), copy.copy(of_row), prompt)
+        assert torch.equal(loops[i], want[prompt - 1:])
+        close(logits[i], model.logits(x[prompt - 1:]), 1e-9)
+    return loops[:, 1:].flatten().tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One token after the other
+
+@pytest.mark.parametrize("n_loop", [1, 2, 3])
+@pytest.mark.parametrize("arch", ARCHS)
+@each_policy
+@torch.no_grad()
+def test_where_none_leaves_decoding_is_the_full_model(arch, n_loop, keys):
+    model, idx = tiny(arch, n_loop=n_loop, rank=2), tokens(2, 5)
+    for rule in (None, Rule(), Rule("max_prob"), Rule("fixed", exit_loop=n_loop - 1)):
+        said, loops = zip(*decode(model, idx, 8, rule, keys), strict=True)
+        whole = idx
+        for token, loop in zip(said, loops, strict=True):
+            assert torch.equal(token, model.logits(model(whole)[-1])[:, -1].argmax(-1)) and loop.eq(n_loop - 1).all()
+            whole = torch.cat([whole, token[:, None]], 1)
+
+
+def test_exact_keys_say_what_the_model_says_computed_anew_at_every_step():
+    """200 random models, prompts and rules."""
+    found = []
+    for seed in range(200):
+        model, idx, steps, rule, _ = draw_case(seed)
+        found += [(model.config.n_loop, loop) for loop in assert_decoded_anew(model, idx, steps, rule)]
+    assert all(found.count(kind) > 40 for kind in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)))
+
+
+def test_copied_keys_say_what_one_token_after_the_other_says():
+    found = []
+    for seed in range(60):
+        model, idx, steps, rule, rules = draw_case(1000 + seed)
+        found += [(model.config.n_loop, loop) for loop in assert_copied(model, idx, steps, rule, rules)]
+    assert all(found.count(kind) > 10 for kind in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("leaves", [(True, True), (False, True), (False, False), (True, False)])
+def test_all_leave_or_none(rows, leaves):
+    model, rule = tiny("llama", n_loop=3, rank=2).double(), Table(torch.tensor(leaves).expand(rows, 12, 2), 3)
+    idx, want = tokens(rows, 4), [*leaves, True].index(True)
+    assert set(assert_decoded_anew(model, idx, 8, rule)) == {want}
+    assert set(assert_copied(model, idx, 8, rule, [rule.row(i) for i in range(rows)])) == {want}
+
+
+@pytest.mark.parametrize("rows, n_loop", [(1, 3), (3, 3), (1, 4)])
+@each_policy
+@torch.no_grad()
+def test_a_whole_text_is_what_decoding_it_gives(rows, n_loop, keys):
+    """`decode` made to say the text, against `run_exits` in one pass: long enough that tokens fall behind at several
+    loops at a time, and are caught up there in several passes."""
+    for seed, arch in enumerate(ARCHS):
+        model = tiny(arch, n_layer=n_loop, n_loop=n_loop, rank=2 * (seed % 2)).double()
+        idx, draw = tokens(rows, 25), torch.Generator().manual_seed(seed)
+        leaves = torch.rand(rows, 25, n_loop - 1, generator=draw) < 0.5
+        leaves[:, 0] = False                                 # prompts run all loops
+        x, loops = run_exits(model, idx, Table(leaves), keys)
+        _, said_at, logits = decoded(model, idx[:, :1], 25, Table(leaves, 0), keys, Chooser(script=idx.roll(-1, 1)))
+        assert torch.equal(said_at, loops) and loops.unique().tolist() == list(range(n_loop))
+        close(logits, model.logits(x), 1e-9)
+
+
+def blocks_run(model, monkeypatch):
+    """(loop, tokens) of each call of model.block from here on."""
+    calls, block = [], model.block
+
+    def counted(x, loop, cache=None):
+        calls.append((loop, x.size(1)))
+        return block(x, loop, cache)
+    monkeypatch.setattr(model, "block", counted)
+    return calls
+
+
+def test_a_row_alone_skips_loops_and_catches_up_in_one_pass(monkeypatch):
+    model = tiny("llama", n_loop=3)
+    calls = blocks_run(model, monkeypatch)
+    leaves = [[0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [1, 1], [0, 0], [0, 1]]      # (tokens, loops), the prompt first
+    _, loops, _ = decoded(model, tokens(1, 1), 8, Table(torch.tensor([leaves]).bool(), 0))
+    assert loops.tolist() == [[2, 0, 0, 1, 1, 0, 2, 1]]
+    assert calls == [(0, 1), (1, 1), (2, 1), (0, 1), (0, 1), (0, 1), (1, 3), (0, 1), (1, 1), (0, 1),
+                     (0, 1), (1, 2), (2, 6), (0, 1), (1, 1)]
+
+
+def test_copied_keys_skip_loops_once_all_rows_have_left(monkeypatch):
+    model = tiny("llama", n_loop=3)
+    calls = blocks_run(model, monkeypatch)
+    leaves = [[[0, 0], [1, 0], [1, 0], [0, 0]], [[0, 0], [1, 0], [0, 1], [1, 0]]]
+    decoded(model, tokens(2, 1), 4, Table(torch.tensor(leaves).bool(), 0), "copy")
+    assert [loop for loop, _ in calls] == [0, 1, 2, 0, 0, 1, 0, 1, 2]
+
+
+def at_median(model, name):
+    rule = Rule(name, gate=draw_gate(model))
+    return replace(rule, threshold=scores(model, rule).median().item())
+
+
+@pytest.mark.parametrize("name", SCORED)
+@each_policy
+@torch.no_grad()
+def test_a_broken_row_changes_nothing_in_the_others(name, keys):
+    """To the last bit, where one row's states and logits are all NaN; and it never leaves itself."""
+    model = tiny("llama", n_loop=3, rank=2)
+    rule = at_median(model, name)
+    model.embed.weight[V - 1] = torch.nan                    # the head is another matrix
+    idx = tokens(3, 6) % (V - 1)
+    broken = idx.clone()
+    broken[1] = V - 1
+    a, b = (decoded(model, rows, 12, rule, keys, Chooser(V - 1)) for rows in (idx, broken))
+    for t, broken_t in zip(a, b, strict=True):
+        assert torch.equal(t[[0, 2]], broken_t[[0, 2]])
+    assert b[2][1].isnan().all() and b[1][1].eq(2).all() and a[1].unique().numel() > 1
+    for t, broken_t in zip(run_exits(model, idx, rule, keys), run_exits(model, broken, rule, keys), strict=True):
+        assert torch.equal(t[[0, 2]], broken_t[[0, 2]])
+    assert run_exits(model, broken, rule, keys)[1][1].eq(2).all()
+
+
+@pytest.mark.parametrize("name", ["never", "fixed", *SCORED])
+@each_policy
+def test_a_row_says_in_a_batch_what_it_says_alone(name, keys):
+    model, idx = tiny("gpt_neox", n_loop=3, rank=2).double(), tokens(3, 6)
+    rule = at_median(model, name) if name in SCORED else Rule(name)
+    said, loops, logits = decoded(model, idx, 10, rule, keys)
+    for i in range(3):
+        alone = decoded(model, idx[i:i + 1], 10, rule, keys)
+        assert torch.equal(alone[0], said[i:i + 1]) and torch.equal(alone[1], loops[i:i + 1])
+        close(alone[2], logits[i:i + 1], 1e-9)
+
+
+@each_policy
+def test_a_row_that_has_ended_repeats_the_end_and_the_others_go_on(keys, monkeypatch):
+    model, eos = tiny("llama", n_loop=2).double(), 7
+    rule = at_median(model, "max_prob")
+    script = torch.tensor([[7, 4, 4, 4, 4, 4, 4, 4], [1, 2, 7, 3, 3, 3, 3, 3], [1, 2, 3, 4, 5, 7, 6, 7]])
+    calls = blocks_run(model, monkeypatch)
+    said, loops, logits = decoded(model, tokens(3, 4), 8, rule, keys, Chooser(script=script), eos_id=eos)
+    assert said.tolist() == [[7] * 6, [1, 2, 7, 7, 7, 7], [1, 2, 3, 4, 5, 7]]        # then all have ended
+    assert len([loop for loop, _ in calls if loop == 0]) == 6                        # nothing is run after that
+    assert loops.eq(-1).tolist() == [[step > end for step in range(6)] for end in (0, 2, 5)]
+    for i, end in enumerate((0, 2, 5)):
+        alone = decoded(model, tokens(3, 4)[i:i + 1], 8, rule, keys, Chooser(script=script[i:i + 1]), eos_id=eos)
+        assert alone[0].tolist() == [script[i, :end + 1].tolist()]
+        assert torch.equal(alone[1][0], loops[i, :end + 1])
+        close(alone[2][0], logits[i, :end + 1], 1e-9)
+
+
+@pytest.mark.parametrize("prompt, asked, want", [(5, 10, 3), (5, 3, 3), (5, 2, 2), (7, 9, 1), (8, 9, 0), (3, 1, 1)])
+@each_policy
+def test_decoding_stops_when_the_context_is_full(prompt, asked, want, keys, monkeypatch):
+    model = tiny("gemma", n_loop=2, n_ctx=8)
+    calls = blocks_run(model, monkeypatch)
+    assert len(list(decode(model, tokens(2, prompt), asked, Rule("fixed"), keys))) == want
+    assert [loop for loop, _ in calls].count(0) == max(1, want)      # no pass for a token that nobody asks for
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole texts
+
+@pytest.mark.parametrize("keys", ["exact", "copy"])
+@torch.no_grad()
+def test_a_text_leaves_as_its_tokens_do_one_by_one(keys):
+    """With exact keys: the states of the plain forward pass, at the loop where the rule first says yes."""
+    found = []
+    for seed in range(24):
+        model, _, _, rule, rules = draw_case(2000 + seed)
+        if isinstance(rule, Table):
+            rule.at = -1
+            rules = [rule.row(i) for i in range(len(rules))]
+        idx = torch.randint(V, (len(rules), rule.leaves.size(1) if isinstance(rule, Table) else 9))
+        x, loops = run_exits(model, idx, rule, keys)
+        for i, of_row in enumerate(rules):
+            if keys == "copy":
+                want, at = one_by_one(model, idx[i], of_row, 0)
+            else:
+                states = torch.stack(model(idx[i:i + 1]))                            # (n_loop, 1, T, C)
+                at = torch.cat([first_exit(model, of_row, states[:, :, t]) for t in range(idx.size(1))])
+                want = states[at, 0, torch.arange(idx.size(1))]
+            assert torch.equal(loops[i], at)
+            close(x[i], want, 1e-9)
+            found += [(model.config.n_loop, loop) for loop in at.tolist()]
+    assert all(found.count(kind) > 10 for kind in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)))
+
+
+def pairs_of(*shapes, seed=3):
+    """Batches of inputs and targets."""
+    torch.manual_seed(seed)
+    return [tuple(torch.randint(V, (2, *shape))) for shape in shapes]
+
+
+@pytest.mark.parametrize("n_loop", [1, 2, 3])
+@torch.no_grad()
+def test_the_oracle_leaves_as_soon_as_the_argmax_is_the_last_loops(n_loop):
+    found = []
+    for seed in range(5):
+        model, idx = tiny("llama", seed, n_layer=2 * n_loop, n_loop=n_loop), tokens(3, 20)
+        for p in model.layers.parameters():
+            p.mul_(0.7)                                      # loops that change little agree now and then
+        said = torch.stack([model.logits(x).argmax(-1) for x in model(idx)], -1).tolist()
+        want = [[loops.index(loops[-1]) for loops in row] for row in said]
+        assert oracle_exits(model, idx).tolist() == want
+        found += sum(want, [])
+    assert all(found.count(loop) > 5 for loop in range(n_loop))
+
+
+@torch.no_grad()
+def test_what_is_observed_is_what_the_exits_say():
+    model, pairs = tiny("gemma", n_loop=3, rank=2), pairs_of((3, 7), (3, 7), (1, 7))
+    rules = [Rule(name, gate=draw_gate(model)) for name in SCORED]
+    seen = observe(model, pairs, rules)
+    states = [torch.cat([model(idx)[loop].flatten(0, 1) for idx, _ in pairs]) for loop in range(3)]
+    targets = torch.cat([t.flatten() for _, t in pairs])
+    logits = [model.logits(x) for x in states]
+    assert torch.equal(seen.token, torch.stack([z.argmax(-1) for z in logits]))
+    close(seen.ce, torch.stack([F.cross_entropy(z, targets, reduction="none") for z in logits]))
+    assert list(seen.score) == list(SCORED)
+    for rule in rules:
+        close(seen.score[rule.name], torch.stack([rule.score(states[i], i, logits[i]) for i in range(2)]))
+    assert torch.equal(seen.oracle, torch.cat([oracle_exits(model, idx).flatten() for idx, _ in pairs]))
+    loops = torch.arange(49) % 3
+    out = seen.at(loops)
+    assert torch.equal(out.loops, loops)
+    assert out.token.tolist() == [seen.token[loop, n].item() for n, loop in enumerate(loops)]
+    assert out.ce.tolist() == [seen.ce[loop, n].item() for n, loop in enumerate(loops)]
+    assert observe(model, pairs).score == {}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_what_was_seen_is_what_reading_again_gives(name):
+    model, pairs = tiny("llama", n_loop=3).double(), pairs_of((3, 9), (2, 9))
+    rule = at_median(model, name)
+    seen = observe(model, pairs, [rule])
+    for at in (*scores(model, rule)[::12].tolist(), 0.0, math.inf, seen.score[name].max().item() * (1 - 1e-9)):
+        rule = replace(rule, threshold=at)
+        a, b = outcome(model, pairs, seen, rule), outcome(model, pairs, replace(seen, score={}), rule)
+        assert torch.equal(a.loops, b.loops) and torch.equal(a.token, b.token)
+        close(a.ce, b.ce, 1e-9)
+        x, loops = zip(*(run_exits(model, idx, rule, "copy") for idx, _ in pairs), strict=True)
+        c, said = outcome(model, pairs, seen, rule, "copy"), [model.logits(out).argmax(-1).flatten() for out in x]
+        assert torch.equal(c.loops, torch.cat([at.flatten() for at in loops])) and torch.equal(c.token, torch.cat(said))
+
+
+def test_statistics_by_hand():
+    seen = Seen(token=torch.tensor([[1, 2, 3, 4, 5, 6, 9, 8], [1, 0, 3, 7, 5, 6, 9, 7], [1, 2, 0, 7, 5, 9, 9, 8]]),
+                ce=torch.zeros(3, 8), score={})
+    assert seen.oracle.tolist() == [0, 0, 2, 1, 0, 2, 0, 0]
+    loops = torch.tensor([0, 1, 1, 1, 2, 2, 0, 2])
+    out = Outcome(loops, seen.token.gather(0, loops[None])[0], torch.tensor([1.0, 2, 3, 0, 0, 0, 1, 1]))
+    got = statistics(out, seen)
+    assert got == {"loops": 1 + 9 / 8, "left_at": [2 / 8, 3 / 8, 3 / 8], "agreement": 6 / 8,
+                   "perplexity": pytest.approx(math.e), "caught": 3 / 6}
+    all_run = statistics(seen.at(torch.full((8,), 2)), seen)
+    assert all_run == {"loops": 3, "left_at": [0, 0, 1], "agreement": 1, "perplexity": 1, "caught": 0}
+    best = statistics(seen.at(seen.oracle), seen)
+    assert (best["agreement"], best["caught"], best["loops"]) == (1, 1, 1 + 5 / 8)
+    late = Seen(seen.token[-1:] + torch.arange(3)[:, None], seen.ce, {})
+    assert statistics(late.at(loops), late)["caught"] == 0   # nothing to catch is no error
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_large_vocabulary_is_gone_through_in_chunks(at_once, monkeypatch):
+    """The number of tokens whose logits are made at once falls with the vocabulary's size, which is pretended here."""
+    model, pairs = tiny("llama", n_loop=3).double(), pairs_of((3, 9), (2, 9))
+    rules = [at_median(model, name) for name in SCORED]
+    seen = observe(model, pairs, rules)
+    exited = [run_exits(model, pairs[0][0], rule, "copy") for rule in rules]
+    sizes, logits = [], model.logits
+    monkeypatch.setattr(model.config, "vocab_size", 2**25 // at_once if at_once > 1 else 2**26)
+    monkeypatch.setattr(model, "logits", lambda x: sizes.append(len(x)) or logits(x))
+    again = observe(model, pairs, rules)
+    assert max(sizes) == at_once and sum(sizes) == 3 * 45
+    assert torch.equal(again.token, seen.token)
+    close(again.ce, seen.ce, 1e-12)
+    for name in SCORED:
+        close(again.score[name], seen.score[name], 1e-12)
+    for rule, (x, loops) in zip(rules, exited, strict=True):
+        sizes.clear()
+        a, b = run_exits(model, pairs[0][0], rule, "copy")
+        assert torch.equal(loops, b) and torch.equal(x, a)
+        assert sizes == ([] if rule.name == "gate" else [at_once] * (2 * 27 // at_once))
+    x = torch.randn(2, 5, 32).double()
+    assert torch.equal(decide(model, rules[0], x, 0), rules[0](x, 0, logits(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a threshold promises
+
+@pytest.mark.parametrize("n", [1, 2, 7, 60, 1500])
+@pytest.mark.parametrize("p", [Fraction(1, 50), Fraction(1, 2), Fraction(9, 10)])
+def test_the_binomial_distribution_is_exact(n, p):
+    for k in sorted({0, 1, n // 50, n // 2, n - 1, n}):
+        want = sum(math.comb(n, i) * p**i * (1 - p)**(n - i) for i in range(k + 1))
+        assert binomial_cdf(k, n, float(p)) == pytest.approx(float(want), rel=1e-9, abs=1e-300)
+
+
+def test_few_tokens_prove_nothing():
+    """Without one disagreement, 0.98^149 is the first power below 0.05."""
+    assert keeps(torch.ones(1, 149, dtype=torch.bool), 0.98, 0.95)
+    assert not keeps(torch.ones(1, 148, dtype=torch.bool), 0.98, 0.95)
+    assert not keeps(torch.ones(4, 37, dtype=torch.bool), 0.98, 0.96)
+    assert not keeps(torch.zeros(4, 100, dtype=torch.bool), 0.1, 0.5)
+
+
+def test_windows_that_differ_count_for_fewer_tokens():
+    """Disagreements 0, 0, 4, 0 of 8: their variance is 4, independent ones' 8 x 1/8 x 7/8. So 32 tokens with 4 of them
+    count as 7 with 1, and P(at most 1 of 7) at a half each is 8 / 128."""
+    agree = torch.ones(4, 8, dtype=torch.bool)
+    agree[2, :4] = False
+    assert keeps(agree, 0.5, 0.93) and not keeps(agree, 0.5, 0.94)
+    spread = torch.ones(4, 8, dtype=torch.bool)
+    spread[:, 3] = False                                     # fewer than chance would vary: never more than they are
+    p = binomial_cdf(4, 32, 0.3)
+    assert keeps(spread, 0.7, 1 - p * 1.001) and not keeps(spread, 0.7, 1 - p * 0.999)
+
+
+def draw_agreements(windows, T, wrong, alike):
+    """bool (windows, T): a share `wrong` do not agree; `alike` is the correlation of two tokens of one window."""
+    p = torch.full((windows, 1), wrong)
+    if alike:
+        a, b = (torch.tensor(share * (1 / alike - 1)) for share in (wrong, 1 - wrong))
+        p = torch.distributions.Beta(a, b).sample((windows, 1))
+    return torch.rand(windows, T) >= p
+
+
+@pytest.mark.parametrize("alike, naive", [(0.0, 0.0), (0.1, 0.15), (0.5, 0.25)])
+def test_what_does_not_keep_the_agreement_seldom_passes(alike, naive):
+    """At most one time in twenty, with confidence 0.95; a test that took tokens of a window for independent ones would
+    let it pass much more often. Seen in 400 samples, of which 5 % are 20 with a standard deviation of 4.4."""
+    torch.manual_seed(0)
+    samples = [draw_agreements(100, 64, 0.103, alike) for _ in range(400)]
+    assert sum(keeps(agree, 0.9, 0.95) for agree in samples) <= 20 + 3 * 4.4
+    passed = sum(binomial_cdf(int((~agree).sum()), agree.numel(), 1 - 0.9) <= 0.05 for agree in samples)
+    assert passed >= naive * 400
+    samples = [draw_agreements(100, 64, 0.01, alike) for _ in range(20)]
+    assert sum(keeps(agree, 0.9, 0.95) for agree in samples) >= 18           # and it is not one that refuses all
+
+
+def calibrated(monkeypatch, agreements, grid, keys="exact", agreement=0.9, confidence=0.95):
+    """(what `calibrate` finds, the thresholds it asked about), where `agreements(threshold)` is bool (windows, T)."""
+    asked, seen = [], Seen(torch.zeros(2, 0), torch.zeros(2, 0), {})
+
+    def pretended(model, pairs, given, rule, policy):
+        asked.append(rule.threshold)
+        assert (rule.name, policy, given) == ("margin", keys, seen)
+        agree = agreements(rule.threshold)
+        seen.token = torch.zeros(2, agree.numel())
+        return Outcome(None, (~agree).flatten().float(), None)
+    monkeypatch.setattr(exits, "outcome", pretended)
+    pairs = [(torch.zeros(n, 8), None) for n in (8, 8, 4)]
+    found = calibrate(None, pairs, seen, Rule("margin"), keys, grid, agreement, confidence)
+    return found, asked
+
+
+def test_calibration_goes_down_until_the_first_failure(monkeypatch):
+    good, bad = torch.ones(20, 8, dtype=torch.bool), torch.zeros(20, 8, dtype=torch.bool)
+    for failing, want, asked in [({0.3}, 0.5, [0.9, 0.7, 0.5, 0.3]), (set(), 0.1, [0.9, 0.7, 0.5, 0.3, 0.1]),
+                                 ({0.9}, None, [0.9]), ({0.7, 0.1}, 0.9, [0.9, 0.7])]:
+        for grid in ([0.9, 0.7, 0.5, 0.3, 0.1], [0.5, 0.1, 0.9, 0.3, 0.7]):
+            for keys in ("exact", "copy"):
+                found = calibrated(monkeypatch, lambda t, bad_at=failing: bad if t in bad_at else good, grid, keys)
+                assert found == (want, asked)
+
+
+def test_windows_are_told_apart_in_calibration(monkeypatch):
+    """By window, not by token's place in it: the same share of disagreements, in few windows or in all."""
+    clustered = torch.ones(20, 8, dtype=torch.bool)
+    clustered[:2, :6] = False
+    scattered = clustered.flatten()[torch.randperm(160, generator=torch.Generator().manual_seed(0))].view(20, 8)
+    assert calibrated(monkeypatch, lambda t: scattered, [0.5], agreement=0.86)[0] == 0.5
+    assert calibrated(monkeypatch, lambda t: clustered, [0.5], agreement=0.86)[0] is None
+
+
+def test_trying_many_thresholds_is_not_paid_for_in_confidence(monkeypatch):
+    """One that keeps the agreement and fifteen that do not, each seen on its own draw. That any of these passes is
+    likely enough; that one is reached and passes has a chance of one in twenty."""
+    torch.manual_seed(0)
+    wrong, passed = 0, 0
+    for _ in range(200):
+        draws = {t: draw_agreements(20, 8, 0.001 if t == 16 else 0.103, 0.0) for t in range(1, 17)}
+        wrong += calibrated(monkeypatch, draws.get, list(draws))[0] != 16
+        passed += any(keeps(draws[t], 0.9, 0.95) for t in range(1, 16))
+    assert wrong <= 10 + 3 * 3.1 and passed > 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gate
+
+@pytest.fixture(scope="module")
+def learnable():
+    """A model whose first loops agree with the last for some tokens, others not, whatever stands before them; and texts
+    to learn that from."""
+    model = tiny("llama", n_loop=3)
+    for layer in model.layers:
+        for linear in (layer.attn.o, layer.mlp.down):
+            linear.weight.data.mul_(0 if linear is layer.attn.o else 1.5)
+    return model.requires_grad_(False), pairs_of((8, 32), (8, 32), (8, 32), (8, 32))
+
+
+def test_a_gate_learns_which_states_may_leave(learnable):
+    """Of one that may and one that may not, which is which: chance is a half, at each exit."""
+    model, pairs = learnable
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    gate = train_gate(model.requires_grad_(True), pairs, epochs=60)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    assert not gate.training and not any(p.requires_grad for p in gate.parameters())
+    seen = observe(model, pairs_of((8, 32), seed=9), [Rule("gate", gate=gate)])
+    for loop, score in enumerate(seen.score["gate"]):
+        same = seen.token[loop] == seen.token[-1]
+        assert 0.1 < same.float().mean() < 0.9
+        assert (score[same][:, None] > score[~same]).float().mean() > 0.95
+        assert abs(score.mean() - same.float().mean()) < 0.1                 # a probability, not an order alone
+    model.requires_grad_(False)
+
+
+def test_training_a_gate_twice_gives_the_same(learnable):
+    torch.manual_seed(1)
+    a = train_gate(*learnable, epochs=5)
+    torch.manual_seed(2)
+    b = train_gate(*learnable, epochs=5)
+    assert all(torch.equal(p, b.state_dict()[name]) for name, p in a.state_dict().items())
+
+
+def test_few_texts_train_a_gate_too(learnable):
+    model, pairs = learnable
+    gate = train_gate(model, [(idx[:1, :3], targets[:1, :3]) for idx, targets in pairs[:1]])
+    assert gate(torch.randn(4, 32), 1).isfinite().all() and gate.w1.shape == (2, 256, 32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command line
+
+@pytest.fixture(scope="module")
+def looped(home, tmp_path_factory):
+    """A model of two loops, trained a little at both exits."""
+    out = tmp_path_factory.mktemp("looped") / "out"
+    run(home, out, "--rank=2", "--exit_loss=aggressive", "--lr=3e-3")
+    return out
+
+
+def prepare(home, out, *more):
+    exits.main([f"--ckpt={out}", f"--data={home}/train.txt", f"--valid={home}/valid.txt", "--gate_tokens=1000",
+                "--tokens=400", "--seq_len=20", "--agreement=0.5", "--device=cpu", *more])
+
+
+@pytest.fixture(scope="module")
+def prepared(home, looped, tmp_path_factory):
+    out = shutil.copytree(looped, tmp_path_factory.mktemp("prepared") / "out")
+    prepare(home, out)
+    return out
+
+
+@pytest.fixture
+def out(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "out")
+
+
+def test_a_gate_and_thresholds_are_added_to_the_checkpoint(looped, prepared):
+    before, after = contents(looped), contents(prepared)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {GATE_FILE, THRESHOLDS_FILE}
+    model, found = RecursiveTransformer.load(prepared), json.loads(after[THRESHOLDS_FILE])
+    assert list(found) == ["exact"] and (found["exact"]["agreement"], found["exact"]["confidence"]) == (0.5, 0.95)
+    thresholds = found["exact"]["thresholds"]
+    assert thresholds and all(load_rule(prepared, model, name).threshold == at for name, at in thresholds.items())
+    gate = load_rule(prepared, model, "gate", 0.5).gate
+    assert len(list(decode(model, torch.ones(1, 3).long(), 4, Rule("gate", 0.5, gate=gate)))) == 4
+
+
+def test_calibration_and_check_share_no_text_and_are_spread_over_it(home, prepared):
+    config = exits.ExitsConfig(str(prepared), data=f"{home}/train.txt", valid=f"{home}/valid.txt", gate_tokens=330,
+                               tokens=420, seq_len=20)
+    learn, calibration, check = (
+        [row.tolist() for idx, targets in pairs for row in torch.cat([idx, targets[:, -1:]], 1)]
+        for pairs in exits.read_texts(config, RecursiveTransformer.load(prepared)))
+    tokenizer = exits.Tokenizer.load(prepared)
+    texts = [exits.load_tokens(f"{home}/{name}.txt", tokenizer, 320) for name in ("train", "valid")]
+    there = [[text[i * 20:i * 20 + 21].tolist() for i in range((len(text) - 1) // 20)] for text in texts]
+    assert len(learn) == 17 and all(row in there[0] for row in learn)
+    at = [[there[1].index(row) for row in rows] for rows in (calibration, check)]
+    assert [len(rows) for rows in at] == [10, 10]            # 21 make two halves of 10
+    assert not {*at[0]} & {*at[1]} and sorted(at[0] + at[1])[::2] == at[0]
+    assert min(at[0]) == 0 and max(at[1]) >= len(there[1]) * 0.85
+
+
+def test_what_is_printed_is_what_the_rules_then_do(home, out, capsys):
+    prepare(home, out)
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    model = RecursiveTransformer.load(out)
+    config = exits.ExitsConfig(str(out), f"{home}/train.txt", data=f"{home}/train.txt", valid=f"{home}/valid.txt",
+                               gate_tokens=1000, tokens=400, seq_len=20)
+    _, *halves = exits.read_texts(config, model)
+    for name in read_thresholds(out)["exact"]["thresholds"]:
+        got = []
+        for pairs in halves:
+            rule, seen = load_rule(out, model, name), observe(model, pairs)
+            numbers = statistics(outcome(model, pairs, seen, rule), seen)
+            got += [f"{numbers['loops']:.3f}", f"{numbers['agreement']:.4f}"]
+        assert lines[name] == [name, f"{rule.threshold:.4f}", *got, f"{numbers['caught']:.0%}"]
+
+
+def test_the_gate_is_kept_and_other_keys_add_their_thresholds(home, out):
+    before = contents(out)
+    prepare(home, out, "--gate_tokens=40", "--keys=copy", "--agreement=0.4", "--tokens=120")
+    assert contents(out) | {THRESHOLDS_FILE: b""} == before | {THRESHOLDS_FILE: b""}
+    exact, both = json.loads(before[THRESHOLDS_FILE]), read_thresholds(out)
+    assert both["exact"] == exact["exact"] and both["copy"]["agreement"] == 0.4
+    prepare(home, out, "--agreement=0.4")
+    again = read_thresholds(out)
+    assert again["copy"] == both["copy"] and again["exact"]["agreement"] == 0.4
+
+
+def test_a_new_gate_is_trained_and_the_old_thresholds_go(home, out):
+    before, found = contents(out), read_thresholds(out)
+    (out / THRESHOLDS_FILE).write_text(json.dumps(found | {"copy": found["exact"]}))
+    prepare(home, out, "--new_gate", "--gate_tokens=500")
+    assert contents(out)[GATE_FILE] != before[GATE_FILE] and list(read_thresholds(out)) == ["exact"]
+
+
+def test_the_same_call_gives_the_same_gate_and_thresholds(home, out):
+    before = contents(out)
+    torch.manual_seed(7)
+    prepare(home, out, "--new_gate")
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("more", [["--new_gate"], []])
+def test_a_full_disk_leaves_gate_and_thresholds(home, out, more, capsys):
+    before = contents(out)
+    with files_end_at(60), pytest.raises(UserError, match=r"cannot write .*; the checkpoint is as it was"):
+        prepare(home, out, *more)
+    assert contents(out) == before
+
+
+def test_a_run_goes_on_beside_them_and_leaves_them_with_the_weights_they_are_for(home, looped, out, tmp_path):
+    straight = shutil.copytree(looped, tmp_path / "straight")
+    for folder in (straight, out):
+        train.main(["--resume", f"--out={folder}", "--tokens=2816"])
+    assert read_log(out) == read_log(straight) and not {GATE_FILE, THRESHOLDS_FILE} & {p.name for p in out.iterdir()}
+    assert all(torch.equal(p, weights(straight)[name]) for name, p in weights(out).items())
+    with pytest.raises(UserError, match="has no gate"):
+        load_rule(out, RecursiveTransformer.load(out), "gate", 0.5)
+
+
+@pytest.mark.parametrize("given, message", [
+    ("--agreement=0", r"--agreement=0.0 must be above 0 and below 1: no sample .* --rule=never"),
+    ("--agreement=1", r"--agreement=1.0 must be above 0 and below 1"),
+    ("--agreement=1.2", r"--agreement=1.2 must be above 0 and below 1"),
+    ("--agreement=nan", r"--agreement=nan must be above 0 and below 1"),
+    ("--confidence=1", r"--confidence=1.0 must be above 0 and below 1"),
+    ("--gate_tokens=0", "--gate_tokens=0 must be at least 1"),
+    ("--tokens=-5", "--tokens=-5 must be at least 1"),
+    ("--seq_len=0", "--seq_len=0 must be at least 1"),
+    ("--agreement=0.99", r"--tokens=400 are too few: 299 tokens without one disagreement .* --agreement=0.99 with "
+                         r"--confidence=0.95.* use --tokens=598 at the very least"),
+    ("--tokens=39", r"--tokens=39 are 1 windows of 20 tokens, but .*valid.txt has \d+ and two are needed: use "
+                    r"--tokens=40 to \d+, or more text"),
+    ("--tokens=1e6", r"--tokens=1000000 are 50000 windows of 20 tokens, but .*valid.txt has \d+ .* use --tokens=40 to"),
+    ("--valid=nowhere.txt", "nowhere.txt does not exist: give text files"),
+    ("--data=nowhere.txt", "nowhere.txt does not exist: give text files"),
+    ("--data=SHORT", r"\d tokens, need at least 21 \(seq_len \+ 1\); give more text or a smaller seq_len"),
+    ("--valid=SHORT", r"\d tokens, need at least 21 \(seq_len \+ 1\); give more text or a smaller seq_len"),
+    ("--data=EMPTY", r"EMPTY.txt is empty: there is no text in it"),
+    ("--ckpt=nowhere", r"no checkpoint in nowhere: no config.json; give a folder"),
+    ("--ckpt=FULL", r"full has 1 loop, and nothing can leave before the last: give a model with 2 or more"),
+    ("--device=abacus", "--device=abacus cannot be used here"),
+])
+def test_what_cannot_be_is_refused_and_nothing_is_lost(home, out, tmp_path, given, message):
+    (tmp_path / "SHORT.txt").write_text("The cat")
+    (tmp_path / "EMPTY.txt").write_text("")
+    given = given.replace("FULL", f"{home}/full").replace("=SHORT", f"={tmp_path}/SHORT.txt").replace(
+        "=EMPTY", f"={tmp_path}/EMPTY.txt")
+    before = contents(out), contents(home / "full")
+    with pytest.raises(UserError, match=message):
+        prepare(home, out, given)
+    assert (contents(out), contents(home / "full")) == before
+
+
+@pytest.mark.parametrize("name, message", [
+    (GATE_FILE, "is not the gate of this model .* python exits.py --ckpt=.*/out --new_gate"),
+    (THRESHOLDS_FILE, "is not readable as thresholds .*; remove it, and calibrate again with python exits.py --ckpt="),
+])
+def test_damaged_files_are_named_before_the_work(home, out, name, message, monkeypatch):
+    cut(out / name, 0.5)
+    before = contents(out)
+    monkeypatch.setattr(exits, "observe", pytest.fail)
+    with pytest.raises(UserError, match=f"{name} {message}"):
+        prepare(home, out)
+    assert contents(out) == before
+
+
+def test_an_agreement_that_cannot_be_had_is_said(home, out, capsys):
+    """Exits that were never trained: even the 2 % of tokens with the highest scores are too many."""
+    model = RecursiveTransformer.load(out)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    kept = {name: (out / name).read_bytes() for name in (GATE_FILE, THRESHOLDS_FILE)}
+    model.save(out)
+    for name, data in kept.items():
+        (out / name).write_bytes(data)
+    before = contents(out)
+    with pytest.raises(UserError, match="an agreement of 0.98 cannot be had with exact keys: at the strictest .*"
+                                        r" lower --agreement, give more --tokens, or train the exits"):
+        prepare(home, out, "--agreement=0.98")
+    assert contents(out) == before and capsys.readouterr().out.count("cannot be had") == len(SCORED)
