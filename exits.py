@@ -174,6 +174,9 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
     when a later token needs them, several tokens in one pass; in a batch they run at once, beside those that go on.
     """
     c, (B, T), rule = model.config, idx.shape, rule or Rule()
+    if not 0 < T <= c.n_ctx:
+        raise UserError(f"a prompt of {T} tokens: give 1 (a BOS, or whatever begins a text) to {c.n_ctx - 1}, so that "
+                        "one more fits the model's context")
     steps = min(max_new_tokens, c.n_ctx - T)
     state = model.first_state(idx[:, :0])                    # (B, 0, C)
     cache = KVCache(c, B, T + steps, state.device, state.dtype)
@@ -193,7 +196,7 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
 
         x, left, loops = model.first_state(token[:, None]), ended, torch.full_like(loops, c.n_loop - 1)
         for loop in range(c.n_loop):
-            late = behind[loop].size(1)
+            late = behind[loop].size(1)                      # those that left before this loop catch up, for their keys
             older, x = model.block(torch.cat([behind[loop], x], 1), loop, cache).split([late, 1], 1)
             behind[loop] = behind[loop][:, :0]
             if loop == c.n_loop - 1:
@@ -204,7 +207,7 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
             if now.any():
                 seen = model.logits(x[:, 0]) if seen is None else seen
                 logits, loops, left = torch.where(now[:, None], seen, logits), torch.where(now, loop, loops), left | now
-            if left.all() and (B == 1 or keys == "copy"):
+            if left.all() and (B == 1 or keys == "copy"):    # nobody goes on
                 break
             cache.left = left[:, None] if keys == "copy" else None
         cache.left = None
