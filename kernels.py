@@ -7,7 +7,8 @@ LoRA (A_l, B_l) and which part of the cache are its own. Loop -1 is an idle row:
 Each operation is a ladder, every rung held to the one before it:
 
     *_spec      the specification in torch: readable and slow
-    *_concat    the torch path (CPU, fp64, no Triton): LoRAs of all loops stacked to one of rank n_loop * R, and masked
+    *_concat    the torch path (CPU, fp64, no Triton): LoRAs of all loops stacked to one of rank n_loop * R, and masked;
+                for attention *_sdpa, masked where a row's length ends
     *_triton    runs through all the depths with row masks: no sorting, no tables, nothing for the host to wait on
 
 Grids and tiles depend on shapes alone, so a CUDA graph may hold any of it, and every sum has a fixed order that knows
@@ -59,6 +60,7 @@ def linear_rows(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, loop: 
     a and b None is rank 0: W'x + bias, on a GPU still in tiles that do not change with the rows beside.
     """
     assert x.size(1) == w.size(1) and len(loop) == len(x), shapes(x, w, loop)
+    assert bias is None or bias.size(-1) == len(w), shapes(w, bias)
     assert a is None or a.shape == (len(b), b.size(2), x.size(1)) and b.size(1) == len(w), shapes(x, w, a, b)
     return (linear_rows_triton if runs_triton(x) else linear_rows_concat)(x, w, a, b, loop, bias)
 
@@ -264,9 +266,10 @@ def expand_rows(x: Tensor, w: Tensor | None, z: Tensor | None, b: Tensor | None,
     y = x.new_empty(m, n)
     part = y if splits == 1 else x.new_empty(splits, m, n, dtype=torch.float32)
     _linear[-(-n // block_n), -(-m // block_m), splits](
-        x, w, z, b, loop, bias, part, m, n, k, rank, n_loop, x.stride(0), w_n, b_l, b_n, bias_l, m * n,
-        share(k, splits, block_k), share(rank, splits, BLOCK_R), PARTIAL=splits > 1,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=BLOCK_R, num_warps=4, num_stages=4)
+        x, w, z, b, loop, bias if splits == 1 else None, part, m, n, k, rank, n_loop, x.stride(0), w_n, b_l, b_n,
+        bias_l, m * n, share(k, splits, block_k), share(rank, splits, BLOCK_R), PARTIAL=splits > 1,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=BLOCK_R,
+        num_warps=8 if block_m * block_n > 64 * 128 else 4, num_stages=4)   # four warps would spill registers
     if splits > 1:
         _sum_splits[m, -(-n // 1024)](part, loop, bias, y, n, bias_l, m * n, splits, BLOCK_N=1024)
     return y
