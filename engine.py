@@ -29,7 +29,7 @@ from rules import Keys, Rule
 from runtime import UserError
 
 
-@dataclass
+@dataclass(eq=False)                                         # two that say the same are two
 class Request:
     """A prompt on its way, and what has become of it."""
     prompt: list[int]
