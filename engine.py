@@ -134,7 +134,9 @@ class Engine:
         """Yield (request, token, loop) as tokens come, until nothing is left to do. Requests may be added and cancelled
         in between."""
         while self.queue or any(self.owner):
-            yield from self.step()
+            for said in self.step():
+                if said[0].state != "cancelled":             # by the caller, since
+                    yield said
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                  eos_id: int | None = None) -> list[Request]:
