@@ -29,7 +29,7 @@ from rules import Keys, Rule
 from runtime import UserError
 
 
-@dataclass
+@dataclass(eq=False)                                         # two that say the same are two
 class Request:
     """A prompt on its way, and what has become of it."""
     prompt: list[int]
@@ -98,8 +98,10 @@ class Engine:
             trace: Sequence[int] | None = None) -> Request:
         """Queue a prompt. One that cannot be served is refused alone: its `state` says why.
 
-        trace: the nth new token leaves after loop trace[n], whatever the rule says; the first has run all loops.
+        trace: the nth new token leaves after loop trace[n], whatever the rule says; the first has run all loops. Tokens
+        beyond its end leave by the rule.
         """
+        trace = None if trace is None else list(trace)
         request = Request(list(prompt), max_new_tokens, eos_id, trace, arrived=self.stats["passes"])
         size, n = self.model.config.vocab_size, len(request.prompt)
         if not n:
@@ -111,6 +113,8 @@ class Engine:
         elif n + max_new_tokens > self.max_len:
             request.state = (f"refused: {n} tokens of prompt and {max_new_tokens} new ones do not fit the "
                              f"{self.max_len} of a slot")
+        elif trace and not all(0 <= loop <= self.last for loop in trace):
+            request.state = f"refused: a loop of the trace is not between 0 and {self.last}"
         else:
             self.queue.append(request)
         return request
@@ -130,7 +134,9 @@ class Engine:
         """Yield (request, token, loop) as tokens come, until nothing is left to do. Requests may be added and cancelled
         in between."""
         while self.queue or any(self.owner):
-            yield from self.step()
+            for said in self.step():
+                if said[0].state != "cancelled":             # by the caller, since
+                    yield said
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                  eos_id: int | None = None) -> list[Request]:
@@ -187,8 +193,9 @@ class Engine:
         self.eos[slots] = torch.tensor([-1 if r.eos_id is None else r.eos_id for _, r in taken], device=self.device)
         for slot, request in taken:
             self.trace[slot] = c.n_loop
-            if request.trace is not None:
-                self.trace[slot, :len(request.trace)] = torch.tensor(request.trace, device=self.device)
+            if request.trace:
+                trace = torch.tensor(request.trace[:self.max_len], device=self.device)
+                self.trace[slot, :len(trace)] = trace
             self.owner[slot], request.state, request.started = request, "running", self.stats["passes"]
             self.stats["longest_wait"] = max(self.stats["longest_wait"], request.started - request.arrived)
         self.stats["prefill_tokens"] += sum(len(request.prompt) for _, request in taken)
