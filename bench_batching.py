@@ -109,11 +109,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def make_engine(variant: Variant, models: dict, rules: dict, config, max_len: int, watch: bool) -> Engine:
-    model, static = models[variant.merged], models[False].embed.weight.is_cuda
+    model = models[variant.merged]
     stage = config.head_rows or max(1, config.slots // 2)
     slots = config.slots + stage * (variant.head == "stage")
-    # A static engine's head runs for so many rows at every pass: "at once" is for all of them.
-    head = {"waits": 0, "now": slots if static else 1, "stage": stage}[variant.head]
+    head = {"waits": 0, "now": 1, "stage": stage}[variant.head]
     rule = rules[variant.keys] if variant.exits == "gate" else Rule()
     return (Watched if watch else Engine)(model, slots, max_len, rule, variant.keys, head, refill=variant.refill)
 

@@ -88,6 +88,7 @@ class Engine:
         self.queue: deque[Request] = deque()
         self.unread: deque = deque()                         # (owners, said) that the host has not read yet
         self.graphs: dict = {}
+        self.counts = fetch(new(2))                          # rows that wait for the head, and in flight: a pass ago
         self.stats = {"passes": 0, "rows": 0, "ghost_rows": 0, "head_runs": 0, "head_rows": 0, "prefill_tokens": 0,
                       "longest_wait": 0} | dict.fromkeys(("prefill_s", "block_s", "decision_s", "head_s"), 0.0)
 
@@ -149,22 +150,32 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[tuple[Request, int, int]]:
         """One pass, the head if it is its turn, and what the host has read since: (request, token, loop)."""
-        if self.head or not (self.loop >= 0).any():          # synchronous: new prompts wait for the batch as well
+        if self.head or not (self.loop > 0).any():           # synchronous: new prompts wait for the batch as well
             self.admit()
         self.timed("block_s", self.advance)
         self.timed("decision_s", self.part)
         self.stats["passes"] += 1
-        if self.static or self.head_has_its_turn():
+        if self.head_has_its_turn():
             self.timed("head_s", self.speak)
-            self.unread.append((list(self.owner), self.said.clone()))
+            self.unread.append((list(self.owner), *fetch(self.said)))
         out = []
         while len(self.unread) > self.static:
             out += self.read(*self.unread.popleft())
         return out
 
     def timed(self, name: str, work: Callable) -> None:
+        """Run a part of the step. On a GPU with fixed shapes as a CUDA graph: the first time as it is, which compiles
+        what it needs, the second time captured, from then on replayed."""
         began = time.perf_counter()
-        work()
+        if not (self.static and self.device.type == "cuda") or name not in self.graphs:
+            work()
+            self.graphs[name] = None
+        else:
+            if self.graphs[name] is None:
+                self.graphs[name] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graphs[name]):    # records, and runs nothing
+                    work()
+            self.graphs[name].replay()
         self.stats[name] += time.perf_counter() - began
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -253,14 +264,19 @@ class Engine:
                 kept[:, slot, later, self.pos] = own
 
     def head_has_its_turn(self) -> bool:
-        waiting, moving = (int((which >= 0).sum()) for which in (self.left, self.loop))
+        """With fixed shapes by the counts of the pass before, which the host need not wait for."""
+        if self.static and self.head <= 1:                   # for all slots at every pass
+            return True
+        counts = fetch(torch.stack([(self.left >= 0).sum(), (self.loop >= 0).sum()]))
+        now, self.counts = (self.counts if self.static else counts), counts
+        waiting, moving = read_back(*now)
         return waiting > 0 and (waiting >= self.head > 0 or not moving)
 
     def speak(self) -> None:
         """The head says the next tokens of rows that wait, the longest first, and they enter the first loop."""
         waiting = self.left >= 0
         if self.static:
-            rows = torch.where(waiting, self.waited, -1).topk(self.head or self.slots).indices
+            rows = torch.where(waiting, self.waited, -1).topk(self.head if self.head > 1 else self.slots).indices
             waiting = waiting & ~((self.loop >= 0).any() & (self.head == 0))
         else:
             rows = waiting.nonzero()[:, 0]
@@ -274,10 +290,10 @@ class Engine:
         self.made[rows] += valid
         self.ghost_pos[rows] = torch.where((valid & ended)[:, None], -1, self.ghost_pos[rows])
 
-    def read(self, owners: list[Request | None], said: Tensor) -> list[tuple[Request, int, int]]:
+    def read(self, owners: list[Request | None], said: Tensor, ready) -> list[tuple[Request, int, int]]:
         """Give the tokens to whom the slots belonged when they were said; free the slots of those that ended."""
         out = []
-        for slot, token, loop, ended in said.T.tolist():
+        for slot, token, loop, ended in zip(*read_back(said, ready), strict=True):
             request = owners[slot]
             if loop < 0 or request.state != "running":       # nothing was said; cancelled since
                 continue
@@ -289,3 +305,19 @@ class Engine:
         self.stats["head_runs"] += 1
         self.stats["head_rows"] += len(out)
         return out
+
+
+def fetch(t: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
+    """A copy of `t` on its way to the host, and the event that says when it is there. Nobody waits."""
+    if not t.is_cuda:
+        return t.clone(), None
+    host, ready = torch.empty_like(t, device="cpu", pin_memory=True), torch.cuda.Event()
+    host.copy_(t, non_blocking=True)
+    ready.record()
+    return host, ready
+
+
+def read_back(host: Tensor, ready) -> list:
+    if ready is not None:
+        ready.synchronize()
+    return host.tolist()

@@ -279,7 +279,7 @@ def test_a_static_pass_has_fixed_shapes_and_waits_for_nothing(i, monkeypatch):
 
 
 def test_the_host_reads_one_step_late(case):
-    late, at_once = case.engine(2, head=2, static=True), case.engine(2, head=1, static=False)
+    late, at_once = case.engine(2, head=1, static=True), case.engine(2, head=1, static=False)
     for engine in (late, at_once):
         for prompt in case.prompts[:3]:
             engine.add(prompt, 4)
@@ -357,7 +357,7 @@ def test_without_a_head_of_its_own_the_batch_waits_for_its_slowest(case, static)
         assert heard in (set(), speakers if static else begun - done)
         speakers = begun - {r for r in requests if r.state == "done"}
         assert not flying or all(new in (None, old) for new, old in zip(engine.owner, before, strict=True))
-    at_once, _ = with_head(case, 4, 4 if static else 1, static)
+    at_once, _ = with_head(case, 4, 1, static)
     at_once.generate(case.prompts, 6)
     assert engine.stats["passes"] > at_once.stats["passes"] * 1.1
     if not static:
