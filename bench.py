@@ -8,6 +8,10 @@
     python bench.py --what=loss --shape=gemma-2b --micro_batch=16  # the loss alone, in chunks and naive
     python bench.py --what=lora --shape=tinyllama --micro_batch=16  # training a layer: LoRA merged against separate
     python bench.py --what=decision --shape=gemma-2b              # an exit decision by each rule beside a block pass
+    python bench.py --what=batching --shape=small --loops=2 --ranks=0,64  # the engine: V0 to V5 on the same requests
+    python bench.py --what=batching --simulate                    # the paper's simulation, from its own times
+    python bench.py --what=decode                                 # one text after another, and transformers'
+    python bench.py --what=kernels --shape=gemma-2b --loops=2     # rows at different loops, rung by rung
 """
 
 import importlib.util
@@ -30,7 +34,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench_decode import bench_decision
+from bench_batching import bench_batching
+from bench_decode import bench_decision, bench_decode, bench_kernels
+from bench_simulate import bench_simulate
 from bench_training import GEMMA_2B, bench_lora, bench_loss, bench_train, by_comma
 from convert import svd_factors, to_hf, to_recursive, unroll
 from data import Texts, load_tokens, windows, write_shards
@@ -41,7 +47,8 @@ from sample import generate
 from tokenizer import Tokenizer, copy_tokenizer
 
 HERE = Path(__file__).parent
-What = Literal["convert", "svd", "scale", "tokenise", "train", "loss", "lora", "decision"]
+What = Literal["convert", "svd", "scale", "tokenise", "train", "loss", "lora", "decision", "batching", "decode",
+               "kernels"]
 
 
 @dataclass
@@ -55,16 +62,30 @@ class BenchConfig:
     inits: str = "stepwise,average,lower"  # convert: inits, by comma
     ranks: str = "0,16,64"                 # convert, train, lora: LoRA ranks, by comma; "full" is full rank (convert)
     tmp: str | None = None                 # scale, tokenise: folder with 10 GB to spare; not set = the system's
-    shape: Literal["donor", "gemma-2b", "tinyllama", "pythia-1b", "smollm2"] = "donor"  # train, ..., decision: of what
+    shape: Literal["donor", "small", "gemma-2b", "tinyllama", "pythia-1b", "smollm2"] = "donor"  # all below: of what
     vocab_sizes: str = "4096,256000"       # decision: sizes of the vocabulary, by comma
-    rows: str = "1,16"                     # decision: numbers of rows that are decoded together, by comma
+    vocab: int = 0                         # train, ..., kernels: words of the vocabulary; 0 = the shape's
+    rows: str = "1,16"                     # decision, decode, kernels: rows that are decoded together, by comma
     layers: int = 0                        # train, decision: keep so many of its layers, for a small machine; 0 = all
     width: int = 0                         # loss: of the hidden states, for a small machine; 0 = the shape's
     micro_batch: int = 8                   # train, loss, lora: sequences in a step
-    steps: int = 5                         # train, loss, lora, decision: steps that are timed, after two that are not
-    rounds: int = 1                        # train, loss, lora, tokenise: times that all cases are gone through; pooled
+    steps: int = 5                         # train, ..., kernels: steps that are timed, after two that are not
+    rounds: int = 1                        # train, ..., decode, tokenise: times that all cases are gone through; pooled
     compile: bool = False                  # train: also with torch.compile, ours and transformers'
-    device: str = "auto"                   # train, loss, lora, decision: auto, cpu, cuda
+    ckpt: str | None = None                # batching, decode: a checkpoint of ours; not set = random weights of --shape
+    slots: int = 8                         # batching: sequences at a time
+    requests: int = 0                      # batching: how many are served; 0 = four for each slot (simulated: 20,000)
+    prompt_len: int = 32                   # batching, decode: tokens of a prompt; batching: half to 1.5 times as many
+    new_tokens: int = 64                   # batching, decode: tokens that follow; batching: half to 1.5 times as many
+    mean_loops: float = 1.25               # batching: loops that tokens with drawn exits run on average
+    exit_prob: float | None = None         # batching: the chance to leave after each early loop, instead of mean_loops
+    exits: str = ""                        # batching: drawn, oracle, gate; not set = drawn, of a ckpt oracle,gate
+    keys: str = "exact,copy"               # batching: keys of tokens that left, by comma
+    head_rows: int = 0                     # batching: rows of the head where it is a stage; 0 = half the slots
+    simulate: bool = False                 # batching: no engine, but the paper's simulation, from times of a pass
+    times: str | None = None               # batching --simulate: JSON file of these times; not set = the paper's
+    plot: str | None = None                # batching: draw tokens/s to this file
+    device: str = "auto"                   # all from train on: auto, cpu, cuda
     save: str | None = None                # also append the JSON line to this file
 
 
@@ -236,7 +257,9 @@ def bench_tokenise(config: BenchConfig) -> dict:
 def main(argv=None):
     config = parse_args(BenchConfig, argv)
     benches = {"tokenise": bench_tokenise, "convert": bench_convert, "svd": bench_svd, "scale": bench_scale,
-               "train": bench_train, "loss": bench_loss, "lora": bench_lora, "decision": bench_decision}
+               "train": bench_train, "loss": bench_loss, "lora": bench_lora, "decision": bench_decision,
+               "batching": bench_simulate if config.simulate else bench_batching, "decode": bench_decode,
+               "kernels": bench_kernels}
     numbers = benches[config.what](config)
     numbers = {"what": config.what, "settings": asdict(config)} | run_info() | numbers
     print(json_line(numbers))

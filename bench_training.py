@@ -23,6 +23,8 @@ from train import Objective, TrainConfig, donor_config, make_optimizer
 GEMMA_2B = Config(vocab_size=256_000, n_layer=18, n_embd=2048, n_head=8, n_kv_head=1, head_dim=256, n_hidden=16384,
                   n_ctx=8192)
 SHAPES = {
+    "small": Config(vocab_size=32_768, n_layer=12, n_embd=1024, n_head=8, n_kv_head=1, head_dim=128, n_hidden=4096,
+                    n_ctx=2048),
     "gemma-2b": GEMMA_2B,
     "tinyllama": Config(vocab_size=32_000, n_layer=22, n_embd=2048, n_head=32, n_kv_head=4, head_dim=64, n_hidden=5632,
                         n_ctx=2048, arch="llama", norm_eps=1e-5, tie_head=False),
@@ -46,7 +48,7 @@ def by_comma(name: str, text: str) -> list[int]:
 # Training: every case in a process of its own, so that its memory is its own, and given back
 
 def shape_of(config) -> Config:
-    """The full-size model to train. Raises UserError for settings that nothing can be measured with."""
+    """The full-size model to measure. Raises UserError for settings that nothing can be measured with."""
     for name in ("seq_len", "micro_batch", "steps", "rounds"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name}={getattr(config, name)} must be positive")
@@ -54,7 +56,10 @@ def shape_of(config) -> Config:
     if not 0 <= config.layers <= shape.n_layer:
         raise UserError(f"--layers={config.layers}, but --shape={config.shape} has {shape.n_layer} of them; "
                         f"use 1 to {shape.n_layer}, or 0 for all")
-    return replace(shape, n_layer=config.layers or shape.n_layer, n_loop=1, rank=0)
+    if config.vocab < 0:
+        raise UserError(f"--vocab={config.vocab} must be positive, or 0 for the shape's own")
+    return replace(shape, n_layer=config.layers or shape.n_layer, n_loop=1, rank=0,
+                   vocab_size=config.vocab or shape.vocab_size)
 
 
 def apart(measure: Callable, *args) -> dict:

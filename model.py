@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels import decode_attention, linear_rows
 from runtime import UserError, recover_folder, replace_folder
 
 
@@ -85,8 +86,8 @@ def loop_vector(size: int, fill: float, config: Config) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, fill))
 
 
-def of_loop(p: Tensor, loop: int) -> Tensor:
-    """The vector (C,) that `loop` uses."""
+def of_loop(p: Tensor, loop: int | Tensor) -> Tensor:
+    """The vector (C,) that `loop` uses, or (M, C) where rows stand at loops (M,) of their own."""
     return p if p.dim() == 1 else p[loop]
 
 
@@ -99,12 +100,17 @@ class Norm(nn.Module):
         self.weight = loop_vector(config.n_embd, 0.0 if config.arch == "gemma" else 1.0, config)
         self.bias = loop_vector(config.n_embd, 0.0, config) if config.arch == "gpt_neox" else None
 
-    def forward(self, x: Tensor, loop: int) -> Tensor:
+    def forward(self, x: Tensor, loop: int | Tensor) -> Tensor:
         w = of_loop(self.weight, loop)
         if self.arch == "gpt_neox":
-            return F.layer_norm(x, self.size, w, of_loop(self.bias, loop), self.eps)
+            bias = of_loop(self.bias, loop)
+            if w.dim() == 1:
+                return F.layer_norm(x, self.size, w, bias, self.eps)
+            return F.layer_norm(x, self.size, eps=self.eps) * w + bias
         if self.arch == "gemma":  # Gemma stores w - 1, multiplies in fp32 and casts last
-            return F.rms_norm(widen(x), self.size, 1.0 + widen(w), self.eps).type_as(x)
+            if w.dim() == 1:
+                return F.rms_norm(widen(x), self.size, 1.0 + widen(w), self.eps).type_as(x)
+            return (F.rms_norm(widen(x), self.size, eps=self.eps) * (1.0 + widen(w))).type_as(x)
         return F.rms_norm(widen(x), self.size, None, self.eps).type_as(x) * w  # Llama casts first
 
 
@@ -127,7 +133,11 @@ class RelaxedLinear(nn.Module):
         delta = widen(self.lora_b[loop]) @ widen(self.lora_a[loop])
         return (widen(self.weight) + delta).type_as(self.weight)
 
-    def forward(self, x: Tensor, loop: int) -> Tensor:
+    def forward(self, x: Tensor, loop: int | Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out), all of it at one loop, or rows x (M, d_in) each at its own (M,)."""
+        if isinstance(loop, Tensor):
+            a, b = (self.lora_a, self.lora_b) if self.rank else (None, None)
+            return linear_rows(x, self.weight, a, b, loop, self.bias)
         bias = of_loop(self.bias, loop) if self.bias is not None else None
         d_out, d_in = self.weight.shape
         tokens = x.numel() // d_in
@@ -187,6 +197,26 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).type_as(x)
 
 
+class SlotCache:
+    """Keys and values of sequences that stand at different loops and positions, one in each slot (engine.py).
+
+    Of every stored layer (slots + 1, n_loop, max_len, K, D): a row finds its own by slot and loop. The slot beyond the
+    last takes what idle rows write.
+    """
+
+    def __init__(self, config: Config, slots: int, max_len: int, device="cpu", dtype=torch.float32):
+        shape = (config.n_unique, slots + 1, config.n_loop, max_len, config.n_kv_head, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.slot = self.pos = torch.zeros(0, dtype=torch.long, device=device)  # (M,) of the rows in the coming pass
+
+    def attend(self, i: int, loop: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep k, v (M, K, D) of the rows in layer i; returns what q (M, H, D) finds in their slots and loops."""
+        self.k[i].index_put_((self.slot, loop, self.pos), k)
+        self.v[i].index_put_((self.slot, loop, self.pos), v)
+        return decode_attention(q, self.k[i], self.v[i], self.slot, loop, self.pos + 1)
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -197,20 +227,23 @@ class Attention(nn.Module):
         self.v = RelaxedLinear(C, config.n_kv_head * D, config, bias)
         self.o = RelaxedLinear(config.n_head * D, C, config, bias)
 
-    def forward(self, x: Tensor, rope, loop: int, depth: int, cache: KVCache | None) -> Tensor:
-        B, T, _ = x.shape
-        q = rotate(self.q(x, loop).view(B, T, -1, self.head_dim), rope)  # (B, T, H, D)
-        k = rotate(self.k(x, loop).view(B, T, -1, self.head_dim), rope)  # (B, T, K, D)
-        v = self.v(x, loop).view(B, T, -1, self.head_dim)                # (B, T, K, D)
+    def forward(self, x: Tensor, rope, loop: int | Tensor, depth: int, cache) -> Tensor:
+        *batch, _ = x.shape                                              # (B, T), or (M,) rows at their own loops
+        q = rotate(self.q(x, loop).view(*batch, -1, self.head_dim), rope)  # (B, T, H, D)
+        k = rotate(self.k(x, loop).view(*batch, -1, self.head_dim), rope)  # (B, T, K, D)
+        v = self.v(x, loop).view(*batch, -1, self.head_dim)                # (B, T, K, D)
+        if isinstance(loop, Tensor):
+            return self.o(cache.attend(depth, loop, q, k, v).flatten(1), loop)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                 # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(depth, k, v)                             # (B, K, past + T, D)
-        past, mask = k.size(2) - T, None
+        T, mask = q.size(2), None
+        past = k.size(2) - T
         if past and T > 1:  # is_causal would align the mask to the wrong corner
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         causal, grouped = T > 1 and not past, q.size(1) != k.size(1)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1), loop)         # (B, T, C)
+        return self.o(y.transpose(1, 2).flatten(2), loop)                # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -276,15 +309,17 @@ class RecursiveTransformer(nn.Module):
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
         return x
 
-    def block(self, x: Tensor, loop: int, cache: KVCache | None = None) -> Tensor:
-        """The stored layers, run once as loop number `loop`, on states x (B, T, C)."""
-        start = cache.lengths[loop] if cache is not None else 0
-        rope = rope_angles(torch.arange(start, start + x.size(1), device=x.device), self.config)
+    def block(self, x: Tensor, loop: int | Tensor, cache: "KVCache | SlotCache | None" = None) -> Tensor:
+        """The stored layers, run once as loop number `loop`, on states x (B, T, C); or on rows x (M, C) which stand at
+        loops (M,) of their own, with a SlotCache that knows their slots and positions."""
+        mixed = isinstance(loop, Tensor)
+        start = cache.lengths[loop] if cache is not None and not mixed else 0
+        rope = rope_angles(cache.pos if mixed else torch.arange(start, start + x.size(1), device=x.device), self.config)
         for i, layer in enumerate(self.layers):
-            place = rope, loop, loop * self.config.n_unique + i, cache
+            place = rope, loop, i if mixed else loop * self.config.n_unique + i, cache
             # The reentrant kind would hand a shared weight's gradient to DDP once per loop, and DDP refuses that.
             x = checkpoint(layer, x, *place, use_reentrant=False) if self.checkpointing else layer(x, *place)
-        if cache is not None:
+        if cache is not None and not mixed:
             cache.lengths[loop] += x.size(1)
         return x
 

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [part.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S)
             for line in block.splitlines() for part in line.split("&&") if not part.strip().startswith("pip ")]
+BLOCKS = {word: block for block in re.findall(r"```python\n(.*?)```", README, re.S)
+          for word in ("Engine", "unroll") if word in block}
 SMALL = {  # added to a command: the last of two equal flags counts
     "train.py": "--tokens=1024 --batch_tokens=512 --micro_batch=1 --seq_len=64 --eval_tokens=256 --log_every=1",
     "sample.py": "--max_new_tokens=8", "convert.py": "", "data.py": "", "evaluate.py": "--tokens=512 --keys=exact",
@@ -65,9 +67,16 @@ def test_command_runs(clone, command):
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
+def test_what_the_exits_left_is_served(clone, monkeypatch):
+    """The block about the engine, on what the commands above it made."""
+    monkeypatch.chdir(clone)
+    exec(BLOCKS["Engine"], names := {})
+    assert [(r.state, len(r.tokens)) for r in names["requests"]] == 2 * [("done", 20)]
+
+
 def test_python_block_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    block = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    block = BLOCKS["unroll"]
     names = {"idx": torch.randint(0, 4096, (1, 8))}
     with torch.no_grad():
         exec(block, names)

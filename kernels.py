@@ -1,0 +1,380 @@
+"""
+Linear maps and attention for decoding a batch whose rows stand at different loops (continuous depth-wise batching).
+
+One row is one token of one sequence; `loop` says, row by row, which loop of the shared block it stands at, so which
+LoRA (A_l, B_l) and which part of the cache are its own. Loop -1 is an idle row: its result is zeros, whatever it held.
+
+Each operation is a ladder, every rung held to the one before it:
+
+    *_spec      the specification in torch: readable and slow
+    *_concat    the torch path (CPU, fp64, no Triton): LoRAs of all loops stacked to one of rank n_loop * R, and masked;
+                for attention *_sdpa, masked where a row's length ends
+    *_triton    runs through all the depths with row masks: no sorting, no tables, nothing for the host to wait on
+
+Grids and tiles depend on shapes alone, so a CUDA graph may hold any of it, and every sum has a fixed order that knows
+neither the number of rows nor the other rows: a row alone gives, bit by bit, what it gives in a mixed batch.
+
+Shapes in comments: M rows, C width in, O width out, R LoRA rank, H query heads, K key/value heads, D head size,
+S slots (one sequence each), T positions of a slot. Inside the GEMM kernels: N and K, the widths out and in.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+    jit = partial(triton.jit, do_not_specialize=["M"])  # one compilation for all batch sizes of a tile
+except ImportError:  # no wheel for this system: the torch paths remain
+    triton, jit = None, lambda kernel: kernel
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What callers use
+
+def runs_triton(x: Tensor) -> bool:
+    """The one place that chooses: Triton's kernels sum in fp32, so fp64 keeps to torch."""
+    return triton is not None and x.is_cuda and x.dtype != torch.float64
+
+
+def lora_rows(x: Tensor, a: Tensor, b: Tensor, loop: Tensor) -> Tensor:
+    """B_l A_l x (M, O) with each row's own l: x (M, C), a (n_loop, R, C), b (n_loop, O, R), loop (M,) of -1 … n_loop-1.
+
+    A loop beyond n_loop-1 is not looked for (the host would have to wait): no use may be made of such a row.
+    """
+    assert a.shape == (len(b), b.size(2), x.size(1)) and len(loop) == len(x), shapes(x, a, b, loop)
+    return (lora_rows_triton if runs_triton(x) else lora_rows_concat)(x, a, b, loop)
+
+
+def linear_rows(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, loop: Tensor,
+                bias: Tensor | None = None) -> Tensor:
+    """W'x + B_l A_l x + bias (M, O) with each row's own l: as `lora_rows`, w (O, C), bias (O,) or (n_loop, O).
+
+    a and b None is rank 0: W'x + bias, on a GPU still in tiles that do not change with the rows beside.
+    """
+    assert x.size(1) == w.size(1) and len(loop) == len(x), shapes(x, w, loop)
+    assert bias is None or bias.size(-1) == len(w), shapes(w, bias)
+    assert a is None or a.shape == (len(b), b.size(2), x.size(1)) and b.size(1) == len(w), shapes(x, w, a, b)
+    return (linear_rows_triton if runs_triton(x) else linear_rows_concat)(x, w, a, b, loop, bias)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop: Tensor, length: Tensor) -> Tensor:
+    """Softmax attention (M, H, D) of one query per row over the first `length` positions of its slot and loop.
+
+    q (M, H, D); k, v (S, n_loop, T, K, D) in any strides, H a multiple of K; slot, loop, length (M,), length at most T.
+    Length 0 is an idle row as well. What the cache holds from `length` on is never used, NaN or not.
+    """
+    assert k.shape == v.shape and q.size(2) == k.size(4) and q.size(1) % k.size(3) == 0, shapes(q, k, v)
+    assert len(q) == len(slot) == len(loop) == len(length), shapes(q, slot, loop, length)
+    return (decode_attention_triton if runs_triton(q) else decode_attention_sdpa)(q, k, v, slot, loop, length)
+
+
+def shapes(*tensors: Tensor) -> str:
+    return "shapes do not fit: " + ", ".join(str(tuple(t.shape)) for t in tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles: committed, not tuned at run time. What orders a sum (block_k, splits) knows N, K and R only, never M.
+
+SMS = 132           # an H100's; a launch should give each one something to read
+BLOCK_R = 64        # of the rank, held at a time
+SPLIT_T = 256       # positions that one program of the attention reads
+
+
+def gemm_tiles(n: int, k: int, copies: int = 1) -> tuple[int, int, int]:
+    """(block_n, block_k, splits of k) to multiply rows by a weight (n, k), when `copies` of it are read together."""
+    block_n, block_k = (128, 64) if n > 8192 else (64, 128)  # 16 KB of weight either way; wide maps read x less often
+    splits = 1
+    while 2 * splits * copies * -(-n // block_n) <= SMS and k >= 2 * splits * 256:
+        splits *= 2
+    return block_n, block_k, -(-k // share(k, splits, block_k))
+
+
+def row_tile(m: int) -> int:
+    """Rows per tile. Weights are the tensor cores' left side (64 at a time), so rows need no padding to 64."""
+    return 16 if m <= 16 else 64 if m <= 64 else 128
+
+
+def attention_tiles(d: int) -> int:
+    """Positions that the attention holds at a time, for heads of size d."""
+    return 64 if d > 128 else 128
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear maps: specification and torch path
+
+def lora_rows_spec(x: Tensor, a: Tensor, b: Tensor, loop: Tensor) -> Tensor:
+    own = loop.clamp(min=0)
+    y = torch.bmm(b[own], torch.bmm(a[own], x[:, :, None]))[:, :, 0]        # (M, O, R) (M, R, C) (M, C, 1): (M, O)
+    return y.masked_fill(loop[:, None] < 0, 0)
+
+
+def linear_rows_spec(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, loop: Tensor,
+                     bias: Tensor | None = None) -> Tensor:
+    y = torch.bmm(w.expand(len(x), -1, -1), x[:, :, None])[:, :, 0]         # (M, O)
+    if a is not None:
+        y = y + lora_rows_spec(x, a, b, loop)
+    if bias is not None:
+        y = y + (bias if bias.dim() == 1 else bias[loop.clamp(min=0)])
+    return y.masked_fill(loop[:, None] < 0, 0)
+
+
+def lora_rows_concat(x: Tensor, a: Tensor, b: Tensor, loop: Tensor) -> Tensor:
+    """Two GEMMs around a mask, as in the paper. The second reads b as (O, n_loop * R): no copy is made where that is
+    how b lies in memory, as b = stacked.view(O, n_loop, R).transpose(0, 1)."""
+    n_loop, rank, _ = a.shape
+    z = F.linear(x, a.flatten(0, 1)).unflatten(1, (n_loop, rank))           # (M, n_loop, R)
+    own = loop[:, None, None] == torch.arange(n_loop, device=x.device)[:, None]
+    z = torch.where(own, z, 0).flatten(1)                                   # where, not times: an idle row may be NaN
+    return F.linear(z, b.transpose(0, 1).flatten(1))
+
+
+def linear_rows_concat(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, loop: Tensor,
+                       bias: Tensor | None = None) -> Tensor:
+    y = F.linear(x, w, bias if bias is not None and bias.dim() == 1 else None)
+    if a is not None:
+        y = y + lora_rows_concat(x, a, b, loop)
+    if bias is not None and bias.dim() == 2:
+        y = y + bias[loop.clamp(min=0)]
+    return torch.where(loop[:, None] >= 0, y, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear maps: Triton. Tiles lie weights × rows, the product transposed: x fills the side that may be as narrow as 16.
+
+@jit
+def _dot(left, right, acc):
+    """acc + left right, in fp32."""
+    if INTERPRET:  # the interpreter multiplies bf16 as if it were integers
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision="ieee")
+
+
+@jit
+def _finish(y, row_loop, n, bias, bias_l, N):
+    """y plus the bias of each row's loop; zeros where the row is idle."""
+    if bias is not None:
+        y += tl.load(bias + tl.maximum(row_loop, 0) * bias_l + n, n < N, other=0.0).to(tl.float32)
+    return tl.where(row_loop >= 0, y, 0.0)
+
+
+@jit
+def _shrink(x, a, loops, z, M, R, K, x_m, a_l, a_r, z_s, k_chunk,
+            BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """z[split, m] = A_l x[m] over the split's share of K. Each program has one loop and writes the rows that stand
+    there, so no two write the same place; idle rows stay unwritten."""
+    tiles = tl.cdiv(R, BLOCK_R)
+    loop = tl.program_id(0) // tiles
+    r = (tl.program_id(0) % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(2)
+    here = tl.load(loops + m, m < M, other=-1) == loop
+    if tl.max(here.to(tl.int32), 0) > 0:
+        acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+        for k0 in range(split * k_chunk, tl.minimum((split + 1) * k_chunk, K), BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            at = tl.load(a + loop * a_l + r[:, None] * a_r + k[None, :], (r < R)[:, None] & (k < K)[None, :], other=0.0)
+            xt = tl.load(x + m[None, :] * x_m + k[:, None], here[None, :] & (k < K)[:, None], other=0.0)
+            acc = _dot(at, xt, acc)
+        tl.store(z + split * z_s + m[None, :] * R + r[:, None], acc, here[None, :] & (r < R)[:, None])
+
+
+@jit
+def _linear(x, w, z, b, loops, bias, y, M, N, K, R, n_loop, x_m, w_n, b_l, b_n, bias_l, y_s, k_chunk, r_chunk,
+            PARTIAL: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """y[m] = W x[m] (unless w is None) + B_l z[m] in one accumulator, or the split's share of both sums."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(2)
+    row_loop = tl.load(loops + m, m < M, other=-1)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if w is not None:
+        for k0 in range(split * k_chunk, tl.minimum((split + 1) * k_chunk, K), BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            wt = tl.load(w + n.to(tl.int64)[:, None] * w_n + k[None, :], (n < N)[:, None] & (k < K)[None, :], other=0.0)
+            xt = tl.load(x + m[None, :] * x_m + k[:, None], (m < M)[None, :] & (k < K)[:, None], other=0.0)
+            acc = _dot(wt, xt, acc)
+    if z is not None:
+        for loop in range(n_loop):
+            here = row_loop == loop
+            if tl.max(here.to(tl.int32), 0) > 0:  # no row of the tile there: B_l need not be read, it would add zeros
+                for r0 in range(split * r_chunk, tl.minimum((split + 1) * r_chunk, R), BLOCK_R):
+                    r = r0 + tl.arange(0, BLOCK_R)
+                    in_b, in_z = (n < N)[:, None] & (r < R)[None, :], here[None, :] & (r < R)[:, None]
+                    bt = tl.load(b + loop * b_l + n[:, None] * b_n + r[None, :], in_b, other=0.0)
+                    zt = tl.load(z + m[None, :] * R + r[:, None], in_z, other=0.0)
+                    acc = _dot(bt, zt, acc)
+    if not PARTIAL:
+        acc = _finish(acc, row_loop[None, :], n[:, None], bias, bias_l, N)
+    tl.store(y + split * y_s + m[None, :] * N + n[:, None], acc, (m < M)[None, :] & (n < N)[:, None])
+
+
+@jit
+def _sum_splits(part, loops, bias, y, N, bias_l, part_s, splits, BLOCK_N: tl.constexpr):
+    """y[m] = part[0, m] + part[1, m] + …, always in this order."""
+    m = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for split in range(splits):
+        acc += tl.load(part + split * part_s + m * N + n, n < N, other=0.0)
+    tl.store(y + m * N + n, _finish(acc, tl.load(loops + m), n, bias, bias_l, N), n < N)
+
+
+def lora_rows_triton(x: Tensor, a: Tensor, b: Tensor, loop: Tensor) -> Tensor:
+    return expand_rows(x, None, shrink_rows(x, a, loop), b, loop, None)
+
+
+def linear_rows_triton(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, loop: Tensor,
+                       bias: Tensor | None = None) -> Tensor:
+    return expand_rows(x, w, None if a is None else shrink_rows(x, a, loop), b, loop, bias)
+
+
+def shrink_rows(x: Tensor, a: Tensor, loop: Tensor) -> Tensor:
+    """A_l x (M, R) in x's dtype, rounded once; what idle rows hold is not defined."""
+    x, a, loop = along_rows(x), along_rows(a), loop.contiguous()
+    (m, k), (n_loop, rank, _) = x.shape, a.shape
+    block_r, block_k, splits = gemm_tiles(rank, k, copies=2)                # commonly two loops have rows
+    z = x.new_empty(m, rank)
+    part = z if splits == 1 else x.new_empty(splits, m, rank, dtype=torch.float32)
+    block_m = row_tile(m)
+    _shrink[n_loop * -(-rank // block_r), -(-m // block_m), splits](
+        x, a, loop, part, m, rank, k, x.stride(0), *a.stride()[:2], m * rank, share(k, splits, block_k),
+        BLOCK_M=block_m, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=4, num_stages=4)
+    if splits > 1:
+        _sum_splits[m, -(-rank // 1024)](part, loop, None, z, rank, 0, m * rank, splits, BLOCK_N=1024)
+    return z
+
+
+def expand_rows(x: Tensor, w: Tensor | None, z: Tensor | None, b: Tensor | None, loop: Tensor,
+                bias: Tensor | None) -> Tensor:
+    """W x + B_l z + bias (M, O), without the parts that are None."""
+    x, loop = along_rows(x), loop.contiguous()
+    (m, k), (n_loop, n, rank) = x.shape, b.shape if z is not None else (0, len(w), 0)
+    block_n, block_k, splits = gemm_tiles(n, k) if w is not None else (64, 64, 1)
+    block_m = row_tile(m)
+    w, b, bias = (along_rows(t) if t is not None else None for t in (w, b, bias))
+    w_n, b_l, b_n = w.stride(0) if w is not None else 0, *(b.stride()[:2] if z is not None else (0, 0))
+    bias_l = bias.stride(0) if bias is not None and bias.dim() == 2 else 0
+    y = x.new_empty(m, n)
+    part = y if splits == 1 else x.new_empty(splits, m, n, dtype=torch.float32)
+    _linear[-(-n // block_n), -(-m // block_m), splits](
+        x, w, z, b, loop, bias if splits == 1 else None, part, m, n, k, rank, n_loop, x.stride(0), w_n, b_l, b_n,
+        bias_l, m * n, share(k, splits, block_k), share(rank, splits, BLOCK_R), PARTIAL=splits > 1,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=BLOCK_R,
+        num_warps=8 if block_m * block_n > 64 * 128 else 4, num_stages=4)   # four warps would spill registers
+    if splits > 1:
+        _sum_splits[m, -(-n // 1024)](part, loop, bias, y, n, bias_l, m * n, splits, BLOCK_N=1024)
+    return y
+
+
+def share(total: int, splits: int, block: int) -> int:
+    """How much of `total` each split takes: whole blocks."""
+    return -(-total // (splits * block)) * block
+
+
+def along_rows(t: Tensor) -> Tensor:
+    """`t` with its last dimension dense, as the kernels read it; anything else is copied."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention: specification and torch path
+
+def decode_attention_spec(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop: Tensor, length: Tensor) -> Tensor:
+    y, group = torch.zeros_like(q), q.size(1) // k.size(3)
+    for m in range(len(q)):
+        if loop[m] < 0 or length[m] == 0:
+            continue
+        for h in range(q.size(1)):
+            keys, values = (c[slot[m], loop[m], :length[m], h // group] for c in (k, v))    # (length, D)
+            y[m, h] = torch.softmax(keys @ q[m, h] / q.size(2)**0.5, dim=0) @ values
+    return y
+
+
+def decode_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop: Tensor, length: Tensor) -> Tensor:
+    place = slot.clamp(min=0), loop.clamp(min=0)
+    active = (loop >= 0) & (length > 0)                                     # (M,)
+    seen = torch.arange(k.size(2), device=q.device) < length[:, None]       # (M, T)
+    k, v = (torch.where(seen[:, :, None, None], c[place], 0).transpose(1, 2) for c in (k, v))  # (M, K, T, D), 0 * NaN
+    mask = (seen | ~active[:, None])[:, None, None]                         # idle rows see zeros, not nothing: no NaN
+    y = F.scaled_dot_product_attention(q[:, :, None], k, v, mask, enable_gqa=True)[:, :, 0]
+    return torch.where(active[:, None, None], y, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention: Triton. Pass one: each program reads SPLIT positions of one row and key head, for all query heads on it.
+# Pass two merges a row's splits, first to last. Splits are a fixed size, so a row's sums know nothing of the others.
+
+@jit
+def _attend(q, k, v, slots, loops, lengths, part, top, total, q_m, q_h, k_s, k_l, k_t, k_h, k_d,
+            v_s, v_l, v_t, v_h, v_d, scale, D, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+            BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of one split: `top`, the highest q k; `total`, the sum of p = exp2((q k - top) scale); `part`, the sum of p v."""
+    m, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    loop = tl.load(loops + m).to(tl.int64)
+    end = tl.where(loop < 0, 0, tl.load(lengths + m))
+    if split * SPLIT < end:  # beyond it nothing is read or written, and _merge does not look there
+        slot = tl.load(slots + m).to(tl.int64)
+        k += slot * k_s + loop * k_l + head * k_h
+        v += slot * v_s + loop * v_l + head * v_h
+        g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+        h = head * GROUP + g
+        heads = (g < GROUP)[:, None] & (d < D)[None, :]
+        qt = tl.load(q + m * q_m + h[:, None] * q_h + d[None, :], heads, other=0.0)
+        high = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+        norm = tl.zeros((BLOCK_G,), tl.float32)
+        acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+        for t0 in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, end), BLOCK_T):
+            t = t0 + tl.arange(0, BLOCK_T)
+            kt = tl.load(k + t[None, :] * k_t + d[:, None] * k_d, (t < end)[None, :] & (d < D)[:, None], other=0.0)
+            score = _dot(qt, kt, tl.zeros((BLOCK_G, BLOCK_T), tl.float32))
+            score = tl.where((t < end)[None, :], score, float("-inf"))
+            higher = tl.maximum(high, tl.max(score, 1))
+            p, fade = tl.exp2((score - higher[:, None]) * scale), tl.exp2((high - higher) * scale)  # exact, then scaled
+            vt = tl.load(v + t[:, None] * v_t + d[None, :] * v_d, (t < end)[:, None] & (d < D)[None, :], other=0.0)
+            acc = _dot(p.to(vt.dtype), vt, acc * fade[:, None])
+            norm, high = norm * fade + tl.sum(p, 1), higher
+        place = (m * tl.num_programs(1) * GROUP + h) * tl.num_programs(2) + split
+        tl.store(part + place[:, None] * D + d[None, :], acc, heads)
+        tl.store(top + place, high, g < GROUP)
+        tl.store(total + place, norm, g < GROUP)
+
+
+@jit
+def _merge(part, top, total, loops, lengths, y, scale, D, splits, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
+    m, h = tl.program_id(0), tl.program_id(1)
+    end = tl.where(tl.load(loops + m) < 0, 0, tl.load(lengths + m))
+    d = tl.arange(0, BLOCK_D)
+    row = m * tl.num_programs(1) + h
+    high, norm, acc = float("-inf"), 0.0, tl.zeros((BLOCK_D,), tl.float32)
+    for split in range(tl.cdiv(end, SPLIT)):
+        place = row * splits + split
+        here = tl.load(top + place)
+        higher = tl.maximum(high, here)
+        fade, weight = tl.exp2((high - higher) * scale), tl.exp2((here - higher) * scale)
+        acc = acc * fade + tl.load(part + place * D + d, d < D, other=0.0) * weight
+        norm, high = norm * fade + tl.load(total + place) * weight, higher
+    tl.store(y + row * D + d, tl.where(end > 0, acc / norm, 0.0), d < D)
+
+
+def decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop: Tensor, length: Tensor) -> Tensor:
+    q, slot, loop, length = along_rows(q), slot.contiguous(), loop.contiguous(), length.contiguous()
+    (m, h, d), n_head = q.shape, k.size(3)
+    splits, group, block_d = -(-k.size(2) // SPLIT_T), h // n_head, max(16, triton.next_power_of_2(d))
+    part = q.new_empty(m, h, splits, d, dtype=torch.float32)
+    top, total = part.new_empty(m, h, splits), part.new_empty(m, h, splits)
+    y, scale = q.new_empty(m, h, d), math.log2(math.e) / d**0.5             # exp(x) is exp2(x log2(e))
+    _attend[m, n_head, splits](
+        q, k, v, slot, loop, length, part, top, total, *q.stride()[:2], *k.stride(), *v.stride(),
+        scale, d, GROUP=group, SPLIT=SPLIT_T, BLOCK_T=attention_tiles(d),
+        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d, num_warps=4, num_stages=2)
+    _merge[m, h](part, top, total, loop, length, y, scale, d, splits, SPLIT=SPLIT_T, BLOCK_D=block_d)
+    return y

@@ -1,0 +1,578 @@
+"""The engine against sequential decoding: whatever comes, waits, is cancelled or leaves early, every sequence says the
+same. And that no place of the cache is written twice, missed or left over from another; that nothing waits for the
+host; that a stream is served in its order, for long, and whatever it asks."""
+
+import gc
+import math
+import random
+from collections import Counter, deque
+
+import pytest
+import torch
+from test_exits import draw_gate, scores
+from test_model import ARCHS, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import Engine, Request
+from exits import decode, likeliest
+from model import SlotCache
+from rules import SCORED, Rule
+from runtime import UserError
+
+V, STEPS, NAN = 53, 6, float("nan")
+each_policy = pytest.mark.parametrize("keys", ["exact", "copy"])
+each_mode = pytest.mark.parametrize("static", [False, True])
+
+
+def draw_model(seed, n_loop, arch="llama", **changes):
+    """A model so small that a pass is all overhead, with weights so large that what a token says hangs on every key."""
+    size = {"n_layer": n_loop, "n_loop": n_loop, "n_embd": 16, "n_hidden": 20, "vocab_size": V, "n_ctx": 32}
+    model = tiny(arch, seed, **size | changes).double()
+    for p in model.layers.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model.requires_grad_(False)
+
+
+class Replay:
+    """For `decode`: the nth new token leaves after trace[n], later ones by the rule. The first was never asked."""
+
+    def __init__(self, trace, rule):
+        self.trace, self.rule, self.n, self.reads_logits = trace, rule, 0, rule.reads_logits
+
+    def __call__(self, x, loop, logits=None):
+        self.n += loop == 0
+        if self.n < len(self.trace):
+            return torch.full(x.shape[:-1], loop >= self.trace[self.n])
+        return self.rule(x, loop, logits)
+
+
+class Case:
+    """A model, a rule, prompts, and what `decode` makes of them."""
+
+    def __init__(self, model, rule=None, keys="exact", prompts=((1, 2, 3),), traces=(None,)):
+        self.model, self.rule, self.keys, self.prompts, self.traces = model, rule or Rule(), keys, prompts, traces
+        self.known = {}
+
+    def decoded(self, prompt, steps, eos_id=None, trace=None):
+        """([token], [loop]), as the engine should give them."""
+        key = tuple(prompt), None if trace is None else tuple(trace)
+        if len(self.known.get(key, ())) < steps:
+            rule = self.rule if trace is None else Replay(trace, self.rule)
+            out = decode(self.model, torch.tensor([prompt]), max(steps, STEPS), rule, self.keys)
+            self.known[key] = [(token.item(), loop.item()) for token, loop in out]
+        out = self.known[key][:steps]
+        ends = [token for token, _ in out].index(eos_id) + 1 if eos_id in [token for token, _ in out] else steps
+        return [token for token, _ in out[:ends]], [loop for _, loop in out[:ends]]
+
+    def check(self, request):
+        tokens, loops = self.decoded(request.prompt, request.max_new_tokens, request.eos_id, request.trace)
+        if request.state == "cancelled":
+            tokens, loops = tokens[:len(request.tokens)], loops[:len(request.loops)]
+        else:
+            assert request.state == "done"
+        assert (request.tokens, request.loops) == (tokens, loops)
+
+    def engine(self, slots=3, max_len=24, **options):
+        return Engine(self.model, slots, max_len, self.rule, self.keys, **options)
+
+
+def draw_case(i):
+    """Nineteen with exact keys and nineteen with copied ones: each rule with 2, 3 and 4 loops, and one loop."""
+    torch.manual_seed(i)
+    rng, (copied, j) = random.Random(i), divmod(i, 19)
+    (kind, n_loop), keys = (divmod(j, 3) if j < 18 else (0, -1)), ("exact", "copy")[copied]
+    model = draw_model(i, n_loop + 2, list(ARCHS)[(i + j // 3) % 3], rank=(0, 3)[j % 2],
+                       vectors=("tied", "per_loop")[(i + j // 6) % 2], n_layer=(n_loop + 2) * (1 + (i % 6 == 1)))
+    rule = Rule(("never", "fixed", *SCORED)[kind], exit_loop=rng.randrange(n_loop + 1) if kind else 0)
+    if kind > 1:
+        rule.gate = draw_gate(model)
+        found = scores(model, rule, (2, 24))
+        at = rng.randrange(len(found) // 5, len(found) * 4 // 5)
+        rule.threshold = found[at:at + 2].mean().item()
+    prompts = [[rng.randrange(V) for _ in range(n)] for n in (1, rng.randint(2, 4), rng.randint(5, 9))]
+    traces = [None, None, [rng.randrange(n_loop + 2) for _ in range(rng.randint(1, STEPS + 3))]]
+    return Case(model, rule, keys, prompts, traces)
+
+
+def poison(engine):
+    """What a free slot holds, and what the pass before made, is nobody's business."""
+    engine.y.fill_(NAN)
+    for slot, owner in enumerate(engine.owner):
+        if owner is None:
+            engine.cache.k[:, slot] = engine.cache.v[:, slot] = engine.x[slot] = engine.ghost_x[slot] = NAN
+
+
+def random_schedule(case, rng):
+    """Requests come at any time, some are cancelled; an engine serves them. Returns (it, the requests)."""
+    plan, requests = [], []
+    for _ in range(rng.choice((1, 2, 2, 3, 4))):
+        prompt, trace, steps = rng.choice(case.prompts), rng.choice(case.traces), rng.randint(1, STEPS)
+        eos_id = rng.choice([None, None, *case.decoded(prompt, STEPS, trace=trace)[0]])
+        plan.append((prompt, steps, eos_id, trace))
+    slots = rng.randint(1, 4)
+    engine = case.engine(slots, max(len(prompt) + steps for prompt, steps, *_ in plan), head=rng.randint(0, slots),
+                         static=rng.random() < 0.35, refill=rng.random() < 0.85)
+    engine.cache.k.fill_(NAN)
+    engine.cache.v.fill_(NAN)
+    while plan or engine.queue or any(engine.owner):
+        while plan and rng.random() < 0.6:
+            requests.append(engine.add(*plan.pop()))
+        poison(engine)
+        engine.step()
+        if requests and rng.random() < 0.05:
+            engine.cancel(rng.choice(requests))
+        assert engine.stats["passes"] < 500
+    return engine, requests
+
+
+@pytest.mark.parametrize("i", range(38))
+def test_every_sequence_is_what_decode_says(i):
+    """27 random schedules each, 1,026 in all: arrivals, slots, lengths, ends, cancellations, traces, head, modes."""
+    case, early, states = draw_case(i), 0, Counter()
+    for seed in range(27):
+        _, requests = random_schedule(case, random.Random(1000 * i + seed))
+        for request in requests:
+            case.check(request)
+            early += sum(loop < case.model.config.n_loop - 1 for loop in request.loops)
+        states.update(request.state for request in requests)
+    assert states["done"] > 20 and states["cancelled"] and (early > 3 or case.model.config.n_loop == 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+@pytest.mark.parametrize("i", [1, 4, 8, 11, 17, 20, 23, 27, 30, 36])
+def test_each_place_of_the_cache_is_written_once_before_it_is_read(i, monkeypatch):
+    """Cells are NaN when a slot is given away. Writing finds NaN there, reading does not."""
+    case, real, state = draw_case(i), SlotCache.attend, {}
+
+    def attend(cache, layer, loop, q, k, v):
+        engine, places = state["engine"], list(zip(cache.slot.tolist(), loop.tolist(), cache.pos.tolist(), strict=True))
+        places = [(slot, loop, pos) for slot, loop, pos in places if slot < engine.slots]
+        assert len({(slot, loop) for slot, loop, _ in places}) == len(places)     # nor two tokens at the same loop
+        for slot, loop_, pos in places:
+            assert engine.owner[slot] is not None and loop_ >= 0
+            assert cache.k[layer, slot, loop_, pos:].isnan().all() and cache.v[layer, slot, loop_, pos:].isnan().all()
+        y = real(cache, layer, loop, q, k, v)
+        for slot, loop_, pos in places:
+            seen = cache.k[layer, slot, loop_, :pos + 1], cache.v[layer, slot, loop_, :pos + 1]
+            assert not any(kept.isnan().any() for kept in seen)
+            state["written"] += 1
+        return y
+
+    class Watched(Engine):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            state["engine"] = self
+
+        def admit(self):
+            before = list(self.owner)
+            super().admit()
+            for slot, request in enumerate(self.owner):
+                if request is not before[slot]:
+                    n, kept = len(request.prompt), torch.stack([self.cache.k[:, slot], self.cache.v[:, slot]])
+                    assert not kept[:, :, :, :n].isnan().any() and kept[:, :, :, n:].isnan().all()
+
+        def copy_keys(self, leaves):
+            before, slots = self.cache.k.clone(), leaves.nonzero()[:, 0].tolist()
+            super().copy_keys(leaves)
+            for slot in range(self.slots):
+                later = slice((self.loop[slot] if slot in slots else self.last) + 1, None)
+                new = self.cache.k[:, slot, later, self.pos[slot]]
+                assert before[:, slot, later, self.pos[slot]].isnan().all() and not new.isnan().any()
+                before[:, slot, later, self.pos[slot]] = new
+            torch.testing.assert_close(before[:, :-1], self.cache.k[:, :-1], rtol=0, atol=0, equal_nan=True)
+
+    monkeypatch.setattr(SlotCache, "attend", attend)
+    monkeypatch.setattr("test_engine.Engine", Watched)
+    for seed in range(6):
+        state["written"] = 0
+        _, requests = random_schedule(case, random.Random(seed))
+        layers = case.model.config.n_unique
+        assert state["written"] >= layers * sum(loop + 1 for r in requests for loop in r.loops[1:])
+        for request in requests:
+            case.check(request)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a sequence says hangs on nothing but itself
+
+@pytest.fixture(scope="module", params=["exact", "copy"])
+def case(request):
+    """Three loops, of which about a third of the tokens leave after each."""
+    model = draw_model(7, 3, rank=2, vectors="per_loop")
+    rule = Rule("margin")
+    found = scores(model, rule, (2, 24))
+    rule.threshold = found[len(found) * 2 // 3].item()
+    rng = random.Random(0)
+    return Case(model, rule, request.param, [[rng.randrange(V) for _ in range(rng.randint(1, 8))] for _ in range(9)])
+
+
+@each_mode
+def test_slots_order_and_neighbours_change_no_sequence(case, static):
+    prompts, one, many = case.prompts[:6], case.engine(1, static=static), case.engine(5, head=5, static=static)
+    alone = one.generate(prompts, 7)
+    backwards = many.generate(prompts[::-1], 7)[::-1]
+    again = many.generate(prompts[2:] + prompts[:2], 7)      # an engine that has served before
+    again = again[-2:] + again[:-2]
+    assert [r.prompt for r in alone] == [r.prompt for r in backwards] == prompts
+    assert [r.tokens for r in alone] == [r.tokens for r in backwards] == [r.tokens for r in again]
+    assert {loop for r in alone for loop in r.loops} == {0, 1, 2}
+    for request in alone:
+        case.check(request)
+
+
+@each_mode
+def test_a_threshold_that_nothing_reaches_is_the_full_model(case, static):
+    rule = Rule("margin", math.inf)
+    for request in Engine(case.model, 4, 24, rule, case.keys, head=2, static=static).generate(case.prompts, 8):
+        assert request.loops == [2] * 8
+        text = list(request.prompt)
+        for token in request.tokens:
+            assert case.model.logits(case.model(torch.tensor([text]))[-1][0, -1]).argmax() == token
+            text.append(token)
+
+
+def test_chosen_tokens_go_to_the_rows_they_were_chosen_for(case):
+    """A choice that looks at the logits alone, but is not the likeliest."""
+    def second(logits):
+        return logits.topk(2).indices[:, 1]
+    for request in case.engine(4, choose=second, head=2).generate(case.prompts, 6):
+        want = list(decode(case.model, torch.tensor([request.prompt]), 6, case.rule, case.keys, second))
+        assert request.tokens == [token.item() for token, _ in want]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Static: for CUDA graphs
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what makes the host wait for the device; `calls` are the shapes of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not {"_local_scalar_dense", "nonzero", "item", "masked_select", "equal", "_unique2", "is_nonzero"} & {
+            func.overloadpacket.__name__}, func
+        flat = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg])]
+        tensors = [a for a in flat if isinstance(a, torch.Tensor)]
+        if "index" in func.overloadpacket.__name__:          # a mask as an index is a nonzero in disguise
+            assert not any(t.dtype == torch.bool for t in args[1] if t is not None), func
+        self.calls.append((func, *(t.shape for t in tensors)))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("i", [0, 4, 7, 10, 13, 16, 18, 21, 24, 33])
+def test_a_static_pass_has_fixed_shapes_and_waits_for_nothing(i, monkeypatch):
+    case, seen = draw_case(i), set()
+    engine = case.engine(3, static=True, head=i % 4)
+
+    def timed(name, work):
+        with NothingWaits() as watch:
+            work()
+        seen.add((name, tuple(watch.calls)))
+    monkeypatch.setattr(engine, "timed", timed)
+    for n, prompt in enumerate(case.prompts * 2):
+        engine.add(prompt, n + 1)
+    assert len(list(engine.run())) == 21 and len(seen) == 3
+
+
+def test_the_host_reads_one_step_late(case):
+    late, at_once = case.engine(2, head=1, static=True), case.engine(2, head=1, static=False)
+    for engine in (late, at_once):
+        for prompt in case.prompts[:3]:
+            engine.add(prompt, 4)
+    heard = [[[(r.prompt, token, loop) for r, token, loop in engine.step()] for _ in range(5)]
+             for engine in (late, at_once)]
+    assert heard[0][0] == [] and heard[0][1:] == heard[1][:-1] and len(heard[1][0]) == 2
+
+
+@each_mode
+def test_what_is_read_late_is_not_given_to_the_next_in_the_slot(case, static):
+    engine = case.engine(1, static=static)
+    first = engine.add(case.prompts[0], 9)
+    for _ in range(4):
+        engine.step()
+    heard = list(first.tokens)
+    engine.cancel(first)
+    second = engine.add(case.prompts[1], 2)
+    for request, _, _ in engine.run():
+        assert request is second
+    case.check(second)
+    assert first.tokens == heard and first.state == "cancelled"
+    case.check(first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The head, and the passes it takes
+
+class Head:
+    """Chooses the likeliest, and notes how many rows it was given while others were in flight, and while none was."""
+
+    def __init__(self):
+        self.busy, self.idle, self.engine = [], [], None
+
+    def __call__(self, logits):
+        (self.busy if (self.engine.loop >= 0).any() else self.idle).append(len(logits))
+        return likeliest(logits)
+
+
+def with_head(case, slots, head, static=False):
+    choose = Head()
+    choose.engine = case.engine(slots, head=head, choose=choose, static=static)
+    return choose.engine, choose
+
+
+def test_the_head_waits_for_as_many_rows_as_it_is_for(case):
+    runs, tokens = [], []
+    for head in (1, 2, 3, 4):
+        engine, seen = with_head(case, 5, head)
+        tokens.append([r.tokens for r in engine.generate(case.prompts * 2, 6)])
+        assert min(seen.busy, default=head) >= head and (seen.busy or head > 2)
+        assert engine.stats["head_runs"] == len(seen.busy + seen.idle)
+        assert engine.stats["head_rows"] == sum(seen.busy + seen.idle) == 18 * 6
+        runs.append(engine.stats["head_runs"])
+    assert runs == sorted(runs, reverse=True) and runs[0] > runs[1] > runs[3] and tokens == tokens[:1] * 4
+
+
+def test_a_head_of_one_serves_who_left_at_once(case):
+    engine, _ = with_head(case, 4, 1)
+    for prompt in case.prompts:
+        engine.add(prompt, 6)
+    while engine.queue or any(engine.owner):
+        engine.step()
+        assert (engine.left < 0).all()
+
+
+@each_mode
+def test_without_a_head_of_its_own_the_batch_waits_for_its_slowest(case, static):
+    """Those who wait speak together, when nobody is in flight; and newcomers come with them."""
+    engine, seen = with_head(case, 4, 0, static)
+    requests, speakers = [engine.add(prompt, 6) for prompt in case.prompts], set()
+    while engine.queue or any(engine.owner):
+        flying, before = bool((engine.loop >= 0).any()), list(engine.owner)
+        done = {r for r in requests if r.state == "done"}
+        heard, begun = {request for request, _, _ in engine.step()}, {r for r in requests if r.started >= 0}
+        assert heard in (set(), speakers if static else begun - done)
+        speakers = begun - {r for r in requests if r.state == "done"}
+        assert not flying or all(new in (None, old) for new, old in zip(engine.owner, before, strict=True))
+    at_once, _ = with_head(case, 4, 1, static)
+    at_once.generate(case.prompts, 6)
+    assert engine.stats["passes"] > at_once.stats["passes"] * 1.1
+    if not static:
+        assert not seen.busy and engine.stats["head_runs"] < at_once.stats["head_runs"]
+
+
+def test_in_static_mode_the_longest_waiting_come_first():
+    """Four prompts at once before a head of one: the first pass serves the first, and nobody waits for long."""
+    case = Case(draw_model(3, 2), Rule("fixed", exit_loop=0))
+    engine = case.engine(4, head=1, static=True)
+    requests = [engine.add([n], 5) for n in range(4)]
+    heard = Counter()
+    for request, _, _ in engine.run():
+        heard[request] += 1
+        assert max(heard.values()) - min(heard[r] for r in requests) <= 1
+    for request in requests:
+        case.check(request)
+
+
+@pytest.mark.parametrize("trace, rows, ghosts", [
+    ([3, 0, 0, 0, 0], 4, 1 + 2 + 3),             # one pass each; a ghost has three loops to go, or until the end
+    ([3, 3, 3, 3, 3], 16, 0),
+    ([3, 1, 0, 2, 3], 2 + 1 + 3 + 4, 2 + 3 + 1),
+    ([0, 2, 0, 3, 0], 3 + 1 + 4 + 1, 1 + 3),     # the first has run all loops, whatever is said
+    ([0], 16, 0),
+    ([], 16, 0),
+    ([3, 0, 1, 0, 2, 0, 1, 1, 1], 1 + 2 + 1 + 3, 3 + 2 + 3),
+])
+@each_policy
+def test_passes_and_ghosts_of_one_sequence_are_what_its_exits_say(trace, rows, ghosts, keys):
+    case = Case(draw_model(5, 4, rank=2), keys=keys)
+    engine = case.engine(1, head=1, static=False)
+    request = engine.add((1, 2, 3), 5, trace=trace)
+    for _ in engine.run():
+        pass
+    case.check(request)
+    assert request.loops == [3, *trace[1:], 3, 3, 3, 3][:5]
+    assert engine.stats["passes"] == 1 + rows                # the prompt's first token comes with a pass of nobody
+    assert engine.stats["rows"] == rows + ghosts * (keys == "exact")
+    assert engine.stats["ghost_rows"] == ghosts * (keys == "exact")
+    assert (engine.stats["head_runs"], engine.stats["head_rows"], engine.stats["prefill_tokens"]) == (5, 5, 3)
+
+
+@each_mode
+def test_a_trace_of_its_own_loops_repeats_a_sequence_under_any_rule(case, static):
+    recorded = case.engine(3).generate(case.prompts, 8)
+    engine = Engine(case.model, 3, 24, Rule("fixed", exit_loop=0), case.keys, static=static)
+    again = [engine.add(r.prompt, 8, trace=r.loops) for r in recorded]
+    other = engine.add(case.prompts[0], 8)                   # takes a slot in which a trace was
+    assert len(list(engine.run())) == 80
+    assert [(r.tokens, r.loops) for r in again] == [(r.tokens, r.loops) for r in recorded]
+    assert other.loops == [2, *[0] * 7]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A stream
+
+@each_mode
+def test_tokens_are_yielded_as_they_come_and_newcomers_are_served(case, static):
+    engine = case.engine(2, static=static)
+    requests, heard = [engine.add(case.prompts[0], 9)], {}
+    for n, (request, token, loop) in enumerate(engine.run()):
+        heard.setdefault(request, []).append((token, loop))
+        ended = len(request.tokens) == request.max_new_tokens or token == request.eos_id
+        assert request.state == ("done" if ended else "running")
+        assert heard[request] == list(zip(request.tokens, request.loops, strict=True))
+        if n in (1, 2, 3, 8):
+            requests.append(engine.add(case.prompts[n % 9], n, case.decoded(case.prompts[n % 9], 5)[0][3]))
+            assert requests[-1].state == "waiting" and requests[-1].arrived == engine.stats["passes"]
+    assert list(heard) == requests and len(requests) == 5
+    for request in requests:
+        case.check(request)
+        assert request.arrived <= request.started
+    assert list(engine.run()) == []
+
+
+@each_mode
+def test_cancelling_takes_one_request_whatever_it_is_doing(case, static):
+    """Five that say the same, so that nothing but themselves tells them apart."""
+    engine = case.engine(2, static=static)
+    done = engine.generate(case.prompts[:1], 2)[0]
+    first, second, third, fourth, fifth = requests = [engine.add(case.prompts[1], 8) for _ in range(5)]
+    for _ in range(5):
+        engine.step()
+    assert [r.state for r in requests] == ["running"] * 2 + ["waiting"] * 3 and len(first.tokens) > 1
+    for request in (second, fourth, done, second, fourth):
+        engine.cancel(request)
+    assert [r.state for r in requests] == ["running", "cancelled", "waiting", "cancelled", "waiting"]
+    assert list(engine.queue) == [third, fifth] and done.state == "done" and len(done.tokens) == 2
+    assert engine.owner == [first, None]
+    heard = list(second.tokens)
+    engine.step()
+    assert third.state == "running"                          # its slot was free at once
+    assert {request for request, _, _ in engine.run()} == {first, third, fifth}
+    assert second.tokens == heard and fourth.tokens == []
+    for request in (*requests, done):
+        case.check(request)
+    engine.cancel(engine.add([], 3))                         # refused: nothing to take
+
+
+@each_mode
+def test_everything_may_be_cancelled(case, static):
+    engine = case.engine(2, static=static)
+    requests = [engine.add(prompt, 8) for prompt in case.prompts]
+    for request, _, _ in engine.run():
+        assert request is requests[0]                        # the first is all that is heard
+        for each in requests:
+            engine.cancel(each)
+    assert [len(r.tokens) for r in requests[2:]] == [0] * 7 and {r.state for r in requests} == {"cancelled"}
+    assert not engine.queue and engine.owner == [None] * 2
+    case.check(engine.generate(case.prompts[:1], 3)[0])
+
+
+@each_mode
+def test_static_batching_takes_nobody_until_every_slot_is_free(case, static):
+    engine, full = case.engine(3, static=static, refill=False), False
+    requests = [engine.add(prompt, n) for n, prompt in enumerate(case.prompts[:7], 1)]
+    while engine.queue or any(engine.owner):
+        before = list(engine.owner)
+        engine.step()
+        if any(before):
+            assert all(new in (None, old) for new, old in zip(engine.owner, before, strict=True))
+        full |= sum(owner is not None for owner in engine.owner) == 3
+    assert full and [r.started for r in requests[:3]] == [0] * 3 < [r.started for r in requests[3:6]]
+    assert len({r.started for r in requests}) == 3
+    for request in requests:
+        case.check(request)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For long, and whatever is asked
+
+def test_ten_thousand_requests_are_served_in_their_order_and_nothing_piles_up():
+    model = draw_model(0, 2, n_embd=8, n_hidden=8, head_dim=2, n_head=2, n_ctx=8).float()
+    case, rng = Case(model, Rule("fixed", exit_loop=0)), random.Random(0)
+    prompts = [[rng.randrange(V) for _ in range(rng.randint(1, 3))] for _ in range(40)]
+    engine, coming, count, objects = Engine(model, 32, 7, case.rule), 10_000, Counter(), []
+    waiting, alive, last_start, added = deque(), [], 0, 0
+    while coming or engine.queue or any(engine.owner):
+        while coming and len(engine.queue) < 40:
+            steps, trace = rng.choice((1, 1, 2, 3, 4)), rng.choice((None, (0, 1, 0, 1)))
+            request = engine.add(rng.choice(prompts), steps, trace=trace)
+            coming, added = coming - 1, added + 1
+            waiting.append(request)
+            alive.append(request)
+            if rng.random() < 0.05:
+                engine.cancel(rng.choice(alive))
+        engine.step()
+        while waiting and waiting[0].state != "waiting":
+            request = waiting.popleft()
+            assert request.started >= last_start or request.started < 0
+            last_start = max(last_start, request.started)
+        for request in alive:
+            if request.state in ("done", "cancelled"):
+                case.check(request)
+                count[request.state] += 1
+        alive = [request for request in alive if request.state in ("waiting", "running")]
+        if len(objects) < added // 2000:
+            request = None
+            gc.collect()
+            objects.append(Counter(type(o).__name__ for o in gc.get_objects() if type(o) in (torch.Tensor, Request)))
+    assert count["done"] + count["cancelled"] == 10_000 and 100 < count["cancelled"] < 1000
+    assert engine.queue == engine.unread == deque() and engine.owner == [None] * 32
+    assert len(objects) == 5 and {seen["Tensor"] for seen in objects} == {objects[0]["Tensor"]}
+    assert all(seen["Request"] < 100 for seen in objects)
+    assert 1 < engine.stats["longest_wait"] < 20             # 40 before it, each of up to 8 passes, in 32 slots
+
+
+@pytest.mark.parametrize("prompt, steps, options, message", [
+    ([], 3, {}, "the prompt is empty"),
+    ([1, V], 3, {}, "a token of the prompt is not between 0 and 52"),
+    ([-1, 1], 3, {}, "a token of the prompt is not between 0 and 52"),
+    ([1] * 24, 1, {}, "24 tokens of prompt and 1 new ones do not fit the 24 of a slot"),
+    ([1] * 20, 5, {}, "20 tokens of prompt and 5 new ones do not fit the 24 of a slot"),
+    ([1], 0, {}, "0 new tokens were asked for, at least 1 is needed"),
+    ([1], -2, {}, "-2 new tokens were asked for, at least 1 is needed"),
+    ([1], 3, {"trace": [2, -1, 0]}, "a loop of the trace is not between 0 and 2"),
+    ([1], 3, {"trace": [2, 1, 3]}, "a loop of the trace is not between 0 and 2"),
+])
+@each_mode
+def test_what_cannot_be_served_is_refused_alone(case, static, prompt, steps, options, message):
+    engine = case.engine(2, static=static)
+    before = engine.add(case.prompts[0], 4)
+    for _ in range(3):
+        engine.step()
+    refused, after = engine.add(prompt, steps, **options), engine.add([2] * 20, 4)        # the longest that fits
+    assert refused.state == f"refused: {message}"
+    assert {request for request, _, _ in engine.run()} == {before, after} and refused.tokens == []
+    for request in (before, after):
+        case.check(request)
+
+
+def test_of_a_list_of_prompts_the_good_ones_are_served(case):
+    requests = case.engine(2).generate([[1], [], [2, 3], [V]], 3)
+    assert [r.state for r in requests] == ["done", "refused: the prompt is empty", "done",
+                                           "refused: a token of the prompt is not between 0 and 52"]
+
+
+def test_a_request_keeps_what_it_was_given(case):
+    engine, prompt, trace = case.engine(1), [1, 2, 3], [2, 0, 1, 0]
+    request = engine.add(prompt, 4, trace=trace)
+    prompt[0], trace[1] = 9, -5
+    assert [token for _, token, _ in engine.run()] == case.decoded((1, 2, 3), 4, trace=(2, 0, 1, 0))[0]
+    assert request.loops == [2, 0, 1, 0]
+
+
+@pytest.mark.parametrize("options", [{"slots": 0}, {"slots": -1}, {"slots": 2, "head": 3}, {"slots": 2, "head": -1},
+                                     {"max_len": 33}, {"max_len": 1}, {"max_len": 0}])
+def test_an_engine_that_cannot_be_is_refused(case, options):
+    with pytest.raises(UserError, match=r"slots=-?\d+, head=-?\d+, max_len=\d+: an engine has 1 slot or more, a head "
+                                        "for 0 to as many rows, and a max_len from 2 to the model's context of 32"):
+        Engine(case.model, **options)
+
+
+def test_a_whole_context_is_a_slot_if_nothing_else_is_said(case):
+    engine = Engine(case.model, 2, rule=case.rule, keys=case.keys)
+    case.check(engine.generate([[1] * 20], 12)[0])
+    assert engine.cache.k.shape[:4] == (1, 3, 3, 32)
