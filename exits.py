@@ -348,8 +348,8 @@ def main(argv=None) -> None:
     print0(f"{config.ckpt}: {model.config.n_loop} loops; gate trained on {count[0]:,} tokens of {config.data}, "
            f"thresholds calibrated on {count[1]:,} tokens of {config.valid} and checked on {count[2]:,} others")
     if (n := sum(len(idx) for idx, _ in calibration)) < 30:  # measured: a tenth to a third of such promises break
-        print0(f"{n} windows to calibrate on are few: tokens of one are alike, and how much so cannot be told well; use "
-               "--tokens for 30 windows or more, on either half")
+        print0(f"{n} windows to calibrate on are few: tokens of one are alike, and how much so cannot be told well; "
+               "give --tokens enough for 30 of them on either half")
     if config.new_gate or not (Path(config.ckpt) / GATE_FILE).exists():
         gate = train_gate(model, learn)
         gate.save(config.ckpt)
