@@ -365,14 +365,15 @@ def test_without_a_head_of_its_own_the_batch_waits_for_its_slowest(case, static)
 
 
 def test_in_static_mode_the_longest_waiting_come_first():
-    """Four prompts at once before a head of one: the first pass serves the first, and nobody waits for long."""
+    """Four before a head of one, all at once and in turn; a fifth stands behind those that wait already."""
     case = Case(draw_model(3, 2), Rule("fixed", exit_loop=0))
-    engine = case.engine(4, head=1, static=True)
-    requests = [engine.add([n], 5) for n in range(4)]
-    heard = Counter()
-    for request, _, _ in engine.run():
-        heard[request] += 1
-        assert max(heard.values()) - min(heard[r] for r in requests) <= 1
+    engine = case.engine(5, head=1, static=True)
+    requests = [engine.add([n], 8) for n in range(4)]
+    heard = [next(engine.run())[0] for _ in range(12)]
+    assert {*heard} == {*requests} and heard == heard[:4] * 3
+    requests.append(engine.add([4], 8))
+    more = [request for request, _, _ in engine.run()]
+    assert more.index(requests[4]) > 2 and max(Counter(more[:8]).values()) == 2
     for request in requests:
         case.check(request)
 
