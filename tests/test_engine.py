@@ -365,15 +365,13 @@ def test_without_a_head_of_its_own_the_batch_waits_for_its_slowest(case, static)
 
 
 def test_in_static_mode_the_longest_waiting_come_first():
-    """Four before a head of one, all at once and in turn; a fifth stands behind those that wait already."""
+    """Five before a head of two: nobody is ever more than two tokens ahead of another."""
     case = Case(draw_model(3, 2), Rule("fixed", exit_loop=0))
-    engine = case.engine(5, head=1, static=True)
-    requests = [engine.add([n], 8) for n in range(4)]
-    heard = [next(engine.run())[0] for _ in range(12)]
-    assert {*heard} == {*requests} and heard == heard[:4] * 3
-    requests.append(engine.add([4], 8))
-    more = [request for request, _, _ in engine.run()]
-    assert more.index(requests[4]) > 2 and max(Counter(more[:8]).values()) == 2
+    engine = case.engine(5, head=2, static=True)
+    requests, said = [engine.add([n], 8) for n in range(5)], Counter()
+    for request, _, _ in engine.run():
+        said[request] += 1
+        assert max(said.values()) - min(said[other] for other in requests) <= 2
     for request in requests:
         case.check(request)
 
@@ -560,7 +558,7 @@ def test_of_a_list_of_prompts_the_good_ones_are_served(case):
 def test_a_request_keeps_what_it_was_given(case):
     engine, prompt, trace = case.engine(1), [1, 2, 3], [2, 0, 1, 0]
     request = engine.add(prompt, 4, trace=trace)
-    prompt[0], trace[1] = 9, -5
+    prompt[0], trace[1] = 9, 1
     assert [token for _, token, _ in engine.run()] == case.decoded((1, 2, 3), 4, trace=(2, 0, 1, 0))[0]
     assert request.loops == [2, 0, 1, 0]
 
