@@ -147,7 +147,7 @@ class Engine:
             pass
         return requests
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[tuple[Request, int, int]]:
         """One pass, the head if it is its turn, and what the host has read since: (request, token, loop)."""
         if self.head or not (self.loop > 0).any():           # synchronous: new prompts wait for the batch as well
