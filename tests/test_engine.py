@@ -105,11 +105,12 @@ def poison(engine):
 def random_schedule(case, rng):
     """Requests come at any time, some are cancelled; an engine serves them. Returns (it, the requests)."""
     plan, requests = [], []
-    for _ in range(rng.choice((1, 2, 2, 3, 4))):
+    many = rng.random() < 0.1                                # so that 7 to 15 of 16 rows and more are in flight
+    for _ in range(20 if many else rng.choice((1, 2, 2, 3, 4))):
         prompt, trace, steps = rng.choice(case.prompts), rng.choice(case.traces), rng.randint(1, STEPS)
         eos_id = rng.choice([None, None, *case.decoded(prompt, STEPS, trace=trace)[0]])
         plan.append((prompt, steps, eos_id, trace))
-    slots = rng.randint(1, 4)
+    slots = rng.randint(8, 18) if many else rng.randint(1, 4)
     engine = case.engine(slots, max(len(prompt) + steps for prompt, steps, *_ in plan), head=rng.randint(0, slots),
                          static=rng.random() < 0.35, refill=rng.random() < 0.85)
     engine.cache.k.fill_(NAN)
