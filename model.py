@@ -233,6 +233,7 @@ class SlotCache:
         self.v = torch.zeros_like(self.k)
         self.rope = rope_angles(torch.arange(max_len, device=device), config)
         self.slot = self.pos = torch.zeros(0, dtype=torch.long, device=device)  # (M,) of the rows in the coming pass
+        self.span = max_len      # positions that attention goes through: all of them, if the host does not know better
 
     def angles(self, loop: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """The rotary embedding's of the n rows in the coming pass."""
@@ -242,7 +243,8 @@ class SlotCache:
         """Keep k, v (M, K, D) of the rows in layer i; returns what q (M, H, D) finds in their slots and loops."""
         self.k[i].index_put_((self.slot, loop, self.pos), k)
         self.v[i].index_put_((self.slot, loop, self.pos), v)
-        return decode_attention(q, self.k[i], self.v[i], self.slot, loop, self.pos + 1)
+        k, v = self.k[i, :, :, :self.span], self.v[i, :, :, :self.span]
+        return decode_attention(q, k, v, self.slot, loop, self.pos + 1)
 
 
 class Attention(nn.Module):
