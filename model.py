@@ -91,21 +91,14 @@ def of_loop(p: Tensor, loop: int | Tensor) -> Tensor:
     return p if p.dim() == 1 else p[loop]
 
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) over the last dimension."""
-    if x.is_cuda:  # one kernel
-        return F.rms_norm(x, x.shape[-1:], eps=eps)
-    # On CPUs torch makes nine small operations of it, an eighth of a small model's time when decoding; these are five.
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.size(-1) ** -0.5
-    return x / torch.hypot(size, size.new_full((), eps**0.5))
-
-
 class Norm(nn.Module):
     """LayerNorm (Pythia) or RMSNorm (Gemma, Llama), in fp32 inside. Tied over the loops like all else in the block."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.arch, self.eps, self.size = config.arch, config.norm_eps, (config.n_embd,)
+        # For a number, which hypot does not take: a scalar on the CPU sets neither dtype nor device of what it meets.
+        self.least = torch.tensor((config.norm_eps * config.n_embd) ** 0.5, dtype=torch.float64, device="cpu")
         self.weight = loop_vector(config.n_embd, 0.0 if config.arch == "gemma" else 1.0, config)
         self.bias = loop_vector(config.n_embd, 0.0, config) if config.arch == "gpt_neox" else None
 
@@ -116,10 +109,19 @@ class Norm(nn.Module):
             if w.dim() == 1:
                 return F.layer_norm(x, self.size, w, bias, self.eps)
             return F.layer_norm(x, self.size, eps=self.eps) * w + bias
-        y = rms_norm(widen(x), self.eps)
+        y = self.rms_norm(widen(x))
         if self.arch == "gemma":  # Gemma stores w - 1, multiplies in fp32 and casts last
             return torch.addcmul(y, y, widen(w)).to(x.dtype)
         return y.to(x.dtype) * w  # Llama casts first
+
+    def rms_norm(self, x: Tensor) -> Tensor:
+        """x / sqrt(mean(x²) + eps)."""
+        if x.is_cuda:  # one kernel
+            return F.rms_norm(x, self.size, eps=self.eps)
+        # On CPUs torch makes nine small operations of it, an eighth of a small model's time when decoding; these are
+        # four: sqrt(C) x / sqrt(|x|² + C eps).
+        length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.least)
+        return x / (length * self.size[0] ** -0.5)
 
 
 class RelaxedLinear(nn.Module):
@@ -187,6 +189,7 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_kv_head, max_len, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
+        self.depths = list(zip(self.k, self.v, strict=True))
         self.rope = rope_angles(torch.arange(max_len, device=device), config)
         self.n_unique = config.n_unique
         self.lengths = [0] * config.n_loop  # tokens held, per loop: one that left early is missing in the later ones
@@ -208,7 +211,7 @@ class KVCache:
             left, before = self.left[:, None, :, None], depth - self.n_unique
             k = torch.where(left, self.k[before, :, :, start:end], k)
             v = torch.where(left, self.v[before, :, :, start:end], v)
-        keys, values = self.k[depth], self.v[depth]
+        keys, values = self.depths[depth]
         keys[:, :, start:end], values[:, :, start:end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 
