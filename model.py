@@ -253,30 +253,30 @@ class SlotCache:
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        C, D, bias = config.n_embd, config.head_dim, config.attn_bias
-        self.head_dim = D
-        self.q = RelaxedLinear(C, config.n_head * D, config, bias)
-        self.k = RelaxedLinear(C, config.n_kv_head * D, config, bias)
-        self.v = RelaxedLinear(C, config.n_kv_head * D, config, bias)
-        self.o = RelaxedLinear(config.n_head * D, C, config, bias)
+        C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = H, K, D
+        self.q = RelaxedLinear(C, H * D, config, config.attn_bias)
+        self.k = RelaxedLinear(C, K * D, config, config.attn_bias)
+        self.v = RelaxedLinear(C, K * D, config, config.attn_bias)
+        self.o = RelaxedLinear(H * D, C, config, config.attn_bias)
 
     def forward(self, x: Tensor, rope, loop: int | Tensor, depth: int, cache) -> Tensor:
-        *batch, _ = x.shape                                              # (B, T), or (M,) rows at their own loops
-        q = rotate(self.q(x, loop).view(*batch, -1, self.head_dim), rope)  # (B, T, H, D)
-        k = rotate(self.k(x, loop).view(*batch, -1, self.head_dim), rope)  # (B, T, K, D)
-        v = self.v(x, loop).view(*batch, -1, self.head_dim)                # (B, T, K, D)
+        T, D = len(rope[0]), self.head_dim                               # x (B T, C), or (M, C): M rows as one sequence
+        q = rotate(self.q(x, loop).view(-1, T, self.n_head, D), rope)    # (B, T, H, D)
+        k = rotate(self.k(x, loop).view(-1, T, self.n_kv_head, D), rope) # (B, T, K, D)
+        v = self.v(x, loop).view(-1, T, self.n_kv_head, D)               # (B, T, K, D)
         if isinstance(loop, Tensor):
-            return self.o(cache.attend(depth, loop, q, k, v).flatten(1), loop)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                 # (B, heads, T, D)
+            return self.o(cache.attend(depth, loop, q[0], k[0], v[0]).flatten(1), loop)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+        mask, past = None, 0
         if cache is not None:
+            past = cache.lengths[loop]
             k, v = cache.append(depth, k, v)                             # (B, K, past + T, D)
-        T, mask = q.size(2), None
-        past = k.size(2) - T
         if past and T > 1:  # is_causal would align the mask to the wrong corner
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        causal, grouped = T > 1 and not past, q.size(1) != k.size(1)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-        return self.o(y.transpose(1, 2).flatten(2), loop)                # (B, T, C)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and not past,
+                                           enable_gqa=self.n_head != self.n_kv_head)
+        return self.o(y.transpose(1, 2).reshape(x.size(0), -1), loop)    # (B T, C)
 
 
 class MLP(nn.Module):
@@ -289,7 +289,7 @@ class MLP(nn.Module):
         self.down = RelaxedLinear(n_hidden, C, config, bias)
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
-        up = self.up(x, loop)                                            # (B, T, n_hidden)
+        up = self.up(x, loop)                                            # (B T, n_hidden)
         if self.arch == "gpt_neox":
             hidden = F.gelu(up)
         elif self.arch == "gemma":
@@ -307,6 +307,7 @@ class Layer(nn.Module):
         self.norm2, self.mlp = Norm(config), MLP(config)
 
     def forward(self, x: Tensor, rope, loop: int, depth: int, cache: KVCache | None = None) -> Tensor:
+        """States x (B T, C) of sequences in turn, T = len(rope[0]); or rows of their own: see `block`."""
         y = x + self.attn(self.norm1(x, loop), rope, loop, depth, cache)
         return y + self.mlp(self.norm2(x if self.parallel else y, loop), loop)
 
@@ -345,16 +346,17 @@ class RecursiveTransformer(nn.Module):
     def block(self, x: Tensor, loop: int | Tensor, cache: "KVCache | SlotCache | None" = None) -> Tensor:
         """The stored layers, run once as loop number `loop`, on states x (B, T, C); or on rows x (M, C) which stand at
         loops (M,) of their own, with a SlotCache that knows their slots and positions."""
-        mixed, n = isinstance(loop, Tensor), x.size(-2)
-        rope = cache.angles(loop, n) if cache is not None else rope_angles(torch.arange(n, device=x.device),
+        mixed, shape, T = isinstance(loop, Tensor), x.shape, x.size(-2)
+        rope = cache.angles(loop, T) if cache is not None else rope_angles(torch.arange(T, device=x.device),
                                                                            self.config)
+        x = x.flatten(0, -2)                                             # (B T, C): all but attention knows only rows
         for i, layer in enumerate(self.layers):
             place = rope, loop, i if mixed else loop * self.config.n_unique + i, cache
             # The reentrant kind would hand a shared weight's gradient to DDP once per loop, and DDP refuses that.
             x = checkpoint(layer, x, *place, use_reentrant=False) if self.checkpointing else layer(x, *place)
         if cache is not None and not mixed:
-            cache.lengths[loop] += n
-        return x
+            cache.lengths[loop] += T
+        return x.view(shape)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) in fp32 of any loop's hidden state (B, T, C): all exits share final norm and head (§2.4)."""
