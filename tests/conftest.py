@@ -17,7 +17,8 @@ pytest.register_assert_rewrite("tiny")
 from tiny import home, start  # noqa: E402, F401 (fixtures of several files; they import what the lines above prepare)
 
 
-def pytest_xdist_auto_num_workers(config) -> int:
-    """For pytest-xdist's -n auto: tests that are named run in pytest itself, where a debugger reaches them."""
-    whole = config.args == config.getini("testpaths") and not (config.option.keyword or config.option.lf)
-    return min(len(os.sched_getaffinity(0)), 8) if whole else 0  # a process takes half a GiB
+def pytest_xdist_auto_num_workers(config) -> int | None:
+    """For -n auto of pytest-xdist: tests that are named run in pytest itself, where a debugger reaches them; all of
+    them on as many processes as there are cores, which is its own answer."""
+    named = config.args != config.getini("testpaths") or config.option.keyword
+    return 0 if named else None
