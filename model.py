@@ -91,6 +91,15 @@ def of_loop(p: Tensor, loop: int | Tensor) -> Tensor:
     return p if p.dim() == 1 else p[loop]
 
 
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) over the last dimension."""
+    if x.is_cuda:  # one kernel
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+    # On CPUs torch makes nine small operations of it, an eighth of the time of a small model's decoding; these are five.
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.size(-1) ** -0.5
+    return x / torch.hypot(size, size.new_full((), eps**0.5))
+
+
 class Norm(nn.Module):
     """LayerNorm (Pythia) or RMSNorm (Gemma, Llama), in fp32 inside. Tied over the loops like all else in the block."""
 
@@ -107,11 +116,10 @@ class Norm(nn.Module):
             if w.dim() == 1:
                 return F.layer_norm(x, self.size, w, bias, self.eps)
             return F.layer_norm(x, self.size, eps=self.eps) * w + bias
+        y = rms_norm(widen(x), self.eps)
         if self.arch == "gemma":  # Gemma stores w - 1, multiplies in fp32 and casts last
-            if w.dim() == 1:
-                return F.rms_norm(widen(x), self.size, 1.0 + widen(w), self.eps).type_as(x)
-            return (F.rms_norm(widen(x), self.size, eps=self.eps) * (1.0 + widen(w))).type_as(x)
-        return F.rms_norm(widen(x), self.size, None, self.eps).type_as(x) * w  # Llama casts first
+            return torch.addcmul(y, y, widen(w)).to(x.dtype)
+        return y.to(x.dtype) * w  # Llama casts first
 
 
 class RelaxedLinear(nn.Module):
@@ -138,13 +146,37 @@ class RelaxedLinear(nn.Module):
         if isinstance(loop, Tensor):
             a, b = (self.lora_a, self.lora_b) if self.rank else (None, None)
             return linear_rows(x, self.weight, a, b, loop, self.bias)
-        bias = of_loop(self.bias, loop) if self.bias is not None else None
-        d_out, d_in = self.weight.shape
+        weight, bias = self.weight, None if self.bias is None else of_loop(self.bias, loop)
+        if not self.rank:
+            return F.linear(x, weight, bias)
+        d_out, d_in = weight.shape
         tokens = x.numel() // d_in
         # Building W' + BA costs R * d_in * d_out, the separate path R * tokens * (d_in + d_out): few tokens cannot pay.
-        if self.rank and tokens * (d_in + d_out) < d_in * d_out:
-            return F.linear(x, self.weight, bias) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
+        if tokens * (d_in + d_out) < d_in * d_out:
+            return F.linear(x, weight, bias) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
         return F.linear(x, self.merged(loop), bias)
+
+
+def rope_angles(pos: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """cos and signed sin (T, 1, rotated) of the rotary embedding at positions `pos` (T,), in fp32: see `rotate`."""
+    rotated = int(config.head_dim * config.rotary_pct)
+    exponent = torch.arange(0, rotated, 2, device=pos.device, dtype=torch.float32) / rotated
+    angle = pos.float()[:, None, None] * (1.0 / config.rope_theta**exponent)  # the order that donors were trained with
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (j, j + rotated/2) of x (B, T, heads, D); what lies beyond `rotated` passes unchanged.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin): x times cos, and its halves changed about times the signed sin.
+    """
+    cos, sin = rope
+    rotated = cos.size(-1)
+    if rotated < x.size(-1):
+        return torch.cat([rotate(x[..., :rotated], rope), x[..., rotated:]], -1)
+    wide = widen(x)
+    return torch.addcmul(wide * cos, wide.roll(rotated // 2, -1), sin).type_as(x)
 
 
 class KVCache:
@@ -155,23 +187,30 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_kv_head, max_len, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
+        self.rope = rope_angles(torch.arange(max_len, device=device), config)
         self.n_unique = config.n_unique
         self.lengths = [0] * config.n_loop  # tokens held, per loop: one that left early is missing in the later ones
         self.left: Tensor | None = None     # (B, T) new tokens that take over the keys of the loop before (exits.py)
+
+    def angles(self, loop: int, n: int) -> tuple[Tensor, Tensor]:
+        """The rotary embedding's of the next n tokens at `loop`. UserError if they do not fit."""
+        start = self.lengths[loop]
+        end = start + n
+        if end > self.k.size(3):
+            raise UserError(f"{end} tokens do not fit a cache made for {self.k.size(3)}")
+        return self.rope[0][start:end], self.rope[1][start:end]
 
     def append(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k, v (B, K, T, D) of the new tokens; returns all of this depth so far, (B, K, length + T, D) each."""
         start = self.lengths[depth // self.n_unique]
         end = start + k.size(2)
-        if end > self.k.size(3):
-            raise UserError(f"{end} tokens do not fit a cache made for {self.k.size(3)}")
         if self.left is not None:
             left, before = self.left[:, None, :, None], depth - self.n_unique
             k = torch.where(left, self.k[before, :, :, start:end], k)
             v = torch.where(left, self.v[before, :, :, start:end], v)
-        self.k[depth, :, :, start:end] = k
-        self.v[depth, :, :, start:end] = v
-        return self.k[depth, :, :, :end], self.v[depth, :, :, :end]
+        keys, values = self.k[depth], self.v[depth]
+        keys[:, :, start:end], values[:, :, start:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
 
     def copy_loop(self, loop: int) -> None:
         """Let the keys and values of the loop before stand in for those that `loop` does not have yet."""
@@ -179,22 +218,6 @@ class KVCache:
         for kept in (self.k, self.v):
             kept[loop * n:(loop + 1) * n, :, :, start:end] = kept[(loop - 1) * n:loop * n, :, :, start:end]
         self.lengths[loop] = end
-
-
-def rope_angles(pos: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, 1, rotated / 2) of the rotary embedding at positions `pos` (T,), in fp32."""
-    rotated = int(config.head_dim * config.rotary_pct)
-    exponent = torch.arange(0, rotated, 2, device=pos.device, dtype=torch.float32) / rotated
-    angle = pos.float()[:, None, None] * (1.0 / config.rope_theta**exponent)  # the order that donors were trained with
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (j, j + rotated/2) of x (B, T, heads, D); what lies beyond `rotated` passes unchanged."""
-    cos, sin = rope
-    half = cos.size(-1)
-    x1, x2, rest = widen(x).split([half, half, x.size(-1) - 2 * half], dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).type_as(x)
 
 
 class SlotCache:
@@ -208,13 +231,20 @@ class SlotCache:
         shape = (config.n_unique, slots + 1, config.n_loop, max_len, config.n_kv_head, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
+        self.rope = rope_angles(torch.arange(max_len, device=device), config)
         self.slot = self.pos = torch.zeros(0, dtype=torch.long, device=device)  # (M,) of the rows in the coming pass
+        self.span = max_len      # positions that attention goes through: all of them, if the host does not know better
+
+    def angles(self, loop: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """The rotary embedding's of the n rows in the coming pass."""
+        return self.rope[0][self.pos], self.rope[1][self.pos]
 
     def attend(self, i: int, loop: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep k, v (M, K, D) of the rows in layer i; returns what q (M, H, D) finds in their slots and loops."""
         self.k[i].index_put_((self.slot, loop, self.pos), k)
         self.v[i].index_put_((self.slot, loop, self.pos), v)
-        return decode_attention(q, self.k[i], self.v[i], self.slot, loop, self.pos + 1)
+        k, v = self.k[i, :, :, :self.span], self.v[i, :, :, :self.span]
+        return decode_attention(q, k, v, self.slot, loop, self.pos + 1)
 
 
 class Attention(nn.Module):
@@ -313,14 +343,14 @@ class RecursiveTransformer(nn.Module):
         """The stored layers, run once as loop number `loop`, on states x (B, T, C); or on rows x (M, C) which stand at
         loops (M,) of their own, with a SlotCache that knows their slots and positions."""
         mixed = isinstance(loop, Tensor)
-        start = cache.lengths[loop] if cache is not None and not mixed else 0
-        rope = rope_angles(cache.pos if mixed else torch.arange(start, start + x.size(1), device=x.device), self.config)
+        n = x.size(-2)
+        rope = cache.angles(loop, n) if cache is not None else rope_angles(torch.arange(n, device=x.device), self.config)
         for i, layer in enumerate(self.layers):
             place = rope, loop, i if mixed else loop * self.config.n_unique + i, cache
             # The reentrant kind would hand a shared weight's gradient to DDP once per loop, and DDP refuses that.
             x = checkpoint(layer, x, *place, use_reentrant=False) if self.checkpointing else layer(x, *place)
         if cache is not None and not mixed:
-            cache.lengths[loop] += x.size(1)
+            cache.lengths[loop] += n
         return x
 
     def logits(self, x: Tensor) -> Tensor:
