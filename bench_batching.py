@@ -123,6 +123,7 @@ def serve(engine: Engine, work: Served, traces: list | None) -> tuple[float, lis
     """(seconds until all is said, the requests), after a short one that is not counted (graphs, compilation)."""
     engine.generate([work.prompts[0]], min(3, work.lengths[0]))
     engine.stats.update(dict.fromkeys(engine.stats, 0))
+    engine.ran.zero_()
     synchronize(engine.device)
     began = time.perf_counter()
     requests = [engine.add(prompt, n, trace=traces and list(traces[i]))
@@ -132,6 +133,7 @@ def serve(engine: Engine, work: Served, traces: list | None) -> tuple[float, lis
     synchronize(engine.device)
     seconds = time.perf_counter() - began
     assert all(r.state == "done" and len(r.tokens) == n for r, n in zip(requests, work.lengths, strict=True))
+    engine.stats |= zip(("rows", "ghost_rows"), engine.ran.tolist(), strict=True)
     return seconds, requests
 
 

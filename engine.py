@@ -91,8 +91,9 @@ class Engine:
         self.unread: deque = deque()                         # (owners, said) that the host has not read yet
         self.graphs: dict = {}
         self.counts = fetch(new(2))                          # rows that wait for the head, and in flight: a pass ago
-        self.stats = {"passes": 0, "rows": 0, "ghost_rows": 0, "head_runs": 0, "head_rows": 0, "prefill_tokens": 0,
-                      "longest_wait": 0} | dict.fromkeys(("prefill_s", "block_s", "decision_s", "head_s"), 0.0)
+        self.ran = new(2)                                    # rows that the passes ran, and how many were ghosts
+        self.stats = dict.fromkeys(("passes", "head_runs", "head_rows", "prefill_tokens", "longest_wait"), 0)
+        self.stats |= dict.fromkeys(("prefill_s", "block_s", "decision_s", "head_s"), 0.0)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What callers use
@@ -222,6 +223,7 @@ class Engine:
         slot = torch.where(loop >= 0, torch.cat([here, here.repeat_interleave(self.ghosts)]), self.slots)
         pos = torch.cat([self.pos, self.ghost_pos.flatten()]).clamp(min=0)
         x = torch.cat([self.x, self.ghost_x.flatten(0, 1)])                            # (M, C)
+        self.ran += torch.stack([(loop >= 0).sum(), (self.ghost_pos >= 0).sum()])
         if self.static:
             self.cache.slot, self.cache.pos = slot, pos
             self.y.copy_(self.model.block(x, loop, self.cache))
@@ -230,8 +232,6 @@ class Engine:
         if len(rows):
             self.cache.slot, self.cache.pos, self.cache.span = slot[rows], pos[rows], int(pos[rows].max()) + 1
             self.y[rows] = self.model.block(x[rows], loop[rows], self.cache)
-        self.stats["rows"] += int((loop >= 0).sum())
-        self.stats["ghost_rows"] += int((self.ghost_pos >= 0).sum())
 
     def part(self) -> None:
         """After a pass: who may leave, leaves, and waits for the head; the others stand at their next loop."""

@@ -95,7 +95,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) over the last dimension."""
     if x.is_cuda:  # one kernel
         return F.rms_norm(x, x.shape[-1:], eps=eps)
-    # On CPUs torch makes nine small operations of it, an eighth of the time of a small model's decoding; these are five.
+    # On CPUs torch makes nine small operations of it, an eighth of a small model's time when decoding; these are five.
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.size(-1) ** -0.5
     return x / torch.hypot(size, size.new_full((), eps**0.5))
 
@@ -342,9 +342,9 @@ class RecursiveTransformer(nn.Module):
     def block(self, x: Tensor, loop: int | Tensor, cache: "KVCache | SlotCache | None" = None) -> Tensor:
         """The stored layers, run once as loop number `loop`, on states x (B, T, C); or on rows x (M, C) which stand at
         loops (M,) of their own, with a SlotCache that knows their slots and positions."""
-        mixed = isinstance(loop, Tensor)
-        n = x.size(-2)
-        rope = cache.angles(loop, n) if cache is not None else rope_angles(torch.arange(n, device=x.device), self.config)
+        mixed, n = isinstance(loop, Tensor), x.size(-2)
+        rope = cache.angles(loop, n) if cache is not None else rope_angles(torch.arange(n, device=x.device),
+                                                                           self.config)
         for i, layer in enumerate(self.layers):
             place = rope, loop, i if mixed else loop * self.config.n_unique + i, cache
             # The reentrant kind would hand a shared weight's gradient to DDP once per loop, and DDP refuses that.
