@@ -45,9 +45,9 @@ def from_hf(folder, **options):
 
 
 def layer_outputs(model, layers, run, idx):
-    """What goes into each layer, and the logits."""
+    """What goes into each layer, (B T, C) as ours see it, and the logits."""
     seen = []
-    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2))) for layer in layers]
     seen.append(run(model, idx))
     for hook in hooks:
         hook.remove()
