@@ -5,7 +5,6 @@
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from runtime import (
     GATE_FILE,
     UserError,
     append_line,
+    check_writable,
     json_line,
     parse_args,
     pick_device,
@@ -60,10 +60,8 @@ def check_settings(config: EvaluateConfig) -> list[float]:
     """The thresholds given. UserError for what would otherwise only show after minutes of work."""
     if config.seq_len < 1:
         raise UserError(f"--seq_len={config.seq_len} must be at least 1")
-    for name, path in (("plot", config.plot), ("save", config.save)):
-        there = path and Path(path)
-        if there and (there.is_dir() or not os.access(there if there.exists() else there.parent, os.W_OK)):
-            raise UserError(f"--{name}={path} cannot be written: give a file in a folder that is there")
+    check_writable("plot", config.plot)
+    check_writable("save", config.save)
     if config.plot:
         try:
             from matplotlib.backend_bases import FigureCanvasBase

@@ -117,6 +117,8 @@ def run_exits(model: RecursiveTransformer, idx: Tensor, rule: Rule, keys: Keys =
         if loop < last:
             now = decide(model, rule, x, loop) & ~left
             loops, left = torch.where(now, loop, loops), left | now
+            if left.all():
+                break
             if cache is not None:
                 cache.left = left
     return out, loops
