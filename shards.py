@@ -66,10 +66,11 @@ class Texts:
 
 def find_sources(name: str) -> list[str]:
     """What is to be read, in order, for a name or several by comma: an alias, a file (TEXT_FILES), a folder of them, or
-    a data set on the Hugging Face hub, `owner/name[@revision][:config]`. Raises UserError if it is none of them."""
+    a data set on the Hugging Face hub, `owner/name[@revision][:config]`; #split behind either. Raises UserError if it is none of them."""
     sources = []
     for part in name.split(","):
-        part = ALIASES.get(part, part)
+        alias, sharp, split = part.partition("#")
+        part = ALIASES.get(alias, alias) + sharp + split
         file = Path(part)
         if file.is_dir():
             files = sorted(str(p) for p in file.iterdir() if p.name.endswith(TEXT_FILES))
@@ -87,8 +88,9 @@ def find_sources(name: str) -> list[str]:
 
 
 def split_hub_id(path: str):
-    """A match with the groups name, revision and config, or None."""
-    return re.fullmatch(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?", path)
+    """A match with the groups name, revision, config and split, or None."""
+    return re.fullmatch(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?"
+                        r"(#(?P<split>[\w.-]+))?", path)
 
 
 def open_source(source: str | Iterable[str]) -> Iterable[dict]:
@@ -109,7 +111,8 @@ def open_source(source: str | Iterable[str]) -> Iterable[dict]:
         kind = "parquet" if file.suffix == ".parquet" else "json"
         return load_dataset(kind, data_files=source, split="train", streaming=True)
     hub = split_hub_id(source)
-    return load_dataset(hub["name"], hub["config"], revision=hub["revision"], split="train", streaming=True)
+    return load_dataset(hub["name"], hub["config"], revision=hub["revision"], split=hub["split"] or "train",
+                        streaming=True)
 
 
 @contextmanager
