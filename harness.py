@@ -1,8 +1,8 @@
-"""Any checkpoint scored as the field scores, by lm-evaluation-harness, at full depth, at an earlier exit or with a rule.
+"""Any checkpoint scored as the field scores, by lm-evaluation-harness: at full depth, at an earlier exit, with a rule.
 
-    python harness.py --ckpt=out                            # the paper's seven tasks, downloaded by the harness
-    python harness.py --ckpt=out --exit_loop=1 --files=FOLDER --limit=200  # after the first loop, tasks from local files
-    python harness.py --ckpt=out_full --against=DONOR       # the same beside the harness' own Hugging Face model
+    python harness.py --ckpt=out                                # the paper's seven tasks, downloaded by the harness
+    python harness.py --ckpt=out --exit_loop=1 --files=FOLDER   # after the first loop, from local files
+    python harness.py --ckpt=out_full --against=DONOR           # beside the harness' own Hugging Face model
 
 Prompts, shots, normalisation and metrics are the harness' (pip install -e ".[eval]"); here is the model that it asks.
 (A few of its other tasks import the package evaluate, of whose name there is a file here: those will not run.)
@@ -39,8 +39,10 @@ from tokenizer import TextStream, Tokenizer
 
 try:
     import datasets
+    import lm_eval.evaluator
     import lm_eval.tasks
     from lm_eval.api.model import TemplateLM
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:                                          # named when it is needed: --help works without
     lm_eval, TemplateLM = None, object
@@ -134,7 +136,8 @@ class HarnessLM(TemplateLM):
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         with progress(total=len(requests), desc="scoring", unit="request") as bar:
             for some in (order[i:i + self.batch] for i in range(0, len(order), self.batch)):
-                rows = [(requests[i][1] + requests[i][2])[-(n_ctx + 1):] for i in some]
+                # A context of spaces alone, which count to the continuation, is none.
+                rows = [((requests[i][1] or [self.prefix_token_id]) + requests[i][2])[-(n_ctx + 1):] for i in some]
                 counts = [len(requests[i][2]) for i in some]
                 # Padded on the right, where causal attention does not look; nothing there is scored.
                 idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -228,8 +231,8 @@ def read_items(path: Path, task: str) -> list[dict]:
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
             raise UserError(f"line {i + 1} of {path} cannot be read ({type(e).__name__}: {e})") from None
         if lacks := LOCAL[task][1] - items[-1].keys():
-            raise UserError(f"line {i + 1} of {path} lacks {', '.join(sorted(lacks))}: it needs the columns of the data "
-                            f"set on the hub, {', '.join(sorted(LOCAL[task][1]))}, or query, choices and gold")
+            raise UserError(f"line {i + 1} of {path} lacks {', '.join(sorted(lacks))}: it needs the columns of the "
+                            f"data set on the hub, {', '.join(sorted(LOCAL[task][1]))}, or query, choices and gold")
     if not items:
         raise UserError(f"{path} is empty: give a line of JSON per item")
     return items
@@ -262,8 +265,11 @@ def load_tasks(names: list[str], files: str | None) -> dict:
 
 def run_task(lm, task, limit: int) -> tuple[dict, list[tuple]]:
     """(figures by name, (log-likelihood, would greedy decoding say it) of each of its requests)."""
-    done = lm_eval.simple_evaluate(model=lm, tasks=[task], limit=limit or None, bootstrap_iters=100)
     name = task.task_name
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)                # these two as its own simple_evaluate does, which takes
+    if task.get_config("num_fewshot") is None:               # seconds more to find out about the machine
+        task.set_config("num_fewshot", 0)
+    done = lm_eval.evaluator.evaluate(lm, {"tasks": {name: task}}, limit=limit or None, bootstrap_iters=100)
     figures = {key.removesuffix(",none"): value for key, value in done["results"][name].items()
                if key.endswith(",none") and isinstance(value, float)}
     answers = [resps[0] for sample in done["samples"][name] for resps in sample["resps"]]
