@@ -18,7 +18,6 @@ from runtime import UserError, parse_args, print0, script
 from shards import UNFINISHED, Texts, ahead, encode_batches, token_type, write_shards
 from tokenizer import Tokenizer, read_json, train_tokenizer
 
-
 IGNORED = -100                           # a target that is not counted; torch's own number for it
 
 
@@ -51,7 +50,8 @@ class Tokens:
 def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int, hub_tokens: int = 0) -> Tokens:
     """The tokens of a folder of shards, or of texts (`Texts`) with EOS between documents; or of several, by comma.
 
-    hub_tokens: of a data set on the hub the first so many are read; 0 refuses it. Raises UserError for shards of another tokenizer or vocabulary, damaged or unfinished shards, and empty text.
+    hub_tokens: the first so many are read of a data set on the hub; 0 refuses it. Raises UserError for shards of
+    another tokenizer or vocabulary, damaged or unfinished shards, and empty text.
     """
     arrays, shards = [], []
     for part in path.split(","):

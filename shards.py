@@ -66,7 +66,8 @@ class Texts:
 
 def find_sources(name: str) -> list[str]:
     """What is to be read, in order, for a name or several by comma: an alias, a file (TEXT_FILES), a folder of them, or
-    a data set on the Hugging Face hub, `owner/name[@revision][:config]`; #split behind either. Raises UserError if it is none of them."""
+    a data set on the Hugging Face hub, `owner/name[@revision][:config]`, with #split behind it where that is not train.
+    Raises UserError if it is none of them."""
     sources = []
     for part in name.split(","):
         alias, sharp, split = part.partition("#")
@@ -81,7 +82,7 @@ def find_sources(name: str) -> list[str]:
             raise UserError(f"{file} is of no known kind; allowed: {', '.join(TEXT_FILES)}")
         elif not file.is_file() and (part.endswith(TEXT_FILES) or not split_hub_id(part)):
             raise UserError(f"{part} does not exist: give a file ({', '.join(TEXT_FILES)}), a folder of them, "
-                            f"{', '.join(ALIASES)}, or a Hugging Face dataset as owner/name or owner/name:config")
+                            f"{', '.join(ALIASES)}, or a Hugging Face dataset as owner/name[:config][#split]")
         else:
             sources.append(part)
     return sources

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_harness import needs, write_files
 
 from convert import to_hf
 from model import Config, RecursiveTransformer
-from test_harness import needs, write_files
 from tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
