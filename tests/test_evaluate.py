@@ -347,12 +347,12 @@ def test_a_plot_that_cannot_be_is_named_before_any_work(home, tmp_path, monkeypa
 # ---------------------------------------------------------------------------------------------------------------------
 # Sliding windows, data sets by name
 
-def test_in_a_sliding_window_each_token_counts_once_behind_all_that_it_may_see(home, capsys):
+def test_in_a_sliding_window_each_token_counts_once_behind_all_that_it_may_see(home, capsys, tmp_path):
     """16 tokens a window, 4 ahead of the last: by hand, token by token."""
-    model, ids = RecursiveTransformer.load(home / "ckpt"), Tokenizer.load(home / "ckpt").encode(
-        (home / "text.txt").read_text())
+    (tmp_path / "few.txt").write_text(story(1, 10))
+    model, ids = RecursiveTransformer.load(home / "ckpt"), Tokenizer.load(home / "ckpt").encode(story(1, 10))
     shown, numbers = run(capsys, home, home / "ckpt", "--stride=4", "--tokens=100000", "--rules=margin",
-                         "--thresholds=0.05,0")
+                         "--thresholds=0.05,0", f"--text={tmp_path}/few.txt")
     n = numbers["tokens"]
     assert len(ids) - 4 <= n + 1 <= len(ids)                 # all but what makes no whole step
     assert (numbers["windows"], numbers["window"], numbers["stride"]) == ((n - 16) // 4 + 1, 16, 4)
