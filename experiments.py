@@ -65,15 +65,15 @@ def conclusions(low: int, mid: int, top: int) -> list[Conclusion]:
     """The paper's eight, in order of importance, for these LoRA ranks; its figures are Gemma 2B's with 2 loops."""
     svd, zero = [f"average-r{r}" for r in (low, mid, top)], f"average-r{top}-zero"
     return [
-        Conclusion("inits", "tied: stepwise > average, lower > random", "perplexity", {
+        Conclusion("inits", "stepwise > average, lower > random", "perplexity", {
             "stepwise": ("stepwise", "12.85"), "average": ("average", "15.15"), "lower": ("lower", "15.03"),
             "random": ("random", "22.66")},
             ["stepwise < average", "stepwise < lower", "average < random", "lower < random"]),
-        Conclusion("relaxed", "relaxed: average + SVD is the best start", "accuracy", {
+        Conclusion("relaxed", "average + SVD is the best start", "accuracy", {
             svd[2]: (f"average + SVD, r {top}", "55.5"), zero: (f"average, zero, r {top}", "49.0"),
             f"stepwise-r{top}": (f"stepwise + SVD, r {top}", "50.5")},
             [f"{svd[2]} < {zero}", f"{svd[2]} < stepwise-r{top}"]),
-        Conclusion("rank", "a higher rank is better", "accuracy", {
+        Conclusion("rank", "higher is better", "accuracy", {
             svd[0]: (f"average + SVD, r {low}", "52.1"), svd[1]: (f"r {mid}", "54.2"), svd[2]: (f"r {top}", "55.5")},
             [f"{svd[1]} < {svd[0]}", f"{svd[2]} < {svd[1]}"]),
         Conclusion("distill", "distillation helps", "accuracy", {
@@ -83,17 +83,17 @@ def conclusions(low: int, mid: int, top: int) -> list[Conclusion]:
             "stepwise": ("tied, stepwise", "12.85"), "scratch": ("as large, from scratch", "22.63"),
             "full": ("full size, same tokens", "")},
             ["stepwise < scratch"]),
-        Conclusion("exits", "aggressive 0.1, self-distilled: keeps the last loop, lifts the first", "accuracy", {
-            "tied-none 2": ("last loop: no exit losses", "51.7, before"),
-            "tied-weighted 2": ("weighted", "50.5"), "tied-self 2": ("aggressive, self-distilled", "52.6"),
+        Conclusion("exits", "the last loop kept, the first lifted", "accuracy", {
+            "tied-none 2": ("last loop: no exit losses", "51.7 (before)"),
+            "tied-weighted 2": ("weighted", "50.5"), "tied-self 2": ("aggressive 0.1, self-distilled", "52.6"),
             "tied-none 1": ("first loop: no exit losses", ""),
-            "tied-weighted 1": ("weighted", "49.8"), "tied-self 1": ("aggressive, self-distilled", "48.0")},
+            "tied-weighted 1": ("weighted", "49.8"), "tied-self 1": ("aggressive 0.1, self-distilled", "48.0")},
             ["tied-self 2 ~ tied-none 2", "tied-self 1 < tied-none 1"]),
-        Conclusion("relaxed_exits", "relaxation hurts the first exit", "accuracy", {
+        Conclusion("relaxed_exits", "relaxation hurts the first", "accuracy", {
             "tied-self 1": ("first loop: tied", "48.8"), "relaxed-self 1": ("relaxed, r 32 (r 64)", "40.8"),
             "tied-self 2": ("last loop: tied", "54.0"), "relaxed-self 2": ("relaxed, r 32 (r 64)", "54.0")},
             ["tied-self 1 < relaxed-self 1"]),
-        Conclusion("norms", "zeroed norms are disastrous, averaged ≈ picked", "", {
+        Conclusion("norms", "zero is disastrous, averaged ≈ picked", "", {
             "average": ("average, norms averaged", ""), "norms-pick": ("the first loop's", ""),
             "norms-zero": ("zero", "")},
             ["average < norms-zero", "norms-pick < norms-zero", "average ~ norms-pick"]),
@@ -234,7 +234,8 @@ def main(argv=None) -> None:
             raise UserError(f"{name}, seed {seed}, did not finish (exit code {code}); started again, it goes on there")
         append_line(config.save, line)
         print0(json_line({key: line[key] for key in ("name", "seed", "donor_loss", "start_loss", "loss")}))
-    if asked & {"exits", "relaxed_exits"} and len(read_lines("results/exits_seeds.jsonl")) < 24:
+    exits = [line for line in read_lines("results/exits_seeds.jsonl") if line["settings"]["ckpt"].endswith("-toy")]
+    if config.model == "toy" and asked & {"exits", "relaxed_exits"} and len(exits) < 24:
         print0(f"+ {EXITS}")
         if not config.dry and subprocess.run(EXITS.split()).returncode:
             raise UserError(f"{EXITS} did not finish; started again, it goes on where it was")
