@@ -143,9 +143,9 @@ def block_conclusions(results: Path) -> str:
     tokens, donor, valid = tied["settings"]["tokens"], tied["donor_loss"], tied["valid_tokens"]
     text = [
         wrap(f"The donor has a loss of {donor:.3f}; each run of 1 to 5 and 8 trained on {tokens:,} tokens, without "
-             f"distillation where nothing else is said, and was measured on {valid:,} of a book that nobody had seen. "
-             "6 and 7 are the models of \"Leaving early\". Mean ± standard deviation over three seeds, in nats. The "
-             "paper's are Gemma 2B's with 2 loops, after 15 billion tokens (7: 60, then 15), perplexity or accuracy."),
+             f"distillation where nothing else is said, and was measured on {valid:,} of a book that neither it nor the "
+             "donor had seen. 6 and 7 are the models of \"Leaving early\". Mean ± standard deviation over three seeds, "
+             "in nats. The paper's are Gemma 2B's with 2 loops, 1 to 6 after 15 billion tokens: perplexity or accuracy."),
         markdown(rows),
         wrap("A claim holds where the means differ by twice the standard error of their difference; runs are alike (≈) "
              f"where they differ by less than {ALIKE}, with as much to spare; of one seed nobody can tell. "
