@@ -21,11 +21,22 @@ from typing import Literal
 import torch
 
 from convert import load_full, to_recursive
+from data import load_tokens, validation
 from hf import find_donor, read_json
 from model import RecursiveTransformer, read_config
-from runtime import UserError, append_line, json_line, parse_args, print0, replace_folder, run_info, script
-from tokenizer import copy_tokenizer
-from train import TrainConfig
+from runtime import (
+    UserError,
+    append_line,
+    json_line,
+    parse_args,
+    print0,
+    replace_folder,
+    run_info,
+    script,
+    start_processes,
+)
+from tokenizer import Tokenizer, copy_tokenizer
+from train import TrainConfig, evaluate
 
 EXITS = "bash runs/exits_seeds.sh"             # trains and measures what the two conclusions about exits ask for
 
@@ -162,6 +173,21 @@ def prepare(donor: str, work: Path) -> None:
             model.write(tmp)
 
 
+def measure_donor(words: list[str]) -> dict:
+    """The donor's loss on the text that a run with these flags is measured on underway, a quarter of that at its end:
+    what its curve is held against."""
+    args = parse_args(TrainConfig, words)
+    procs, model = start_processes(args.device), load_full(args.donor, torch.float32)
+    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and procs.device.type == "cuda")
+    text = load_tokens(args.valid, Tokenizer.load(find_donor(args.donor), model.config.vocab_size),
+                       model.config.vocab_size)
+    pairs = validation(text, args.seq_len, 4 * args.eval_tokens)
+    pairs = pairs[:max(1, len(pairs) // 4)]
+    autocast = torch.autocast(procs.device.type, dtype=torch.bfloat16, enabled=bf16)
+    model.to(procs.device, torch.bfloat16 if bf16 else None)
+    return {"valid_tokens": sum(y.numel() for _, y in pairs), "loss": evaluate(model, pairs, procs, autocast)[-1]}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 def read_lines(path) -> list[dict]:
@@ -199,12 +225,17 @@ class ExperimentsConfig:
     dry: bool = False                          # only print the commands
 
 
+def shared_flags(config: ExperimentsConfig) -> list[str]:
+    """train.py's flags that all runs have, without --more."""
+    model = MODELS[config.model]
+    return [f"--donor={config.donor or model.donor}", f"--data={config.data or model.data}",
+            f"--valid={config.valid or model.valid}", f"--tokens={model.tokens}", *shlex.split(model.flags)]
+
+
 def commands(config: ExperimentsConfig) -> list[tuple[str, int, list[str]]]:
     """(name, seed, flags of train.py) of every run asked for, in order: seed by seed."""
-    model, work = MODELS[config.model], Path(config.out) / config.model
+    model, work, base = MODELS[config.model], Path(config.out) / config.model, shared_flags(config)
     flags = matrix(model, work)
-    base = [f"--donor={config.donor or model.donor}", f"--data={config.data or model.data}",
-            f"--valid={config.valid or model.valid}", f"--tokens={model.tokens}", *shlex.split(model.flags)]
     core = {run for c in conclusions(*model.ranks) for run in c.rows}
     stage = {name: 0 if name in core else 2 if name.endswith("fourfold") else 1 for name in flags}
     names, seeds = chosen(config.model, config.only), range(model.seeds if config.seeds is None else config.seeds)
@@ -216,12 +247,15 @@ def main(argv=None) -> None:
     config = parse_args(ExperimentsConfig, argv)
     work, model = Path(config.out) / config.model, MODELS[config.model]
     asked = set(config.only.split(","))
-    runs = commands(config)
+    runs, base = commands(config), [*shared_flags(config), *shlex.split(config.more)]
     done = {(line["name"], line["seed"], line["command"]) for line in read_lines(config.save)}
     todo = [(name, seed, words) for name, seed, words in runs if (name, seed, shlex.join(words)) not in done]
     print0(f"{len(runs)} runs, {len(runs) - len(todo)} of them measured")
     if not config.dry and any(name in ("scratch", "norms-zero") for name, _, _ in todo):
         prepare(config.donor or model.donor, work)
+    if todo and not config.dry and ("donor", 0, shlex.join(base)) not in done:
+        append_line(config.save, {"what": "experiment", "model": config.model, "name": "donor", "seed": 0,
+                                  "command": shlex.join(base)} | run_info() | measure_donor(base))
     for i, (name, seed, words) in enumerate(todo):
         out = work / f"{name}-s{seed}"
         command = ["train.py", *words, f"--out={out}", "--resume=auto"]

@@ -143,9 +143,10 @@ def block_conclusions(results: Path) -> str:
     tokens, donor, valid = tied["settings"]["tokens"], tied["donor_loss"], tied["valid_tokens"]
     text = [
         wrap(f"The donor has a loss of {donor:.3f}; each run of 1 to 5 and 8 trained on {tokens:,} tokens, without "
-             f"distillation where nothing else is said, and was measured on {valid:,} of a book that neither it nor the "
-             "donor had seen. 6 and 7 are the models of \"Leaving early\". Mean ± standard deviation over three seeds, "
-             "in nats. The paper's are Gemma 2B's with 2 loops, 1 to 6 after 15 billion tokens: perplexity or accuracy."),
+             f"distillation where nothing else is said, and was measured on {valid:,} of a book that neither it nor "
+             "the donor had seen. 6 and 7 are the models of \"Leaving early\". Mean ± standard deviation over three "
+             "seeds, in nats. The paper's are Gemma 2B's with 2 loops, 1 to 6 after 15 billion tokens: perplexity or "
+             "accuracy."),
         markdown(rows),
         wrap("A claim holds where the means differ by twice the standard error of their difference; runs are alike (≈) "
              f"where they differ by less than {ALIKE}, with as much to spare; of one seed nobody can tell. "
@@ -295,15 +296,18 @@ def line_of(axes, runs, names: list[str], label: str, xs: list[float] | None = N
 
 
 def plot_inits(axes, runs, ranks) -> None:
+    """Above the donor's loss on the same text: on the way it is a shorter one than at the ends."""
+    short = next(iter(runs.get("donor", {}).values()), None)
     for name in ("stepwise", "average", "lower", "random"):
         lines = list(runs.get(name, {}).values())
         if lines:
             curve = [[statistics.mean(point) for point in zip(*points, strict=True)]
-                     for points in zip(*(line["curve"] for line in lines), strict=True)]
-            end = [lines[0]["settings"]["tokens"], statistics.mean(line["loss"] for line in lines)]
-            start = [0, statistics.mean(line["start_loss"] for line in lines)]
-            axes.plot(*zip(*[start, *curve, end], strict=True), "o-", markersize=4, label=f"tied, {name}")
-    axes.set(xlabel="tokens of uptraining", ylabel="validation loss")
+                     for points in zip(*(line["curve"] for line in lines), strict=True) if short]
+            ends = [[tokens, statistics.mean(line[loss] - line["donor_loss"] for line in lines)]
+                    for tokens, loss in ((0, "start_loss"), (lines[0]["settings"]["tokens"], "loss"))]
+            points = [ends[0], *([tokens, loss - short["loss"]] for tokens, loss in curve), ends[1]]
+            axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=f"tied, {name}")
+    axes.set(xlabel="tokens of uptraining", ylabel="validation loss above the donor's")
 
 
 def plot_pareto(axes, runs, ranks) -> None:

@@ -44,7 +44,7 @@ def driver(home, tmp_path, monkeypatch):
         here.stop_at = stop_at
         experiments.main([f"--donor={home}/donor", f"--data={home}/train.txt", f"--valid={home}/valid.txt",
                           "--save=lines.jsonl", f"--more={SMALL}", *flags])
-        return list(ran), experiments.read_lines("lines.jsonl")
+        return list(ran), [x for x in experiments.read_lines("lines.jsonl") if x["name"] != "donor"]
     drive.ran = ran
     return drive
 
@@ -90,6 +90,9 @@ def test_what_is_measured_is_not_run_again(driver, home, capsys):
         assert line["settings"]["tokens"] == 512 and line["settings"]["weight_decay"] == 0.1 and line["commit"]
         assert line["params"]["stored"] < line["params"]["run"]
     assert len({line["loss"] for line in lines}) == 6
+    [donor] = [x for x in experiments.read_lines("lines.jsonl") if x["name"] == "donor"]
+    assert donor["valid_tokens"] == 256 and line["valid_tokens"] == 1024
+    assert donor["loss"] == pytest.approx(line["donor_loss"], abs=0.3) and donor["loss"] != line["donor_loss"]
     assert driver("--only=norms", "--seeds=2") == ([], lines)
     assert "6 runs, 6 of them measured" in capsys.readouterr().out
     ran, more = driver("--only=norms,inits", "--seeds=1")   # what two conclusions share is one run
@@ -103,7 +106,7 @@ def test_what_was_cut_off_goes_on_where_it_was(driver, tmp_path):
     Path("lines.jsonl").unlink()
     with pytest.raises(UserError, match="stepwise, seed 0, did not finish"):
         driver("--only=distill", "--seeds=1", stop_at=2)
-    assert not Path("lines.jsonl").exists() and len(driver.ran) == 1
+    assert len(experiments.read_lines("lines.jsonl")) == 1 and len(driver.ran) == 1  # the donor's own
     ran, lines = driver("--only=distill", "--seeds=1")
     assert [(x["name"], x["loss"]) for x in lines] == [(x["name"], x["loss"]) for x in straight]
     log = read_log(tmp_path / "out_experiments/toy/stepwise-s0")

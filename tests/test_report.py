@@ -89,14 +89,15 @@ def test_a_run_measured_twice_counts_once_and_what_lacks_is_named(tmp_path):
 def test_lines_of_the_plots(tmp_path):
     runs = report.read_runs(write(
         tmp_path, line("average", 0, 4.8), line("average-r6", 0, 4.5), line("average-r6", 1, 4.7),
-        line("average-r48", 0, 4.2, stored=5_000_000), line("average-r6-zero", 0, 4.9)), "toy")
+        line("average-r48", 0, 4.2, stored=5_000_000), line("average-r6-zero", 0, 4.9),
+        line("donor", 0, 4.1)), "toy")
     axes = Figure().subplots()
     report.plot_rank(axes, runs, MODELS["toy"].ranks)
     svd, zero = (c.lines[0].get_xydata().tolist() for c in axes.containers)
     assert svd == [[0, 4.8], [6, pytest.approx(4.6)], [48, 4.2]] and zero == [[0, 4.8], [6, 4.9]]
     axes = Figure().subplots()
     report.plot_inits(axes, runs, MODELS["toy"].ranks)
-    assert axes.lines[0].get_xydata().tolist() == [[0, 5.0], [512, 5.3], [1024, 4.8]]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 1.0], [512, pytest.approx(1.2)], [1024, pytest.approx(0.8)]]
     axes = Figure().subplots()
     report.plot_pareto(axes, runs, MODELS["toy"].ranks)
     assert axes.containers[0].lines[0].get_xydata().tolist() == [[3, pytest.approx(4.6)], [5, 4.2]]
