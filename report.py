@@ -133,7 +133,7 @@ def wrap(text: str, width: int = 80) -> str:
 def block_conclusions(results: Path) -> str:
     """The eight conclusions, what the largest rank wins back, and what is missing."""
     runs, losses, model = read_runs(results, "toy"), all_losses(results, "toy"), MODELS["toy"]
-    lines = [line for seeds in runs.values() for line in seeds.values()]
+    lines = [line for name, seeds in runs.items() for line in seeds.values() if name != "donor"]
     exits = read_lines(results / "exits_seeds.jsonl")
     rows = [["", "loss, ours", "paper"]]
     for i, c in enumerate(conclusions(*model.ranks), 1):
