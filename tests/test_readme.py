@@ -24,7 +24,8 @@ BLOCKS = {word: block for block in re.findall(r"```python\n(.*?)```", README, re
 SMALL = {  # added to a command: the last of two equal flags counts
     "train.py": "--tokens=1024 --batch_tokens=512 --micro_batch=1 --seq_len=64 --eval_tokens=256 --log_every=1",
     "sample.py": "--max_new_tokens=8", "convert.py": "", "data.py": "", "evaluate.py": "--tokens=512 --keys=exact",
-    "harness.py": "--files=tasks --limit=1", "exits.py": "--gate_tokens=512 --tokens=2048 --agreement=0.2",
+    "harness.py": "--files=tasks --limit=1", "report.py": "", "experiments.py": "",
+    "exits.py": "--gate_tokens=512 --tokens=2048 --agreement=0.2",
 }
 
 

@@ -1,0 +1,415 @@
+"""What results/ says: the paper's conclusions beside ours, the README's figures, and the plots. Measures nothing.
+
+    python report.py                # the conclusions, claim by claim
+    python report.py --write        # and into the README, between its markers (a test says if it is old)
+    python report.py --plots        # results/*.png from the same files; needs the [plot] extra
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import EXITS, MODELS, Conclusion, beside, conclusions, read_lines
+from runtime import UserError, parse_args, print0, script, table
+
+ROOT = Path(__file__).resolve().parent
+ALIKE = 0.05                                   # nats: runs closer than this are said to be alike (5 % of perplexity)
+HOLDS, FAILS, OPEN, MISSING = "holds", "does not", "cannot tell", "not run"
+Losses = dict[str, dict[int, float]]           # run -> seed -> loss in nats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the files to verdicts
+
+def read_runs(results: Path, model: str) -> dict[str, dict[int, dict]]:
+    """run -> seed -> its line of experiments.jsonl, the last where there are several."""
+    runs: dict[str, dict[int, dict]] = {}
+    for line in read_lines(results / "experiments.jsonl"):
+        if line["model"] == model:
+            runs.setdefault(line["name"], {})[line["seed"]] = line
+    return runs
+
+
+def read_exits(results: Path, model: str) -> Losses:
+    """"tied-self 1" -> seed -> loss after loop 1, and so on: what runs/exits_seeds.sh or runs/smollm2.sh measured."""
+    losses: Losses = {}
+    for line in read_lines(results / "exits_seeds.jsonl"):
+        _, _, kind, seed, how, whose = line["settings"]["ckpt"].split("-")  # out-seeds-tied-0-self-toy
+        for loop, loss in enumerate(line["exit_loss"] if whose == model else []):
+            losses.setdefault(f"{kind}-{how} {loop + 1}", {})[int(seed)] = loss
+    return losses
+
+
+def all_losses(results: Path, model: str) -> Losses:
+    losses = {name: {seed: line["loss"] for seed, line in seeds.items()}
+              for name, seeds in read_runs(results, model).items()}
+    return losses | read_exits(results, model)
+
+
+def spread(values) -> str:
+    """Mean ± standard deviation (n - 1); the mean alone of one value, a blank of none."""
+    values = list(values)
+    if len(values) < 2:
+        return "".join(f"{v:.3f}" for v in values)
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def difference(a: list[float], b: list[float]) -> tuple[float, float]:
+    """(mean of b less mean of a, its standard error), for two sets of at least two seeds each."""
+    error = math.sqrt(sum(statistics.variance(x) / len(x) for x in (a, b)))
+    return statistics.mean(b) - statistics.mean(a), error
+
+
+def judge(claim: str, losses: Losses) -> tuple[str, str]:
+    """(verdict, why) of "a < b", a's loss is lower, by twice the standard error; or of "a ~ b", they differ by less
+    than ALIKE, by as much. The other way round by as much: it does not hold. Between, or of one seed: cannot tell."""
+    left, sign, right = re.split(" ([<~]) ", claim)
+    a, b = (list(losses.get(name, {}).values()) for name in (left, right))
+    if not a or not b:
+        return MISSING, ""
+    if min(len(a), len(b)) < 2:
+        return OPEN, f"{statistics.mean(b) - statistics.mean(a):+.4f}, one seed"
+    d, error = difference(a, b)
+    low, high = (d - 2 * error, d + 2 * error) if sign == "<" else (ALIKE - abs(d) - 2 * error,
+                                                                   ALIKE - abs(d) + 2 * error)
+    return HOLDS if low > 0 else FAILS if high < 0 else OPEN, f"{d:+.4f} ± {error:.4f}"
+
+
+def verdict(conclusion: Conclusion, losses: Losses) -> str:
+    """All claims hold, or one does not; else what is in the way."""
+    verdicts = [judge(claim, losses)[0] for claim in conclusion.claims]
+    return next((v for v in (FAILS, MISSING, OPEN) if v in verdicts), HOLDS)
+
+
+def gap(runs: dict[str, dict[int, dict]], top: int) -> list[list[str]]:
+    """Rows: tokens, loss of tied and of the largest rank, share of the gap between tied and donor that it makes good.
+    Each share is of one seed: the same text in the same order."""
+    rows = []
+    for suffix in ("-quarter", "", "-fourfold"):
+        tied, relaxed = (runs.get(name + suffix, {}) for name in ("stepwise", f"average-r{top}"))
+        if both := sorted(tied.keys() & relaxed.keys()):
+            donor = tied[both[0]]["donor_loss"]
+            shares = [(tied[s]["loss"] - relaxed[s]["loss"]) / (tied[s]["loss"] - donor) for s in both]
+            tokens = tied[both[0]]["settings"]["tokens"]
+            rows.append([f"{tokens:,}", *(spread(of[s]["loss"] for s in both) for of in (tied, relaxed)),
+                         spread(shares)])
+    return rows
+
+
+def unfinished(runs: dict[str, dict[int, dict]], model: str) -> list[str]:
+    """Runs of the matrix that lack seeds, as "name (1 of 3)"."""
+    ranks, seeds = MODELS[model].ranks, MODELS[model].seeds
+    names = [run for c in conclusions(*ranks) for run in c.rows if " " not in run]
+    names += [run for group in beside(*ranks).values() for run in group]
+    return [f"{n} ({len(runs.get(n, {}))} of {seeds})" for n in dict.fromkeys(names) if len(runs.get(n, {})) < seeds]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README's blocks, each from its file: <!-- NAME --> ... <!-- /NAME -->
+
+def where(lines: list[dict]) -> str:
+    """Hardware, versions and commits of these lines."""
+    def several(values) -> str:
+        return ", ".join(dict.fromkeys(str(v) for v in values))
+    threads = several(line["threads"] for line in lines)
+    return (f"{several(line['gpu'] or line['cpu'] for line in lines)}, {threads} thread{'s' * (threads != '1')}; torch "
+            f"{several(line['torch'] for line in lines)}; commit {several(line['commit'] for line in lines)}")
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table of these cells, the first row the header."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def wrap(text: str, width: int = 80) -> str:
+    import textwrap
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def block_conclusions(results: Path) -> str:
+    """The eight conclusions, what the largest rank wins back, and what is missing."""
+    runs, losses, model = read_runs(results, "toy"), all_losses(results, "toy"), MODELS["toy"]
+    lines = [line for name, seeds in runs.items() for line in seeds.values() if name != "donor"]
+    exits = read_lines(results / "exits_seeds.jsonl")
+    rows = [["", "loss, ours", "paper"]]
+    for i, c in enumerate(conclusions(*model.ranks), 1):
+        rows.append([f"**{i} {c.name}**: {c.says}", f"**{verdict(c, losses)}**", c.metric])
+        rows += [[label, spread(losses.get(run, {}).values()), paper] for run, (label, paper) in c.rows.items()]
+    tied = next(iter(runs["stepwise"].values()))
+    tokens, donor, valid = tied["settings"]["tokens"], tied["donor_loss"], tied["valid_tokens"]
+    text = [
+        wrap(f"The donor has a loss of {donor:.3f}; each run of 1 to 5 and 8 trained on {tokens:,} tokens, without "
+             f"distillation where nothing else is said, and was measured on {valid:,} of a book that neither it nor "
+             "the donor had seen. 6 and 7 are the models of \"Leaving early\". Mean ± standard deviation over three "
+             "seeds, in nats. The paper's are Gemma 2B's with 2 loops, 1 to 6 after 15 billion tokens: perplexity or "
+             "accuracy."),
+        markdown(rows),
+        wrap("A claim holds where the means differ by twice the standard error of their difference; runs are alike (≈) "
+             f"where they differ by less than {ALIKE}, with as much to spare; of one seed nobody can tell. "
+             "`python experiments.py --only=NAME` runs one conclusion, `python report.py` shows each claim. "
+             f"1 to 5, 8: {where(lines)}. 6, 7 (`{EXITS}`): {where(exits)}."),
+        wrap(f"What the LoRA wins back: the share of the gap between donor and tied model that rank {model.ranks[2]} "
+             "closes after as many tokens. (The paper's largest rank, after 60 billion with distillation: "
+             f"{math.log(11.44 / 10.81) / math.log(11.44 / 10.58):.2f}, of perplexities of 11.44 tied, 10.81 with r "
+             "512, 10.58 at full size on the same tokens.)"),
+        markdown([["tokens", "tied, stepwise", f"average + SVD, r {model.ranks[2]}", "share"],
+                  *gap(runs, model.ranks[2])])]
+    if missing := unfinished(runs, "toy"):
+        text.append(wrap("Not run: " + ", ".join(missing) + "."))
+    return "\n\n".join(text)
+
+
+def block_stepwise(results: Path) -> str:
+    """The table that the README's first command ends with, from its log."""
+    log = read_lines(results / "stepwise.jsonl")
+    donor, converted, final = log[0]["donor_loss"], log[0]["full_val_loss"], log[-1]["full_val_loss"]
+    rows = [[name, f"{loss:.4f}", f"{math.exp(loss):.2f}", stored, "4.99 M"] for name, loss, stored in (
+        ("donor", donor, "4.99 M"), ("converted", converted, "2.89 M"), ("uptrained", final, "2.89 M"))]
+    won = (converted - final) / (converted - donor)
+    return "\n".join(["```", table([["model", "validation loss", "perplexity", "stored", "run per token"], *rows]),
+                      f"{won:.0%} of what conversion cost is won back", "```"])
+
+
+def block_exits(results: Path) -> str:
+    """Loss after each loop, by how the exits were trained."""
+    losses = read_exits(results, "toy")
+    rows = [["loss after loop 1 / 2", "tied", "relaxed (average, r 32)"]]
+    for how, says in (("none", "post-trained without exit losses"), ("weighted", "weighted"),
+                      ("self", "aggressive 0.1, self-distilled")):
+        rows.append([says, *(" / ".join(spread(losses[f"{kind}-{how} {loop}"].values()) for loop in (1, 2))
+                             for kind in ("tied", "relaxed"))])
+    return markdown(rows)
+
+
+def block_calibrated(results: Path) -> str:
+    """Mean loops of 2 at the agreement asked for, on the half of the text that was not calibrated on."""
+    lines = [line for line in read_lines(results / "exits_calibrated.jsonl") if line["settings"]["keys"] == "exact"]
+    rules = ("gate", "max_prob", "margin", "entropy")
+    rows = [["agreement", "oracle", *rules]]
+    for kind in ("tied", "relaxed"):
+        ours = [line for line in lines if f"-{kind}-" in line["settings"]["ckpt"]]
+        asked = sorted({line["agreement"] for line in ours})
+
+        def loops(rule, ours=ours, asked=asked):
+            return " / ".join(f"{statistics.mean(line['calibration_and_check'][rule][1]['loops'] for line in at):.2f}"
+                              for at in ([line for line in ours if line["agreement"] == a] for a in asked))
+        oracle = f"{statistics.mean(line['oracle'][1] for line in ours):.2f}"
+        rows.append([f"{kind}, {' / '.join(map(str, asked))}" if kind == "tied" else kind, oracle, *map(loops, rules)])
+    return markdown(rows)
+
+
+def served(results: Path, line: int, name: str, exits: str = "never", keys: str = "exact") -> dict:
+    """What this way to batch came to in that line of batching.jsonl."""
+    case, = read_lines(results / "batching.jsonl")[line]["cases"]
+    return next(row for row in case["rows"] if (row["name"], row["exits"], row["keys"]) == (name, exits, keys))
+
+
+def block_batching(results: Path) -> str:
+    """Tokens/s of each way to batch, beside sequence batching and the formula: random weights, and the shipped donor."""
+    more = served(results, 0, "V5h", "drawn")["slots"] - served(results, 0, "V1")["slots"]
+    rows = [["", "C = 1024: tok/s", "of V1", "formula", "shipped donor: of V1", "formula"]]
+    for name, keys, says in (("V1", None, "sequence batching, full depth"), ("V3", None, "depth-wise, nobody leaves"),
+                             ("V4", "exact", "exits, the batch waits for its slowest"),
+                             ("V5", "exact", "depth-wise with exits, exact keys"),
+                             ("V5h", "exact", f"the head as a stage of its own, {more} slots more"),
+                             ("V5", "copy", "copied keys"), ("V5h", "copy", "copied keys")):
+        one, two = (served(results, line, name, *((kind, keys) if keys else ()))
+                    for line, kind in ((0, "drawn"), (1, "oracle")))
+        rows.append([f"{name}, {says}", f"{one['tokens_per_s']:.0f}",
+                     *(f"{row[key]:.2f}" for row in (one, two) for key in ("of_v1", "formula"))])
+    return markdown(rows)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "stepwise": block_stepwise, "conclusions": block_conclusions, "exits": block_exits,
+    "calibrated": block_calibrated, "batching": block_batching}
+
+
+def fill(text: str, results: Path) -> str:
+    """The README with each of its blocks as results/ has it. UserError where a marker is missing."""
+    for name, block in BLOCKS.items():
+        text, n = re.subn(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)",
+                          lambda m, block=block: m[1] + block(results) + m[2], text, flags=re.S)
+        if n != 1:
+            raise UserError(f"README.md has {n} blocks between <!-- {name} --> and <!-- /{name} -->: it needs one")
+    return text
+
+
+def phrases(results: Path) -> list[str]:
+    """What the README's prose and small tables say, with the figures that the files have: a test looks for each."""
+    def lines(name):
+        return read_lines(results / f"{name}.jsonl")
+
+    def rate(rows, **what):                    # tokens/s of the row that is all this
+        return next(r["tokens_per_s"] for r in rows if what.items() <= r.items())
+
+    checked = [(max(0.0, line["agreement"] - after["agreement"]), after["loops"], line) for line in
+               lines("exits_calibrated") for _, after in line["calibration_and_check"].values()]
+    exact = [found for found in checked if found[2]["settings"]["keys"] == "exact"]
+    missed = sorted(short for short, _, _ in exact if short)
+    copied = [found for found in checked if found[2]["settings"]["keys"] == "copy"]
+    same = [found for found in exact if found[2]["settings"]["ckpt"] == copied[0][2]["settings"]["ckpt"]
+            and found[2]["agreement"] == copied[0][2]["agreement"]]
+    kept = {row["rule"]: row["agreement"] for row in lines("exits_unseen")[0]["rows"] if row.get("calibrated_for")}
+    asking = [kept[rule] for rule in ("max_prob", "margin", "entropy")]
+    small, large = (next(r for r in lines("decision")[0]["rows"] if (r["vocab_size"], r["batch"]) == (v, 1))
+                    for v in (4096, 256_000))
+    chunked, naive = (next(r for r in lines("loss")[-1]["rows"] if r["distill"] and r["code"] == code)
+                      for code in ("chunked", "naive"))
+    step, lora = lines("train")[-1]["rows"], lines("lora")[-1]["rows"]
+    ours = [[rate(step, code="ours", loops=loops, rank=0, distill=distill) / rate(step, code="transformers",
+            distill=distill) for loops in (1, 2)] for distill in (False, True)]
+    merged, apart = ([rate(lora, rank=0) / rate(lora, rank=rank, path=path) - 1 for rank in (64, 512)]
+                     for path in ("merged", "separate"))
+    tied, relaxed = (lines(f"uptrain_smollm2_{name}") for name in ("stepwise", "average64"))
+    gate, stage = (served(results, 1, name, "gate") for name in ("V5", "V5h"))
+    donor, smollm2 = ({r["rows"]: r["of_transformers"] for r in line["rows"] if r["code"] == "decode"}
+                      for line in lines("decode"))
+    apart_most = max(task["largest_difference"] for line in lines("harness") for task in line["apart"].values())
+    same_scores = all(line["tasks"][t][k] == line["against"][t][k] for line in lines("harness")
+                      for t in line["tasks"] for k in ("acc", "acc_norm") if k in line["tasks"][t])
+    return [
+        f"V3 came to {served(results, 2, 'V3')['of_v1']:.2f} of V1",
+        f"leaves after {gate['mean_loops']:.2f} loops: {gate['of_v1']:.2f} of V1, {stage['of_v1']:.2f} with the head",
+        f"decodes {donor[1]:.2f} × as fast as", f"16 texts {donor[16]:.2f} ×", f"SmolLM2-135M {smollm2[1]:.2f} ×;",
+        f"log-likelihoods differ by {apart_most:.1e}".replace("e-0", "e-") + " at most, its accuracies "
+        f"{'not at all' if same_scores else 'as well'} (results/harness.jsonl)",
+        f"(`--init=random`) ends at {lines('random')[-1]['full_val_loss']:.4f}",
+        f"Of {len(exact)} promises two were missed, by {missed[0]:.4f} and {missed[1]:.4f}." if len(missed) == 2 else
+        f"Of {len(exact)} promises {len(missed)} were missed",
+        f"became {min(asking):.3f} to {max(asking):.3f} for the three that ask the vocabulary, {kept['gate']:.4f} for",
+        f"gets below {min(loops for _, loops, _ in copied):.2f} loops at {copied[0][2]['agreement']}, with exact ones "
+        f"it is {min(loops for _, loops, _ in same):.2f}",
+        f"the gate costs {large['gate'] / large['block']:.1%} of a pass".replace("%", " %"),
+        f"one by max_prob {large['max_prob'] / large['block']:.0%} (".replace("%", " %"),
+        f"with 4,096 words {small['max_prob'] / small['block']:.0%};".replace("%", " %"),
+        f"{chunked['added_gib_at_all']:.2f} GiB beside its input, naive {naive['added_gib_at_all']:.0f} GiB (four "
+        f"times its 1,024 tokens), and {chunked['tokens_per_s'] / naive['tokens_per_s']:.1f} ×",
+        "full size {:.2f}, 2 loops {:.2f}; with distillation {:.2f} and {:.2f}".format(*ours[0], *ours[1]),
+        f"r 64 {merged[0]:.0%}, r 512 {merged[1]:.0%}; as a path of its own {apart[0]:.0%} and {apart[1]:.0%}".replace(
+            "%", " %"),
+        f"tied, stepwise {tied[0]['full_val_loss']:.2f} → {tied[-1]['full_val_loss']:.2f}, r 64, average + SVD "
+        f"{relaxed[0]['full_val_loss']:.2f} → {relaxed[-1]['full_val_loss']:.2f}; donor {tied[0]['donor_loss']:.2f}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots
+
+def means(runs: dict[str, dict[int, dict]], name: str) -> tuple[float, float, float] | None:
+    """(parameters without embeddings in millions, mean loss, standard deviation) of a run."""
+    if not (seeds := list(runs.get(name, {}).values())):
+        return None
+    losses = [line["loss"] for line in seeds]
+    return (seeds[0]["params"]["stored_block"] / 1e6, statistics.mean(losses),
+            statistics.stdev(losses) if len(losses) > 1 else 0.0)
+
+
+def line_of(axes, runs, names: list[str], label: str, xs: list[float] | None = None, style: str = "o-") -> None:
+    """A line through the runs that there are, with error bars of a standard deviation."""
+    points = [(m[0] if xs is None else xs[i], *m[1:]) for i, n in enumerate(names) if (m := means(runs, n))]
+    if points:
+        x, y, error = zip(*sorted(points), strict=True)
+        axes.errorbar(x, y, error, fmt=style, markersize=4, capsize=2, label=label)
+
+
+def plot_inits(axes, runs, ranks) -> None:
+    """Above the donor's loss on the same text: on the way it is a shorter one than at the ends."""
+    short = next(iter(runs.get("donor", {}).values()), None)
+    for name in ("stepwise", "average", "lower", "random"):
+        lines = list(runs.get(name, {}).values())
+        if lines:
+            curve = [[statistics.mean(point) for point in zip(*points, strict=True)]
+                     for points in zip(*(line["curve"] for line in lines), strict=True) if short]
+            ends = [[tokens, statistics.mean(line[loss] - line["donor_loss"] for line in lines)]
+                    for tokens, loss in ((0, "start_loss"), (lines[0]["settings"]["tokens"], "loss"))]
+            points = [ends[0], *([tokens, loss - short["loss"]] for tokens, loss in curve), ends[1]]
+            axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=f"tied, {name}")
+    axes.set(xlabel="tokens of uptraining", ylabel="validation loss above the donor's")
+
+
+def plot_pareto(axes, runs, ranks) -> None:
+    svd = [f"average-r{r}" for r in ranks]
+    line_of(axes, runs, ["stepwise", *svd], "2 loops: tied, then average + SVD by rank")
+    line_of(axes, runs, ["stepwise-3x", f"{svd[2]}-3x"], "3 loops", style="s-")
+    line_of(axes, runs, ["full"], "full size, same tokens", style="k*")
+    if means(runs, "stepwise"):
+        axes.axhline(next(iter(runs["stepwise"].values()))["donor_loss"], color="k", linewidth=0.8, label="donor")
+    axes.set(xlabel="parameters stored without embeddings, millions", ylabel="validation loss")
+
+
+def plot_rank(axes, runs, ranks) -> None:
+    xs = [0, *ranks]
+    line_of(axes, runs, ["average", *(f"average-r{r}" for r in ranks)], "average + SVD", xs)
+    line_of(axes, runs, ["average", *(f"average-r{r}-zero" for r in ranks)], "average, LoRA from zero", xs, "s--")
+    line_of(axes, runs, [f"stepwise-r{ranks[2]}"], "stepwise + SVD", xs[3:], "^")
+    axes.set(xlabel="LoRA rank (0: tied)", ylabel="validation loss")
+
+
+def plot_batching(axes, results: Path) -> None:
+    line = read_lines(results / "batching.jsonl")[0]
+    rows = [(f"{row['name']}: {row['what']}" + f", {row['keys']} keys" * (row["exits"] != "never"),
+             row["tokens_per_s"]) for row in line["cases"][0]["rows"]]
+    axes.barh(*zip(*reversed(rows), strict=True))
+    axes.set(xlabel="tokens/s")
+
+
+def save_plots(results: Path, model: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('--plots needs matplotlib: pip install -e ".[plot]"') from None
+    runs, ranks = read_runs(results, model), MODELS[model].ranks
+    prefix = "" if model == "toy" else f"{model}_"
+    for name, draw in (("inits", plot_inits), ("pareto", plot_pareto), ("rank", plot_rank), ("batching", None)):
+        if draw is None and model != "toy":
+            continue
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        plot_batching(axes, results) if draw is None else draw(axes, runs, ranks)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
+        figure.savefig(results / f"{prefix}{name}.png", dpi=120)
+        print0(f"wrote {results / f'{prefix}{name}.png'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class ReportConfig:
+    model: str = "toy"                         # whose runs: toy, or smollm2
+    results: str = str(ROOT / "results")       # folder of the results
+    write: bool = False                        # rewrite the README's blocks
+    plots: bool = False                        # draw results/*.png
+
+
+def main(argv=None) -> None:
+    config = parse_args(ReportConfig, argv)
+    if config.model not in MODELS:
+        raise UserError(f"--model={config.model} is unknown; use {', '.join(MODELS)}")
+    results, model = Path(config.results), MODELS[config.model]
+    losses, runs = all_losses(results, config.model), read_runs(results, config.model)
+    for i, c in enumerate(conclusions(*model.ranks), 1):
+        print0(f"\n{i} {c.name}: {c.says}: {verdict(c, losses)}")
+        print0(f"python experiments.py --only={c.name}")
+        print0(table([["", "loss, ours", "seeds", f"paper{', ' * bool(c.metric)}{c.metric}"]] + [
+            [label, spread(losses.get(run, {}).values()), len(losses.get(run, {})), paper]
+            for run, (label, paper) in c.rows.items()]))
+        for claim in c.claims:
+            print0("   {}: {}  {}".format(claim, *judge(claim, losses)))
+    print0("\n" + table([["tokens", "tied", f"r {model.ranks[2]}", "share of the gap"], *gap(runs, model.ranks[2])]))
+    print0("not run: " + (", ".join(unfinished(runs, config.model)) or "nothing"))
+    if config.plots:
+        save_plots(results, config.model)
+    if config.write:
+        readme = ROOT / "README.md"
+        readme.write_text(fill(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+        print0("README.md is up to date")
+
+
+if __name__ == "__main__":
+    script(main)

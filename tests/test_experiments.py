@@ -1,0 +1,165 @@
+"""experiments.py: a matrix whose every run can be run, that is resumed and never run twice."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import interrupt_at, read_log, weights
+
+import experiments
+import train
+from experiments import MODELS, beside, conclusions, matrix
+from model import RecursiveTransformer, read_config
+from runtime import UserError, parse_args
+
+ROOT = Path(experiments.__file__).parent
+SMALL = ("--tokens=512 --batch_tokens=128 --seq_len=16 --micro_batch=8 --eval_tokens=256 --eval_every=2 --log_every=1 "
+         "--warmup=1 --device=cpu")
+
+
+@pytest.fixture
+def driver(home, tmp_path, monkeypatch):
+    """driver(*flags, stop_at=None) -> (what came of each train.py, lines saved): train.py in this process, on the tiny
+    donor; stop_at: it is told to stop within the first run's step after so many."""
+    monkeypatch.chdir(tmp_path)
+    ran = []
+
+    def here(command):
+        ran.append(command[2:])
+        with interrupt_at(here.stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            train.main(command[2:])
+        here.stop_at = None
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: here(command) if "train.py" in command
+                        else SimpleNamespace(returncode=0, stdout="commit"))
+
+    def drive(*flags, stop_at=None):
+        ran.clear()
+        here.stop_at = stop_at
+        experiments.main([f"--donor={home}/donor", f"--data={home}/train.txt", f"--valid={home}/valid.txt",
+                          "--save=lines.jsonl", f"--more={SMALL}", *flags])
+        return list(ran), [x for x in experiments.read_lines("lines.jsonl") if x["name"] != "donor"]
+    drive.ran = ran
+    return drive
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_run_has_flags_that_exist_and_a_folder_of_its_own(name, tmp_path):
+    runs = experiments.commands(parse_args(experiments.ExperimentsConfig, [f"--model={name}", f"--out={tmp_path}"]))
+    assert len({(run, seed) for run, seed, _ in runs}) == len(runs) == {"toy": 69, "smollm2": 52}[name]
+    for run, seed, words in runs:
+        if seed:
+            assert words == [*next(w for r, _, w in runs if r == run)[:-1], f"--seed={seed}"]
+            continue
+        args = parse_args(train.TrainConfig, words)
+        train.check_settings(args, resumed=False)
+        assert args.seed == seed and train.accumulation(args, 1) >= 1 and args.tokens % args.batch_tokens == 0
+
+
+def test_conclusions_speak_of_runs_that_there_are():
+    for model in MODELS.values():
+        runs = matrix(model, Path("out"))
+        for c in conclusions(*model.ranks):
+            assert {run for run in c.rows if " " not in run} <= set(runs)
+            assert {w for claim in c.claims for w in re.split(" [<~] ", claim)} <= set(c.rows)
+        assert {run for group in beside(*model.ranks).values() for run in group} <= set(runs)
+        assert len(set(runs.values())) == len(runs)          # each is another experiment
+
+
+def test_the_first_seed_of_all_comes_before_the_second():
+    runs = experiments.commands(experiments.ExperimentsConfig())
+    needed = {run for c in conclusions(*MODELS["toy"].ranks) for run in c.rows if " " not in run}
+    seeds = [seed for name, seed, _ in runs if name in needed]
+    assert seeds == sorted(seeds) and {name for name, _, _ in runs[:len(seeds)]} == needed
+
+
+def test_what_is_measured_is_not_run_again(driver, home, capsys):
+    ran, lines = driver("--only=norms", "--seeds=2")
+    assert [(x["name"], x["seed"]) for x in lines] == [(n, s) for s in (0, 1)
+                                                       for n in ("average", "norms-pick", "norms-zero")]
+    for line in lines:
+        log = read_log(Path(f"out_experiments/toy/{line['name']}-s{line['seed']}"))
+        assert line["loss"] == log[-1]["full_val_loss"] and line["start_loss"] == log[0]["full_val_loss"]
+        assert line["donor_loss"] == log[0]["donor_loss"] and [t for t, _ in line["curve"]] == [256]
+        assert line["settings"]["tokens"] == 512 and line["settings"]["weight_decay"] == 0.1 and line["commit"]
+        assert line["params"]["stored"] < line["params"]["run"]
+    assert len({line["loss"] for line in lines}) == 6
+    [donor] = [x for x in experiments.read_lines("lines.jsonl") if x["name"] == "donor"]
+    assert donor["valid_tokens"] == 256 and line["valid_tokens"] == 1024
+    assert donor["loss"] == pytest.approx(line["donor_loss"], abs=0.3) and donor["loss"] != line["donor_loss"]
+    assert driver("--only=norms", "--seeds=2") == ([], lines)
+    assert "6 runs, 6 of them measured" in capsys.readouterr().out
+    ran, more = driver("--only=norms,inits", "--seeds=1")   # what two conclusions share is one run
+    assert [line["name"] for line in more[6:]] == ["stepwise", "lower", "random"] and len(ran) == 3
+    with pytest.raises(UserError, match="toy/average-s0"):   # other settings: another experiment
+        driver("--only=norms", "--seeds=1", f"--more={SMALL} --lr=2e-3")
+
+
+def test_what_was_cut_off_goes_on_where_it_was(driver, tmp_path):
+    straight = driver("--only=distill", "--seeds=1", "--out=straight")[1]
+    Path("lines.jsonl").unlink()
+    with pytest.raises(UserError, match="stepwise, seed 0, did not finish"):
+        driver("--only=distill", "--seeds=1", stop_at=2)
+    assert len(experiments.read_lines("lines.jsonl")) == 1 and len(driver.ran) == 1  # the donor's own
+    ran, lines = driver("--only=distill", "--seeds=1")
+    assert [(x["name"], x["loss"]) for x in lines] == [(x["name"], x["loss"]) for x in straight]
+    log = read_log(tmp_path / "out_experiments/toy/stepwise-s0")
+    assert [x["step"] for x in log if "loss" in x] == [1, 2, 3, 4]
+    Path("lines.jsonl").unlink()                             # stopped between a run's end and its line
+    assert [x["loss"] for x in driver("--only=distill", "--seeds=1")[1]] == [x["loss"] for x in straight]
+
+
+def test_what_the_baselines_start_from(driver, home):
+    driver("--only=pretrained", "--seeds=1")
+    full, half = read_config("out_experiments/toy/full-s0"), read_config("out_experiments/toy/scratch-s0")
+    tied = read_config("out_experiments/toy/stepwise-s0")
+    assert (full.n_loop, full.n_layer) == (1, 4) and (half.n_loop, half.n_layer) == (1, 2)
+    assert (tied.n_loop, tied.n_unique) == (2, 2)
+    with torch.device("meta"):
+        stored = [RecursiveTransformer(c).num_params()["stored"] for c in (half, tied)]
+    assert stored[0] == stored[1]                            # as large
+    for name, weight in weights(Path("out_experiments/toy/zeroed")).items():
+        assert (weight == 0).all() == ("norm" in name and name.startswith("layers.")), name
+
+
+def test_dry_runs_nothing(driver, capsys):
+    ran, lines = driver("--only=distill", "--dry")
+    said = [shlex.split(x) for x in capsys.readouterr().out.splitlines() if x.startswith("+ ")]
+    assert not ran and not lines and not Path("out_experiments").exists()
+    assert len(said) == 6 and all(words[1:3] == ["python", "train.py"] for words in said)
+    assert ["--init=stepwise" in words for words in said] == 6 * [True]
+
+
+def test_unknown_names_and_failures_are_told(driver, monkeypatch):
+    with pytest.raises(UserError, match="'ranks' is unknown; use inits, relaxed, rank"):
+        driver("--only=inits,ranks")
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: SimpleNamespace(returncode=3, stdout=""))
+    with pytest.raises(UserError, match="exit code 3"):
+        driver("--only=distill")
+
+
+def test_the_large_matrix_is_ready():
+    """Its commands have flags that exist: those of the harness where it is."""
+    done = subprocess.run(["bash", "runs/smollm2.sh", "books.txt"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"DRY": "1", "TASKS": "tasks"})
+    assert done.returncode == 0, done.stderr
+    words = [shlex.split(x[2:]) for x in done.stdout.splitlines()]
+    assert words[1][:3] == ["python", "experiments.py", "--model=smollm2"]
+    for w in words:
+        if (ROOT / w[1]).exists():
+            module = __import__(w[1].removesuffix(".py"))
+            config = next(v for k, v in vars(module).items()
+                          if k.lower() == w[1].removesuffix(".py") + "config")
+            parse_args(config, w[2:])
+    trained = [parse_args(train.TrainConfig, w[2:]) for w in words if w[1] == "train.py"]
+    assert len({args.out for args in trained}) == 6
+    large = matrix(MODELS["smollm2"], Path("out_experiments/smollm2"))
+    for args in trained:
+        train.check_settings(args, resumed=False)
+        assert re.sub("-s0$", "", Path(args.ckpt).name) in large

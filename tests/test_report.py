@@ -1,0 +1,141 @@
+"""report.py: its arithmetic on results made up here, and that the README shows what results/ has."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+import report
+from experiments import MODELS, conclusions
+from report import ROOT, fill, gap, judge, phrases, spread, unfinished, verdict
+from runtime import UserError
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def losses(**runs) -> report.Losses:
+    return {name: dict(enumerate(values)) for name, values in runs.items()}
+
+
+def line(name: str, seed: int, loss: float, donor: float = 4.0, tokens: int = 1024, stored: int = 3_000_000) -> dict:
+    return {"model": "toy", "name": name, "seed": seed, "loss": loss, "donor_loss": donor, "start_loss": 5.0,
+            "settings": {"tokens": tokens}, "params": {"stored_block": stored}, "curve": [[512, loss + 0.5]]}
+
+
+def write(folder: Path, *lines: dict) -> Path:
+    (folder / "experiments.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return folder
+
+
+def test_spread_is_of_a_sample():
+    assert spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"        # n - 1: 0.816 would be of a population
+    assert spread([1.0]) == "1.000" and spread([]) == ""
+
+
+@pytest.mark.parametrize("a, b, sign, says", [
+    ([4.0, 4.1, 4.2], [4.4, 4.5, 4.6], "<", "holds"),        # 0.4, standard error sqrt(0.01 / 3 + 0.01 / 3) = 0.082
+    ([4.4, 4.5, 4.6], [4.0, 4.1, 4.2], "<", "does not"),
+    ([4.0, 4.1, 4.2], [4.16, 4.26, 4.36], "<", "cannot tell"),                       # 0.16 is less than 2 x 0.082
+    ([4.0, 4.1, 4.2], [4.17, 4.27, 4.37], "<", "holds"),                             # 0.17 is more
+    ([4.0], [5.0, 5.0], "<", "cannot tell"),                 # one seed has no spread
+    ([], [5.0, 5.0], "<", "not run"), ([5.0, 5.0], [], "~", "not run"),
+    ([4.00, 4.01, 4.02], [4.02, 4.03, 4.04], "~", "holds"),  # 0.02 ± 0.008: 0.05 is 3.7 errors away
+    ([4.00, 4.01, 4.02], [3.90, 3.91, 3.92], "~", "does not"),
+    ([4.00, 4.01, 4.02], [4.10, 4.11, 4.12], "~", "does not"),
+    ([4.00, 4.01, 4.02], [4.04, 4.05, 4.06], "~", "cannot tell"),
+])
+def test_verdict_of_a_claim(a, b, sign, says):
+    runs = {name: dict(enumerate(values)) for name, values in (("a", a), ("b", b))}
+    assert judge(f"a {sign} b", runs)[0] == says
+
+
+def test_difference_and_its_error_are_shown():
+    assert judge("a < b", losses(a=[4.0, 4.1, 4.2], b=[4.4, 4.5, 4.6]))[1] == "+0.4000 ± 0.0816"
+
+
+def test_a_conclusion_is_as_good_as_its_worst_claim():
+    low, high, vague = [4.0, 4.01], [5.0, 5.01], [3.0, 6.0]
+
+    def of(*claims, **runs):
+        conclusion = conclusions(6, 24, 48)[0]
+        conclusion.claims = list(claims)
+        return verdict(conclusion, losses(**runs))
+    assert of("a < b", a=low, b=high) == "holds"
+    assert of("a < b", "b < a", "a < c", a=low, b=high) == "does not"                # though c was not run
+    assert of("a < b", "a < c", "a < d", a=low, b=high, d=vague) == "not run"
+    assert of("a < b", "a < d", a=low, b=high, d=vague) == "cannot tell"
+
+
+def test_share_of_the_gap(tmp_path):
+    """Tied 4.8 and relaxed 4.2 over a donor of 4.0: three quarters. A seed that only one of them has does not count."""
+    runs = report.read_runs(write(
+        tmp_path, line("stepwise", 0, 4.8), line("average-r48", 0, 4.2), line("stepwise", 1, 4.8),
+        line("average-r48", 1, 4.4), line("stepwise", 2, 9.0), line("stepwise-quarter", 0, 4.8, tokens=256),
+        line("average-r48-quarter", 1, 4.2, tokens=256)), "toy")
+    assert gap(runs, 48) == [["1,024", "4.800 ± 0.000", "4.300 ± 0.141", "0.625 ± 0.177"]]
+
+
+def test_a_run_measured_twice_counts_once_and_what_lacks_is_named(tmp_path):
+    runs = report.read_runs(write(tmp_path, line("lower", 0, 9.0), line("lower", 0, 5.0), line("lower", 2, 6.0)), "toy")
+    assert {seed: x["loss"] for seed, x in runs["lower"].items()} == {0: 5.0, 2: 6.0}
+    missing = unfinished(runs, "toy")
+    assert "lower (2 of 3)" in missing and "random (0 of 3)" in missing and len(missing) == len(set(missing))
+    assert not any(" 1 (" in name or " 2 (" in name for name in missing)             # the exits' are of another file
+    assert report.read_runs(tmp_path, "smollm2") == {}
+
+
+def test_lines_of_the_plots(tmp_path):
+    runs = report.read_runs(write(
+        tmp_path, line("average", 0, 4.8), line("average-r6", 0, 4.5), line("average-r6", 1, 4.7),
+        line("average-r48", 0, 4.2, stored=5_000_000), line("average-r6-zero", 0, 4.9),
+        line("donor", 0, 4.1)), "toy")
+    axes = Figure().subplots()
+    report.plot_rank(axes, runs, MODELS["toy"].ranks)
+    svd, zero = (c.lines[0].get_xydata().tolist() for c in axes.containers)
+    assert svd == [[0, 4.8], [6, pytest.approx(4.6)], [48, 4.2]] and zero == [[0, 4.8], [6, 4.9]]
+    axes = Figure().subplots()
+    report.plot_inits(axes, runs, MODELS["toy"].ranks)
+    assert axes.lines[0].get_xydata().tolist() == [[0, 1.0], [512, pytest.approx(1.2)], [1024, pytest.approx(0.8)]]
+    axes = Figure().subplots()
+    report.plot_pareto(axes, runs, MODELS["toy"].ranks)
+    assert axes.containers[0].lines[0].get_xydata().tolist() == [[3, pytest.approx(4.6)], [5, 4.2]]
+    report.save_plots(write(tmp_path, line("average", 0, 4.8)), "smollm2")           # nothing there: empty, no error
+    assert (tmp_path / "smollm2_rank.png").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+
+def test_the_readme_shows_what_the_files_have():
+    new = fill(README, ROOT / "results")
+    old, new = README.splitlines(), new.splitlines()
+    stale = [f"{a!r}\n  is now {b!r}" for a, b in zip(old, new, strict=False) if a != b]
+    assert old == new, "run python report.py --write:\n" + "\n".join(stale[:5])
+
+
+def test_the_readmes_sentences_say_what_the_files_have():
+    text = " ".join(README.split())
+    for phrase in phrases(ROOT / "results"):
+        assert phrase in text, f"the README should say: {phrase}"
+
+
+def test_another_result_changes_the_readme(tmp_path):
+    for path in (ROOT / "results").glob("*.jsonl"):
+        other = re.sub(r'((?:loss": \[?|"loops": )(?=\d\.)|tokens_per_s": )\d', r"\g<1>7", path.read_text())
+        (tmp_path / path.name).write_text(other)
+    for name, block in report.BLOCKS.items():
+        assert block(tmp_path) != block(ROOT / "results"), name
+    changed = set(phrases(tmp_path)) - set(phrases(ROOT / "results"))
+    assert len(changed) >= 5
+
+
+def test_a_lost_marker_is_an_error():
+    with pytest.raises(UserError, match="0 blocks between <!-- exits -->"):
+        fill(README.replace("<!-- exits -->", ""), ROOT / "results")
+
+
+def test_images_are_there():
+    for name in re.findall(r"!\[[^]]*\]\((.*?)\)", README):
+        assert (ROOT / name).stat().st_size > 1000, name
