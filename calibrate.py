@@ -89,8 +89,8 @@ def moments(full: RecursiveTransformer, windows) -> Moments:
             sums[name][1] += x.sum(0, dtype=torch.float64)
         return hook
 
-    watched = {f"layers.{i}.{kind}": layer.get_submodule(kind) for i, layer in enumerate(full.layers) for kind in READERS}
-    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in watched.items()]
+    hooks = [layer.get_submodule(entry).register_forward_pre_hook(watch(f"layers.{i}.{entry}"))
+             for i, layer in enumerate(full.layers) for entry in READERS]
     try:
         for idx in windows:
             full(idx.to(full.embed.weight.device))
@@ -135,8 +135,9 @@ def fit(targets: list[Tensor], Cs: list[Tensor], rank: int, rounds: int = 0, sto
     def tie(W):  # Eq. 2 and 4, with so weak a pull to the W' before that it counts only where no loop needs W'
         want, root = sum(wants), torch.linalg.cholesky(sum(Ps) + eps)
         new = torch.cholesky_solve((want + eps[0, 0] * W).T, root).T
-        left = sum((w * T).sum() for w, T in zip(wants, targets, strict=True)) - (new * (want + eps[0, 0] * (new - W))).sum()
-        return new, (left / energy).item()                               # Eq. 1, as it is at this minimum
+        left = sum((w * T).sum() for w, T in zip(wants, targets, strict=True))
+        left -= (new * (want + eps[0, 0] * (new - W))).sum()             # Eq. 1, as it is at this minimum
+        return new, (left / energy).item()
 
     def relax(W, loop):  # A of this loop, and what W' is still asked for there
         T, C = targets[loop] - W, Cs[loop]
@@ -227,7 +228,7 @@ def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: 
     return model.eval()
 
 
-def check_text(tokens: Tokens, n_tokens: int, config: Config, name: str) -> list[Tensor]:
+def calibration_windows(tokens: Tokens, n_tokens: int, config: Config, name: str) -> list[Tensor]:
     """Token ids (B, T) to calibrate on: windows drawn from all over the text. UserError if it has not one."""
     T = min(config.n_ctx, 512)
     if len(tokens) <= T:

@@ -1,0 +1,353 @@
+"""Calibrated conversion: each closed form beside a solver that knows nothing of it, the limits, and the way in."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from test_convert import hf_folder
+from test_model import close, each_arch, last, tiny, tokens
+from tiny import home, run  # noqa: F401 (a fixture)
+
+import calibrate
+import convert
+from calibrate import absorb, calibration_windows, fit, moments, scaled, to_calibrated
+from convert import load_full, svd_factors, unroll
+from data import Tokens, write_shards
+from model import RecursiveTransformer
+from runtime import UserError
+from tokenizer import Tokenizer
+
+each_rank = pytest.mark.parametrize("rank", [0, 3, 1000])
+each_shape = pytest.mark.parametrize("shape", [(9, 14), (14, 9)], ids=["wide", "tall"])
+
+
+def problem(shape, n_loop=2, tokens=40, biased=False):
+    """(W_l, X_l (tokens, in), C_l) of maps that differ and inputs that are far from white."""
+    torch.manual_seed(0)
+    Ws = [torch.randn(shape, dtype=torch.float64) for _ in range(n_loop)]
+    Xs = [torch.randn(tokens, shape[1], dtype=torch.float64) @ torch.randn(shape[1], shape[1], dtype=torch.float64) + 1
+          for _ in range(n_loop)]
+    if biased:
+        Xs = [torch.cat([X[:, :-1], torch.ones(tokens, 1)], dim=1) for X in Xs]
+    return Ws, Xs, [X.T @ X / tokens for X in Xs]
+
+
+def error(Ws, Xs, W, factors):
+    """Eq. 1, from the outputs themselves."""
+    factors = factors or [(torch.zeros(1, W.size(1)), torch.zeros(W.size(0), 1))] * len(Ws)
+    wide = [torch.nn.functional.pad(a.double(), (0, W.size(1) - a.size(1))) for a, _ in factors]  # no LoRA on a bias
+    wrong = [X @ (V - W - b.double() @ a).T for V, X, a, (_, b) in zip(Ws, Xs, wide, factors, strict=True)]
+    return (sum(y.square().sum() for y in wrong) / sum((X @ V.T).square().sum() for V, X in zip(Ws, Xs, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The closed forms
+
+@each_shape
+@pytest.mark.parametrize("biased", [False, True])
+def test_weighted_tying_is_least_squares(shape, biased):
+    Ws, Xs, Cs = problem(shape, 3, biased=biased)
+    W, factors, errors = fit(Ws, Cs, 0, biased=biased)
+    want = torch.linalg.lstsq(torch.cat(Xs), torch.cat([X @ V.T for V, X in zip(Ws, Xs, strict=True)])).solution.T
+    close(W, want, 1e-7)
+    assert factors == [] and errors == pytest.approx([error(Ws, Xs, W, []).item()])
+
+
+@each_shape
+def test_weighted_svd_keeps_the_largest_singular_values_of_the_outputs(shape):
+    Ws, Xs, Cs = problem(shape)
+    W, factors, errors = fit(Ws, Cs, 3)
+    for V, X, (a, b), C in zip(Ws, Xs, factors, Cs, strict=True):
+        best = torch.linalg.svdvals(X @ (V - W).T)[3:].norm()
+        assert (X @ (V - W - b @ a).T).norm() == pytest.approx(best.item())
+        close(a @ C @ a.T, torch.eye(3, dtype=torch.float64), 1e-8)
+    assert errors == pytest.approx([error(Ws, Xs, W, factors).item()])
+
+
+@each_shape
+@pytest.mark.parametrize("biased", [False, True])
+def test_tying_again_is_what_descent_on_the_error_finds(shape, biased):
+    """W' and all B together, given A: from far away, Newton-like steps on Eq. 1 end at the same error."""
+    Ws, Xs, Cs = problem(shape, biased=biased)
+    W, factors, errors = fit(Ws, Cs, 2, rounds=3, biased=biased)
+    free = [torch.randn_like(W), *(torch.randn_like(b) for _, b in factors)]
+    for p in free:
+        p.requires_grad_()
+    descent = torch.optim.LBFGS(free, max_iter=3000, tolerance_grad=1e-13, tolerance_change=0,
+                                line_search_fn="strong_wolfe")
+
+    def step():
+        descent.zero_grad()
+        loss = error(Ws, Xs, free[0], [(a, b) for (a, _), b in zip(factors, free[1:], strict=True)])
+        loss.backward()
+        return loss
+    descent.step(step)
+    assert step().item() == pytest.approx(errors[-1], rel=1e-6)
+
+
+@each_shape
+@pytest.mark.parametrize("n_loop, rank, biased", [(2, 1, False), (2, 3, True), (3, 2, False), (3, 6, True),
+                                                  (2, 99, False)])
+def test_the_error_never_rises_and_is_what_it_says(shape, n_loop, rank, biased):
+    Ws, Xs, Cs = problem(shape, n_loop, biased=biased)
+    W, factors, errors = fit(Ws, Cs, rank, rounds=8, biased=biased)
+    assert len(errors) == 9 or errors[-1] > errors[-2] - 1e-12           # all of them, or nothing more to be had
+    assert all(after <= before + 1e-12 for before, after in itertools.pairwise(errors))
+    assert errors[-1] == pytest.approx(error(Ws, Xs, W, factors).item(), rel=1e-5, abs=1e-12)
+    assert errors[-1] < 0.9 * errors[0] or rank == 99
+    capped = fit(Ws, Cs, rank, rounds=8, stop=0.2, biased=biased)[2]     # ends where a round brings less than a fifth
+    assert capped == errors[:len(capped)] and len(capped) < 9 and capped[-2] - capped[-1] <= max(0.2 * capped[-2], 0)
+
+
+def test_two_loops_share_twice_the_rank():
+    """With inputs alike, a difference of rank 2 R is served by two LoRAs of rank R, which the paper's start is not."""
+    torch.manual_seed(0)
+    W = torch.randn(12, 12, dtype=torch.float64)
+    delta = torch.randn(12, 4, dtype=torch.float64) @ torch.randn(4, 12, dtype=torch.float64)
+    _, _, errors = fit([W, W + delta], [torch.eye(12, dtype=torch.float64)] * 2, 2, rounds=2)
+    assert errors[0] > 1e-2 and errors[1] < 1e-12
+
+
+@each_shape
+def test_white_inputs_give_average_and_the_plain_svd(shape):
+    Ws, _, _ = problem(shape)
+    W, factors, _ = fit(Ws, [torch.eye(shape[1], dtype=torch.float64)] * 2, 3)
+    close(W, (Ws[0] + Ws[1]) / 2, 1e-9)
+    for V, factor in zip(Ws, factors, strict=True):
+        want_a, want_b = svd_factors(V - W, 3)
+        a, b = scaled(*factor)
+        close(b @ a, (want_b @ want_a).double(), 1e-5)
+        close(b.norm(dim=0), want_b.norm(dim=0).double(), 1e-5)          # and in the paper's scale: S in B
+        close(a @ a.T, torch.eye(3, dtype=torch.float64), 1e-9)
+
+
+def test_a_direction_without_residual_can_still_learn():
+    torch.manual_seed(0)
+    a, b = scaled(torch.cat([torch.randn(2, 9), torch.zeros(2, 9)]), torch.randn(7, 4))
+    assert (b[:, 2:] == 0).all() and (b[:, :2] != 0).any() and (a != 0).all()
+    assert 0.5 < a[2:].norm(dim=1).mean() < 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the donor sees
+
+@each_arch
+@pytest.mark.parametrize("attn_bias", [True, False])
+def test_absorbed_norms_change_nothing(arch, attn_bias):
+    full, idx = tiny(arch, **({"attn_bias": attn_bias} if arch == "gpt_neox" else {})).double(), tokens(2, 9)
+    new = absorb(full)
+    close(last(new, idx), last(full, idx), 1e-12)
+    for layer in new.layers:
+        for norm in (layer.norm1, layer.norm2):
+            assert (norm.weight == (0 if arch == "gemma" else 1)).all()
+            assert norm.bias is None or not norm.bias.any()
+
+
+@each_arch
+@torch.no_grad()
+def test_moments_are_of_what_enters_each_map(arch):
+    full, idx, inputs = tiny(arch).double(), tokens(4, 9), {}
+    for name, module in full.named_modules():
+        if hasattr(module, "rank"):
+            module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0].flatten(0, 1)}))
+    seen = moments(full, [idx])
+    assert len(seen) == 24
+    for entry, kinds in calibrate.READERS.items():
+        for i, layer in enumerate(full.layers):
+            for kind in kinds if arch != "gpt_neox" or entry != "mlp.up" else ("mlp.up",):
+                x = inputs[f"layers.{i}.{kind}"]
+                close(seen[f"layers.{i}.{entry}"][0], x.T @ x / 36, 1e-12)
+                close(seen[f"layers.{i}.{entry}"][1], x.mean(0), 1e-12)
+            assert not layer.get_submodule(kind)._forward_pre_hooks or len(layer.attn.q._forward_pre_hooks) == 1
+
+
+def test_moments_do_not_depend_on_order_or_batch_size():
+    full, idx = tiny("llama").double(), tokens(6, 9)
+    want = moments(full, [idx])
+    for windows in (idx.split(1), idx.flip(0).split(4)):
+        for name, (second, first) in moments(full, windows).items():
+            close(second, want[name][0], 1e-12)
+            close(first, want[name][1], 1e-12)
+
+
+def test_wide_inputs_are_sketched(monkeypatch):
+    full, idx = tiny("llama").double(), tokens(8, 60)
+    want = moments(full, [idx])
+    monkeypatch.setattr(calibrate, "WIDEST", 39)                         # mlp.down reads 40, all else less
+    monkeypatch.setattr(calibrate, "SKETCH", 10_000)
+    for name, (second, first) in moments(full, idx.split(3)).items():
+        exact = want[name][0]
+        near = (second - exact).norm() / exact.norm()
+        assert (0 < near < 0.1 if name.endswith("down") else near < 1e-12), (name, near)
+        close(first, want[name][1], 1e-12)
+    monkeypatch.setattr(calibrate, "SKETCH", 20)                         # many tokens in a row: signs keep the mean
+    near = [(moments(full, [idx])[name][0] - want[name][0]).norm() / want[name][0].norm() for name in want]
+    assert max(near) < 0.6
+
+
+def test_an_input_that_is_not_finite_is_named():
+    full = tiny("llama")
+    full.layers[2].attn.v.weight.data[3, 4] = float("nan")
+    with pytest.raises(UserError, match=r"what enters layers\.2\.attn\.o .* not finite"):
+        moments(full, [tokens(1, 9)])
+    assert not full.layers[0].attn.q._forward_pre_hooks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model
+
+def calibrated(full, n_loop=2, rank=3, vectors="tied", idx=None):
+    return to_calibrated(full, list((tokens(12, 60) if idx is None else idx).split(4)), n_loop, rank, vectors)
+
+
+@each_arch
+@pytest.mark.parametrize("n_loop", [2, 3])
+def test_full_rank_is_the_donor(arch, n_loop):
+    """Also with tied norm weights: they are absorbed. GPT-NeoX's biases must be of each loop's own."""
+    full, idx = tiny(arch).double(), tokens(2, 9)
+    model = calibrated(full, n_loop, 1000, "per_loop" if arch == "gpt_neox" else "tied")
+    close(last(model, idx), last(full, idx), 1e-9)
+    close(last(unroll(model), idx), last(full, idx), 1e-9)
+    assert model.config.vectors == ("per_loop" if arch == "gpt_neox" else "tied") and model.config.n_loop == n_loop
+
+
+@each_arch
+@each_rank
+@pytest.mark.parametrize("vectors", ["tied", "per_loop"])
+def test_one_loop_is_the_donor(arch, rank, vectors):
+    full, idx = tiny(arch).double(), tokens(2, 9)
+    close(last(calibrated(full, 1, rank, vectors), idx), last(full, idx), 1e-9)
+
+
+@each_arch
+@pytest.mark.parametrize("vectors", ["tied", "per_loop"])
+@pytest.mark.parametrize("rank", [0, 4])
+@torch.no_grad()
+def test_every_map_fits_the_donors_better_than_the_papers_start(arch, vectors, rank):
+    full, idx = tiny(arch).double(), tokens(12, 60)
+    donor, ours = absorb(full), calibrated(full, 2, rank, vectors, idx)
+    paper = convert.to_recursive(donor, 2, "average", rank=rank, vectors=vectors, dtype=torch.float64)
+    inputs = {}
+    for name, module in donor.named_modules():
+        if hasattr(module, "rank"):
+            module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
+    donor(idx)
+    for kind in (n for n, m in ours.layers[0].named_modules() if hasattr(m, "rank")):
+        wrong = []
+        for model in (ours, paper):
+            left = [model.layers[i].get_submodule(kind)(x := inputs[f"layers.{i + 3 * loop}.{kind}"], loop)
+                    - donor.layers[i + 3 * loop].get_submodule(kind)(x, 0) for i in range(3) for loop in range(2)]
+            wrong.append(sum(y.square().sum() for y in left))
+            if model is ours and vectors == "per_loop" and arch == "gpt_neox":
+                assert all(y.mean((0, 1)).abs().max() < 1e-9 for y in left)   # the bias takes up the mean
+        assert wrong[0] < wrong[1], kind
+
+
+def test_what_is_not_a_linear_map_is_the_donors():
+    full = tiny("llama")
+    ours = calibrated(full)
+    for name, w in ours.state_dict().items():
+        assert name.startswith("layers.") or torch.equal(w, full.state_dict()[name]), name
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in ours.parameters())
+    assert not ours.training and ours.config.rank == 3
+
+
+def test_the_donor_stays_as_it_is():
+    full = tiny("gpt_neox")
+    before = {n: w.clone() for n, w in full.state_dict().items()}
+    calibrated(full)
+    assert all(torch.equal(w, before[n]) for n, w in full.state_dict().items())
+    with pytest.raises(UserError, match="recursive model already"):
+        calibrated(tiny("llama", n_loop=2))
+
+
+def test_few_tokens_are_enough_to_run_and_are_said_to_be_few(capsys):
+    full = tiny("llama").double()
+    text = Tokens([np.arange(4000, dtype=np.uint16) % 53])
+    windows = calibration_windows(text, 64, full.config, "it")
+    assert [w.shape for w in windows] == [(1, 64)] and not capsys.readouterr().out  # 64 tokens, 40 inputs
+    full.config.n_ctx = 32
+    windows = calibration_windows(text, 32, full.config, "it")
+    assert "32 tokens, fewer than the 40 inputs of the widest map" in capsys.readouterr().out
+    assert last(to_calibrated(full, windows, rank=3), tokens(2, 9)).isfinite().all()
+    assert sum(len(w) for w in calibration_windows(text, 10**9, full.config, "it")) == 3999 // 32   # all there is
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The way in
+
+@pytest.fixture
+def donor(tmp_path):
+    (tmp_path / "text.txt").write_text(" ".join("abcdefgh"[i * i % 8] for i in range(500)))
+    return hf_folder("llama", tmp_path / "donor")
+
+
+def main(donor, **flags):
+    flags = {"donor": donor, "out": donor.parent / "out", "init": "calibrated", "rank": 3, "calib_tokens": 256,
+             "calib_text": donor.parent / "text.txt"} | flags
+    convert.main([f"--{name}={value}" for name, value in flags.items()])
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
+def test_main_writes_what_the_function_makes(donor, capsys, dtype):
+    main(donor, vectors="per_loop", dtype=dtype)
+    printed = capsys.readouterr().out
+    full, saved = load_full(donor), RecursiveTransformer.load(donor.parent / "out")
+    tokenizer = Tokenizer.load(donor)
+    text = Tokens([np.array(tokenizer.encode((donor.parent / "text.txt").read_text()))], tokenizer.first_id)
+    want = to_calibrated(full, calibration_windows(text, 256, full.config, "it"), 2, 3, "per_loop")
+    for name, w in saved.state_dict().items():
+        assert w.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        assert torch.equal(w, want.state_dict()[name].to(w.dtype)), name
+    assert re.search(r"start and after each round: 0\.\d+ 0\.\d+", printed) and "mlp.down" in printed
+
+
+def test_shards_of_another_tokenizer_are_refused(donor, tmp_path):
+    other = hf_folder("llama", tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"h"', '"x"'))
+    write_shards(str(tmp_path / "text.txt"), Tokenizer.load(other), tmp_path / "shards", 53)
+    refused(donor, "another tokenizer", calib_text=tmp_path / "shards")
+
+
+def refused(donor, message, **flags):
+    with pytest.raises(UserError, match=message):
+        main(donor, **flags)
+    assert not (donor.parent / "out").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"calib_tokens": 63}, "--calib_tokens=63 is less than one window of 64"),
+    ({"lora_init": "zero"}, "--lora_init=zero says how weights alone are converted"),
+    ({"norms": "pick"}, "drop --norms"), ({"rounding": "floor"}, "drop --rounding"), ({"loops": 4}, "4 loops do not"),
+], ids=str)
+def test_settings_that_do_not_fit(donor, flags, message):
+    refused(donor, message, **flags)
+
+
+def test_text_that_is_missing_empty_or_short(donor, tmp_path):
+    refused(donor, "nowhere.txt does not exist", calib_text=tmp_path / "nowhere.txt")
+    (tmp_path / "empty.txt").write_text("")
+    refused(donor, "empty", calib_text=tmp_path / "empty.txt")
+    (tmp_path / "short.txt").write_text("a b c d")
+    refused(donor, r"short.txt has \d+ tokens, one window to calibrate on needs 65", calib_text=tmp_path / "short.txt")
+
+
+def test_training_starts_calibrated(home, tmp_path):  # noqa: F811
+    log = run(home, tmp_path / "out", "--init=calibrated", "--rank=4", "--calib_tokens=640", "--vectors=per_loop")
+    average = run(home, tmp_path / "average", "--init=average", "--rank=4", "--vectors=per_loop", "--tokens=128")
+    assert log[0]["full_val_loss"] < average[0]["full_val_loss"] - 0.1
+    assert log[-1]["full_val_loss"] < log[0]["full_val_loss"]
+    convert.main([f"--donor={home}/donor", "--init=calibrated", "--rank=4", f"--calib_text={home}/train.txt",
+                  "--calib_tokens=640", "--vectors=per_loop", f"--out={tmp_path}/converted"])
+    start = run(home, tmp_path / "again", f"--ckpt={tmp_path}/converted", "--tokens=128")
+    assert start[0] == log[0]
+    run(home, tmp_path / "out", "--resume", "--tokens=2688")             # does not calibrate again
+    for flag in ("--norms=average", "--lora_init=zero"):
+        with pytest.raises(UserError, match="fits them to text"):
+            run(home, tmp_path / "bad", "--init=calibrated", flag)
+    with pytest.raises(UserError, match="--data=.* one window to calibrate on needs 65"):
+        (tmp_path / "short.txt").write_text("The cat eats the bread. The cat sees a mouse")
+        run(home, tmp_path / "bad", "--init=calibrated", f"--data={tmp_path}/short.txt")
