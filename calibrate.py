@@ -15,9 +15,8 @@ and it is lowered by turns, each turn an exact minimum:
                      and with it B_l = (W_l - W') C_l A_l^T (A_l C_l A_l^T)^-1
 
 (4) is the best W' and B together, given A: P_l is what of the input the LoRA cannot see, so W' serves a loop only where
-that loop cannot serve itself. (3) and (4) alternate loop by loop, so the LoRAs of two loops come to share the work:
-2 R directions of difference instead of R. With C_l = I, (2) is Average and (3) the SVD of Eq. 4. The code keeps A with
-A C A^T = I, which is how both decompositions of (3) come out, and then B = (W_l - W') C_l A_l^T there too.
+that loop cannot serve itself. (3) and (4) alternate, loop by loop, until little more is won. With C_l = I, (2) is
+Average and (3) the SVD of Eq. 4. The code keeps A with A C A^T = I, and then B = (W_l - W') C_l A_l^T in (3) too.
 
 Norm weights are first absorbed into the maps that follow them, else tying them alone costs more than all the rest. A
 bias is one more column of W, over an input that is always 1 and that no LoRA sees.

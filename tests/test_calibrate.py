@@ -8,13 +8,13 @@ import pytest
 import torch
 from test_convert import hf_folder
 from test_model import close, each_arch, last, tiny, tokens
-from tiny import home, run  # noqa: F401 (a fixture)
+from tiny import home, run, story  # noqa: F401 (a fixture)
 
 import calibrate
 import convert
 from calibrate import absorb, calibration_windows, fit, moments, scaled, to_calibrated
 from convert import load_full, svd_factors, unroll
-from data import Tokens, write_shards
+from data import Tokens, load_tokens, write_shards
 from model import RecursiveTransformer
 from runtime import UserError
 from tokenizer import Tokenizer
@@ -101,15 +101,6 @@ def test_the_error_never_rises_and_is_what_it_says(shape, n_loop, rank, biased):
     assert capped == errors[:len(capped)] and len(capped) < 9 and capped[-2] - capped[-1] <= max(0.2 * capped[-2], 0)
 
 
-def test_two_loops_share_twice_the_rank():
-    """With inputs alike, a difference of rank 2 R is served by two LoRAs of rank R, which the paper's start is not."""
-    torch.manual_seed(0)
-    W = torch.randn(12, 12, dtype=torch.float64)
-    delta = torch.randn(12, 4, dtype=torch.float64) @ torch.randn(4, 12, dtype=torch.float64)
-    _, _, errors = fit([W, W + delta], [torch.eye(12, dtype=torch.float64)] * 2, 2, rounds=2)
-    assert errors[0] > 1e-2 and errors[1] < 1e-12
-
-
 @each_shape
 def test_white_inputs_give_average_and_the_plain_svd(shape):
     Ws, _, _ = problem(shape)
@@ -151,7 +142,7 @@ def test_moments_are_of_what_enters_each_map(arch):
     full, idx, inputs = tiny(arch).double(), tokens(4, 9), {}
     for name, module in full.named_modules():
         if hasattr(module, "rank"):
-            module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0].flatten(0, 1)}))
+            module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0].flatten(0, -2)}))
     seen = moments(full, [idx])
     assert len(seen) == 24
     for entry, kinds in calibrate.READERS.items():
@@ -175,16 +166,16 @@ def test_moments_do_not_depend_on_order_or_batch_size():
 def test_wide_inputs_are_sketched(monkeypatch):
     full, idx = tiny("llama").double(), tokens(8, 60)
     want = moments(full, [idx])
-    monkeypatch.setattr(calibrate, "WIDEST", 39)                         # mlp.down reads 40, all else less
+    monkeypatch.setattr(calibrate, "WIDEST", 39)                         # attn.o and mlp.down read 40, the others 32
     monkeypatch.setattr(calibrate, "SKETCH", 10_000)
     for name, (second, first) in moments(full, idx.split(3)).items():
         exact = want[name][0]
         near = (second - exact).norm() / exact.norm()
-        assert (0 < near < 0.1 if name.endswith("down") else near < 1e-12), (name, near)
+        assert (0 < near < 0.1 if name.endswith(("down", "o")) else near < 1e-12), (name, near)
         close(first, want[name][1], 1e-12)
-    monkeypatch.setattr(calibrate, "SKETCH", 20)                         # many tokens in a row: signs keep the mean
-    near = [(moments(full, [idx])[name][0] - want[name][0]).norm() / want[name][0].norm() for name in want]
-    assert max(near) < 0.6
+    monkeypatch.setattr(calibrate, "SKETCH", 100)                        # several tokens in a row: signs keep the mean
+    near = [(seen[0] - want[name][0]).norm() / want[name][0].norm() for name, seen in moments(full, [idx]).items()]
+    assert 0.2 < max(near) < 0.6, max(near)
 
 
 def test_an_input_that_is_not_finite_is_named():
@@ -241,7 +232,7 @@ def test_every_map_fits_the_donors_better_than_the_papers_start(arch, vectors, r
                     - donor.layers[i + 3 * loop].get_submodule(kind)(x, 0) for i in range(3) for loop in range(2)]
             wrong.append(sum(y.square().sum() for y in left))
             if model is ours and vectors == "per_loop" and arch == "gpt_neox":
-                assert all(y.mean((0, 1)).abs().max() < 1e-9 for y in left)   # the bias takes up the mean
+                assert all(y.flatten(0, -2).mean(0).abs().max() < 1e-9 for y in left)   # the bias takes up the mean
         assert wrong[0] < wrong[1], kind
 
 
@@ -280,13 +271,19 @@ def test_few_tokens_are_enough_to_run_and_are_said_to_be_few(capsys):
 
 @pytest.fixture
 def donor(tmp_path):
-    (tmp_path / "text.txt").write_text(" ".join("abcdefgh"[i * i % 8] for i in range(500)))
-    return hf_folder("llama", tmp_path / "donor")
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{"abcdefgh"[i * i % 11 % 8]}"}}\n' for i in range(500)))
+    return folder_with_eos(tmp_path / "donor")
+
+
+def folder_with_eos(folder):
+    hf_folder("llama", folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    return folder
 
 
 def main(donor, **flags):
     flags = {"donor": donor, "out": donor.parent / "out", "init": "calibrated", "rank": 3, "calib_tokens": 256,
-             "calib_text": donor.parent / "text.txt"} | flags
+             "calib_text": donor.parent / "text.jsonl"} | flags
     convert.main([f"--{name}={value}" for name, value in flags.items()])
 
 
@@ -295,8 +292,7 @@ def test_main_writes_what_the_function_makes(donor, capsys, dtype):
     main(donor, vectors="per_loop", dtype=dtype)
     printed = capsys.readouterr().out
     full, saved = load_full(donor), RecursiveTransformer.load(donor.parent / "out")
-    tokenizer = Tokenizer.load(donor)
-    text = Tokens([np.array(tokenizer.encode((donor.parent / "text.txt").read_text()))], tokenizer.first_id)
+    text = load_tokens(str(donor.parent / "text.jsonl"), Tokenizer.load(donor), 53)
     want = to_calibrated(full, calibration_windows(text, 256, full.config, "it"), 2, 3, "per_loop")
     for name, w in saved.state_dict().items():
         assert w.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
@@ -305,10 +301,10 @@ def test_main_writes_what_the_function_makes(donor, capsys, dtype):
 
 
 def test_shards_of_another_tokenizer_are_refused(donor, tmp_path):
-    other = hf_folder("llama", tmp_path / "other")
+    other = folder_with_eos(tmp_path / "other")
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace('"h"', '"x"'))
-    write_shards(str(tmp_path / "text.txt"), Tokenizer.load(other), tmp_path / "shards", 53)
+    write_shards(str(tmp_path / "text.jsonl"), Tokenizer.load(other), tmp_path / "shards", 53)
     refused(donor, "another tokenizer", calib_text=tmp_path / "shards")
 
 
@@ -331,23 +327,29 @@ def test_text_that_is_missing_empty_or_short(donor, tmp_path):
     refused(donor, "nowhere.txt does not exist", calib_text=tmp_path / "nowhere.txt")
     (tmp_path / "empty.txt").write_text("")
     refused(donor, "empty", calib_text=tmp_path / "empty.txt")
-    (tmp_path / "short.txt").write_text("a b c d")
+    (tmp_path / "short.txt").write_text("a")
     refused(donor, r"short.txt has \d+ tokens, one window to calibrate on needs 65", calib_text=tmp_path / "short.txt")
 
 
 def test_training_starts_calibrated(home, tmp_path):  # noqa: F811
-    log = run(home, tmp_path / "out", "--init=calibrated", "--rank=4", "--calib_tokens=640", "--vectors=per_loop")
-    average = run(home, tmp_path / "average", "--init=average", "--rank=4", "--vectors=per_loop", "--tokens=128")
+    how = ["--rank=4", "--vectors=per_loop", "--tokens=256", "--eval_every=100"]
+    log = run(home, tmp_path / "out", "--init=calibrated", "--calib_tokens=640", *how)
+    average = run(home, tmp_path / "average", "--init=average", *how)
     assert log[0]["full_val_loss"] < average[0]["full_val_loss"] - 0.1
-    assert log[-1]["full_val_loss"] < log[0]["full_val_loss"]
-    convert.main([f"--donor={home}/donor", "--init=calibrated", "--rank=4", f"--calib_text={home}/train.txt",
-                  "--calib_tokens=640", "--vectors=per_loop", f"--out={tmp_path}/converted"])
-    start = run(home, tmp_path / "again", f"--ckpt={tmp_path}/converted", "--tokens=128")
-    assert start[0] == log[0]
-    run(home, tmp_path / "out", "--resume", "--tokens=2688")             # does not calibrate again
-    for flag in ("--norms=average", "--lora_init=zero"):
-        with pytest.raises(UserError, match="fits them to text"):
-            run(home, tmp_path / "bad", "--init=calibrated", flag)
-    with pytest.raises(UserError, match="--data=.* one window to calibrate on needs 65"):
-        (tmp_path / "short.txt").write_text("The cat eats the bread. The cat sees a mouse")
-        run(home, tmp_path / "bad", "--init=calibrated", f"--data={tmp_path}/short.txt")
+    convert.main([f"--donor={home}/donor", "--init=calibrated", *how[:2], f"--calib_text={home}/train.txt",
+                  "--calib_tokens=640", f"--out={tmp_path}/converted"])
+    assert run(home, tmp_path / "again", f"--ckpt={tmp_path}/converted", *how[2:]) == log
+    run(home, tmp_path / "out", "--resume", "--tokens=384")              # trains on, from what it had trained
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--norms=average"], "fits them to text"), (["--lora_init=zero"], "fits them to text"),
+    (["--calib_tokens=9"], "less than one window"), (["--ckpt={home}/full"], "--init=calibrated says how a donor"),
+    (["--data={tmp}/short.txt"], "one window to calibrate on needs 65"),
+], ids=str)
+def test_training_refuses(home, tmp_path, flags, message):  # noqa: F811
+    (tmp_path / "short.txt").write_text(story(5, 6))
+    flags = [flag.format(home=home, tmp=tmp_path) for flag in flags]
+    with pytest.raises(UserError, match=message):
+        run(home, tmp_path / "out", "--init=calibrated", *flags)
+    assert not (tmp_path / "out").exists()
