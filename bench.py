@@ -81,6 +81,7 @@ class BenchConfig:
     exit_prob: float | None = None         # batching: the chance to leave after each early loop, instead of mean_loops
     exits: str = ""                        # batching: drawn, oracle, gate; not set = drawn, of a ckpt oracle,gate
     keys: str = "exact,copy"               # batching: keys of tokens that left, by comma
+    refill: int = 1                        # batching: free slots that new prompts wait for, to run together
     head_rows: int = 0                     # batching: rows of the head where it is a stage; 0 = half the slots
     simulate: bool = False                 # batching: no engine, but the paper's simulation, from times of a pass
     times: str | None = None               # batching --simulate: JSON file of these times; not set = the paper's

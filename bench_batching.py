@@ -6,7 +6,7 @@
     V3    depth-wise            as V2, but rows stand at loops of their own; nobody leaves early
     V4    synchronous exits     tokens leave early, and the batch waits for its slowest
     V5    depth-wise exits      and it does not: what the paper simulates
-    V5h   head as a stage       the head runs for --head_rows at a time; as many slots more keep the block full
+    V3h, V5h                    the head runs for --head_rows at a time; as many slots more keep the block full
 
 Counted is the time from the first request to the last token: prompts, block, decisions, head and scheduler.
 
@@ -54,10 +54,11 @@ class Variant:
 BASELINES = [Variant("V0", "static batching", "now", None, merged=True, refill=False),
              Variant("V1", "sequence batching", "now", "C", merged=True),
              Variant("V2", "V1, not merged", "waits", "C"),
-             Variant("V3", "depth-wise", "now", "A")]
+             Variant("V3", "depth-wise", "now", "A"),
+             Variant("V3h", "V3, head as a stage", "stage", "C")]
 EXITS = [Variant("V4", "synchronous exits", "waits", "C"),
          Variant("V5", "depth-wise exits", "now", "A"),
-         Variant("V5h", "head as a stage", "stage", "C")]
+         Variant("V5h", "V5, head as a stage", "stage", "C")]
 
 
 @dataclass
@@ -114,13 +115,15 @@ def make_engine(variant: Variant, models: dict, rules: dict, config, max_len: in
     slots = config.slots + stage * (variant.head == "stage")
     head = {"waits": 0, "now": 1, "stage": stage}[variant.head]
     rule = rules[variant.keys] if variant.exits == "gate" else Rule()
-    return (Watched if watch else Engine)(model, slots, max_len, rule, variant.keys, head, refill=variant.refill)
+    refill = config.refill if variant.refill else slots
+    return (Watched if watch else Engine)(model, slots, max_len, rule, variant.keys, head, refill=refill)
 
 
 def serve(engine: Engine, work: Served, traces: list | None) -> tuple[float, list[Request]]:
     """(seconds until all is said, the requests), after a short one that is not counted (graphs, compilation)."""
     engine.generate([work.prompts[0]], min(3, work.lengths[0]))
     engine.stats.update(dict.fromkeys(engine.stats, 0))
+    engine.ran.zero_()
     synchronize(engine.device)
     began = time.perf_counter()
     requests = [engine.add(prompt, n, trace=traces and list(traces[i]))
@@ -130,6 +133,7 @@ def serve(engine: Engine, work: Served, traces: list | None) -> tuple[float, lis
     synchronize(engine.device)
     seconds = time.perf_counter() - began
     assert all(r.state == "done" and len(r.tokens) == n for r, n in zip(requests, work.lengths, strict=True))
+    engine.stats |= zip(("rows", "ghost_rows"), engine.ran.tolist(), strict=True)
     return seconds, requests
 
 
@@ -246,6 +250,8 @@ def check_settings(config, n_loop: int, n_ctx: int, known: list[str]) -> None:
     if config.new_tokens < 3:
         raise UserError(f"--new_tokens={config.new_tokens}: a request's first token is the prompt's, and lengths are "
                         "drawn from half of this on; use 3 or more")
+    if not 1 <= config.refill <= config.slots:
+        raise UserError(f"--refill={config.refill} must be 1 to {config.slots}, the --slots")
     for name, most in (("requests", None), ("head_rows", config.slots)):
         if getattr(config, name) < 0 or most and getattr(config, name) > most:
             raise UserError(f"--{name}={getattr(config, name)} must be 0 or more" + (f", at most {most}, the --slots"

@@ -268,7 +268,7 @@ def measure_layer(config, shape: Config, case: dict) -> dict:
     torch.manual_seed(0)
     with device:
         layer = Layer(replace(shape, n_layer=2, n_loop=2, rank=case["rank"]))
-        x = torch.randn(config.micro_batch, config.seq_len, shape.n_embd, requires_grad=True)  # (B, T, C)
+        x = torch.randn(config.micro_batch * config.seq_len, shape.n_embd, requires_grad=True)  # (B T, C)
         rope = rope_angles(torch.arange(config.seq_len, device=device), shape)
     if case["path"] == "separate":
         for linear in (m for m in layer.modules() if isinstance(m, RelaxedLinear)):

@@ -162,7 +162,7 @@ def likeliest(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: Rule | None = None,
            keys: Keys = "exact", choose: Callable[[Tensor], Tensor] = likeliest,
            eos_id: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -97,6 +97,8 @@ class Norm(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.arch, self.eps, self.size = config.arch, config.norm_eps, (config.n_embd,)
+        # For a number, which hypot does not take: a scalar on the CPU sets neither dtype nor device of what it meets.
+        self.least = torch.tensor((config.norm_eps * config.n_embd) ** 0.5, dtype=torch.float64, device="cpu")
         self.weight = loop_vector(config.n_embd, 0.0 if config.arch == "gemma" else 1.0, config)
         self.bias = loop_vector(config.n_embd, 0.0, config) if config.arch == "gpt_neox" else None
 
@@ -107,11 +109,19 @@ class Norm(nn.Module):
             if w.dim() == 1:
                 return F.layer_norm(x, self.size, w, bias, self.eps)
             return F.layer_norm(x, self.size, eps=self.eps) * w + bias
+        y = self.rms_norm(widen(x))
         if self.arch == "gemma":  # Gemma stores w - 1, multiplies in fp32 and casts last
-            if w.dim() == 1:
-                return F.rms_norm(widen(x), self.size, 1.0 + widen(w), self.eps).type_as(x)
-            return (F.rms_norm(widen(x), self.size, eps=self.eps) * (1.0 + widen(w))).type_as(x)
-        return F.rms_norm(widen(x), self.size, None, self.eps).type_as(x) * w  # Llama casts first
+            return torch.addcmul(y, y, widen(w)).to(x.dtype)
+        return y.to(x.dtype) * w  # Llama casts first
+
+    def rms_norm(self, x: Tensor) -> Tensor:
+        """x / sqrt(mean(x²) + eps)."""
+        if x.is_cuda:  # one kernel
+            return F.rms_norm(x, self.size, eps=self.eps)
+        # On CPUs torch makes nine small operations of it, an eighth of a small model's time when decoding; these are
+        # four: sqrt(C) x / sqrt(|x|² + C eps).
+        length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.least)
+        return x / (length * self.size[0] ** -0.5)
 
 
 class RelaxedLinear(nn.Module):
@@ -138,13 +148,37 @@ class RelaxedLinear(nn.Module):
         if isinstance(loop, Tensor):
             a, b = (self.lora_a, self.lora_b) if self.rank else (None, None)
             return linear_rows(x, self.weight, a, b, loop, self.bias)
-        bias = of_loop(self.bias, loop) if self.bias is not None else None
-        d_out, d_in = self.weight.shape
+        weight, bias = self.weight, None if self.bias is None else of_loop(self.bias, loop)
+        if not self.rank:
+            return F.linear(x, weight, bias)
+        d_out, d_in = weight.shape
         tokens = x.numel() // d_in
         # Building W' + BA costs R * d_in * d_out, the separate path R * tokens * (d_in + d_out): few tokens cannot pay.
-        if self.rank and tokens * (d_in + d_out) < d_in * d_out:
-            return F.linear(x, self.weight, bias) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
+        if tokens * (d_in + d_out) < d_in * d_out:
+            return F.linear(x, weight, bias) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
         return F.linear(x, self.merged(loop), bias)
+
+
+def rope_angles(pos: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """cos and signed sin (T, 1, rotated) of the rotary embedding at positions `pos` (T,), in fp32: see `rotate`."""
+    rotated = int(config.head_dim * config.rotary_pct)
+    exponent = torch.arange(0, rotated, 2, device=pos.device, dtype=torch.float32) / rotated
+    angle = pos.float()[:, None, None] * (1.0 / config.rope_theta**exponent)  # the order that donors were trained with
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (j, j + rotated/2) of x (B, T, heads, D); what lies beyond `rotated` passes unchanged.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin): x times cos, and its halves changed about times the signed sin.
+    """
+    cos, sin = rope
+    rotated = cos.size(-1)
+    if rotated < x.size(-1):
+        return torch.cat([rotate(x[..., :rotated], rope), x[..., rotated:]], -1)
+    wide = widen(x)
+    return torch.addcmul(wide * cos, wide.roll(rotated // 2, -1), sin).type_as(x)
 
 
 class KVCache:
@@ -155,23 +189,31 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_kv_head, max_len, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
+        self.depths = list(zip(self.k, self.v, strict=True))
+        self.rope = rope_angles(torch.arange(max_len, device=device), config)
         self.n_unique = config.n_unique
         self.lengths = [0] * config.n_loop  # tokens held, per loop: one that left early is missing in the later ones
         self.left: Tensor | None = None     # (B, T) new tokens that take over the keys of the loop before (exits.py)
+
+    def angles(self, loop: int, n: int) -> tuple[Tensor, Tensor]:
+        """The rotary embedding's of the next n tokens at `loop`. UserError if they do not fit."""
+        start = self.lengths[loop]
+        end = start + n
+        if end > self.k.size(3):
+            raise UserError(f"{end} tokens do not fit a cache made for {self.k.size(3)}")
+        return self.rope[0][start:end], self.rope[1][start:end]
 
     def append(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k, v (B, K, T, D) of the new tokens; returns all of this depth so far, (B, K, length + T, D) each."""
         start = self.lengths[depth // self.n_unique]
         end = start + k.size(2)
-        if end > self.k.size(3):
-            raise UserError(f"{end} tokens do not fit a cache made for {self.k.size(3)}")
         if self.left is not None:
             left, before = self.left[:, None, :, None], depth - self.n_unique
             k = torch.where(left, self.k[before, :, :, start:end], k)
             v = torch.where(left, self.v[before, :, :, start:end], v)
-        self.k[depth, :, :, start:end] = k
-        self.v[depth, :, :, start:end] = v
-        return self.k[depth, :, :, :end], self.v[depth, :, :, :end]
+        keys, values = self.depths[depth]
+        keys[:, :, start:end], values[:, :, start:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
 
     def copy_loop(self, loop: int) -> None:
         """Let the keys and values of the loop before stand in for those that `loop` does not have yet."""
@@ -179,22 +221,6 @@ class KVCache:
         for kept in (self.k, self.v):
             kept[loop * n:(loop + 1) * n, :, :, start:end] = kept[(loop - 1) * n:loop * n, :, :, start:end]
         self.lengths[loop] = end
-
-
-def rope_angles(pos: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, 1, rotated / 2) of the rotary embedding at positions `pos` (T,), in fp32."""
-    rotated = int(config.head_dim * config.rotary_pct)
-    exponent = torch.arange(0, rotated, 2, device=pos.device, dtype=torch.float32) / rotated
-    angle = pos.float()[:, None, None] * (1.0 / config.rope_theta**exponent)  # the order that donors were trained with
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (j, j + rotated/2) of x (B, T, heads, D); what lies beyond `rotated` passes unchanged."""
-    cos, sin = rope
-    half = cos.size(-1)
-    x1, x2, rest = widen(x).split([half, half, x.size(-1) - 2 * half], dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).type_as(x)
 
 
 class SlotCache:
@@ -208,42 +234,49 @@ class SlotCache:
         shape = (config.n_unique, slots + 1, config.n_loop, max_len, config.n_kv_head, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
+        self.rope = rope_angles(torch.arange(max_len, device=device), config)
         self.slot = self.pos = torch.zeros(0, dtype=torch.long, device=device)  # (M,) of the rows in the coming pass
+        self.span = max_len      # positions that attention goes through: all of them, if the host does not know better
+
+    def angles(self, loop: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """The rotary embedding's of the n rows in the coming pass."""
+        return self.rope[0][self.pos], self.rope[1][self.pos]
 
     def attend(self, i: int, loop: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep k, v (M, K, D) of the rows in layer i; returns what q (M, H, D) finds in their slots and loops."""
         self.k[i].index_put_((self.slot, loop, self.pos), k)
         self.v[i].index_put_((self.slot, loop, self.pos), v)
-        return decode_attention(q, self.k[i], self.v[i], self.slot, loop, self.pos + 1)
+        k, v = self.k[i, :, :, :self.span], self.v[i, :, :, :self.span]
+        return decode_attention(q, k, v, self.slot, loop, self.pos + 1)
 
 
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        C, D, bias = config.n_embd, config.head_dim, config.attn_bias
-        self.head_dim = D
-        self.q = RelaxedLinear(C, config.n_head * D, config, bias)
-        self.k = RelaxedLinear(C, config.n_kv_head * D, config, bias)
-        self.v = RelaxedLinear(C, config.n_kv_head * D, config, bias)
-        self.o = RelaxedLinear(config.n_head * D, C, config, bias)
+        C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = H, K, D
+        self.q = RelaxedLinear(C, H * D, config, config.attn_bias)
+        self.k = RelaxedLinear(C, K * D, config, config.attn_bias)
+        self.v = RelaxedLinear(C, K * D, config, config.attn_bias)
+        self.o = RelaxedLinear(H * D, C, config, config.attn_bias)
 
     def forward(self, x: Tensor, rope, loop: int | Tensor, depth: int, cache) -> Tensor:
-        *batch, _ = x.shape                                              # (B, T), or (M,) rows at their own loops
-        q = rotate(self.q(x, loop).view(*batch, -1, self.head_dim), rope)  # (B, T, H, D)
-        k = rotate(self.k(x, loop).view(*batch, -1, self.head_dim), rope)  # (B, T, K, D)
-        v = self.v(x, loop).view(*batch, -1, self.head_dim)                # (B, T, K, D)
+        T, D = len(rope[0]), self.head_dim                               # x (B T, C), or (M, C): M rows as one sequence
+        q = rotate(self.q(x, loop).view(-1, T, self.n_head, D), rope)    # (B, T, H, D)
+        k = rotate(self.k(x, loop).view(-1, T, self.n_kv_head, D), rope) # (B, T, K, D)
+        v = self.v(x, loop).view(-1, T, self.n_kv_head, D)               # (B, T, K, D)
         if isinstance(loop, Tensor):
-            return self.o(cache.attend(depth, loop, q, k, v).flatten(1), loop)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                 # (B, heads, T, D)
+            return self.o(cache.attend(depth, loop, q[0], k[0], v[0]).flatten(1), loop)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+        mask, past = None, 0
         if cache is not None:
+            past = cache.lengths[loop]
             k, v = cache.append(depth, k, v)                             # (B, K, past + T, D)
-        T, mask = q.size(2), None
-        past = k.size(2) - T
         if past and T > 1:  # is_causal would align the mask to the wrong corner
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        causal, grouped = T > 1 and not past, q.size(1) != k.size(1)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-        return self.o(y.transpose(1, 2).flatten(2), loop)                # (B, T, C)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and not past,
+                                           enable_gqa=self.n_head != self.n_kv_head)
+        return self.o(y.transpose(1, 2).reshape(x.size(0), -1), loop)    # (B T, C)
 
 
 class MLP(nn.Module):
@@ -256,7 +289,7 @@ class MLP(nn.Module):
         self.down = RelaxedLinear(n_hidden, C, config, bias)
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
-        up = self.up(x, loop)                                            # (B, T, n_hidden)
+        up = self.up(x, loop)                                            # (B T, n_hidden)
         if self.arch == "gpt_neox":
             hidden = F.gelu(up)
         elif self.arch == "gemma":
@@ -274,6 +307,7 @@ class Layer(nn.Module):
         self.norm2, self.mlp = Norm(config), MLP(config)
 
     def forward(self, x: Tensor, rope, loop: int, depth: int, cache: KVCache | None = None) -> Tensor:
+        """States x (B T, C) of sequences in turn, T = len(rope[0]); or rows of their own: see `block`."""
         y = x + self.attn(self.norm1(x, loop), rope, loop, depth, cache)
         return y + self.mlp(self.norm2(x if self.parallel else y, loop), loop)
 
@@ -312,16 +346,17 @@ class RecursiveTransformer(nn.Module):
     def block(self, x: Tensor, loop: int | Tensor, cache: "KVCache | SlotCache | None" = None) -> Tensor:
         """The stored layers, run once as loop number `loop`, on states x (B, T, C); or on rows x (M, C) which stand at
         loops (M,) of their own, with a SlotCache that knows their slots and positions."""
-        mixed = isinstance(loop, Tensor)
-        start = cache.lengths[loop] if cache is not None and not mixed else 0
-        rope = rope_angles(cache.pos if mixed else torch.arange(start, start + x.size(1), device=x.device), self.config)
+        mixed, shape, T = isinstance(loop, Tensor), x.shape, x.size(-2)
+        rope = cache.angles(loop, T) if cache is not None else rope_angles(torch.arange(T, device=x.device),
+                                                                           self.config)
+        x = x.flatten(0, -2)                                             # (B T, C): all but attention knows only rows
         for i, layer in enumerate(self.layers):
             place = rope, loop, i if mixed else loop * self.config.n_unique + i, cache
             # The reentrant kind would hand a shared weight's gradient to DDP once per loop, and DDP refuses that.
             x = checkpoint(layer, x, *place, use_reentrant=False) if self.checkpointing else layer(x, *place)
         if cache is not None and not mixed:
-            cache.lengths[loop] += x.size(1)
-        return x
+            cache.lengths[loop] += T
+        return x.view(shape)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) in fp32 of any loop's hidden state (B, T, C): all exits share final norm and head (§2.4)."""

@@ -3,17 +3,21 @@
     python sample.py --ckpt=out --prompt="The old house"
     python sample.py --ckpt=assets/donor --samples=3 --temperature=0.7 --top_p=0.9
     python sample.py --ckpt=out --rule=gate --show_exits     # tokens leave early, and are coloured by where they did
+    python sample.py --ckpt=out --prompts=prompts.txt        # a text for each line, many at a time
 """
 
+import io
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from exits import decode
+from engine import Engine
+from exits import decode, likeliest
 from hf import find_donor, load_any
 from model import RecursiveTransformer
 from rules import SCORED, Keys, Rule, RuleName, load_rule, read_thresholds
@@ -26,7 +30,9 @@ class SampleConfig:
     ckpt: str = "out"                  # checkpoint folder
     prompt: str = "The old man looked at her"  # text to go on from; empty starts a new text
     prompt_file: str | None = None     # read the prompt from this file instead
-    samples: int = 1                   # how many continuations, drawn side by side
+    prompts: str | None = None         # or many: each line of this file is one
+    samples: int = 1                   # how many continuations of each prompt
+    slots: int = 16                    # of several texts, how many are written at a time
     max_new_tokens: int = 200          # stop after so many tokens
     temperature: float = 0.8           # below 1 sharper, above 1 wilder; 0 always takes the likeliest token
     top_k: int = 50                    # choose among the k likeliest tokens; 0 = all
@@ -41,12 +47,15 @@ class SampleConfig:
 
 
 def check_settings(args: SampleConfig) -> None:
-    allowed = {"samples": (args.samples >= 1, "at least 1"), "max_new_tokens": (args.max_new_tokens >= 1, "at least 1"),
+    allowed = {"samples": (args.samples >= 1, "at least 1"), "slots": (args.slots >= 1, "at least 1"),
+               "max_new_tokens": (args.max_new_tokens >= 1, "at least 1"),
                "temperature": (args.temperature >= 0, "0 or more"), "top_k": (args.top_k >= 0, "0 or more"),
                "top_p": (0 < args.top_p <= 1, "above 0 and at most 1")}
     for name, (fine, rule) in allowed.items():
         if not fine:
             raise UserError(f"--{name}={getattr(args, name)} must be {rule}")
+    if sum((args.prompt != SampleConfig.prompt, args.prompt_file is not None, args.prompts is not None)) > 1:
+        raise UserError("--prompt, --prompt_file and --prompts each say what to go on from; give one of them")
     if args.threshold is not None and args.rule not in SCORED and (args.rule or not args.show_exits):
         raise UserError(f"--threshold={args.threshold} needs a rule that compares scores with it: use --rule="
                         f"{', '.join(SCORED)}")
@@ -71,6 +80,19 @@ def token_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) ->
     return probs
 
 
+def pick(probs: Tensor, draw: torch.Generator | None = None) -> Tensor:
+    """One token (B,) of each row of probabilities (B, V), as torch.multinomial draws it, which waits for the host."""
+    return (probs / torch.empty_like(probs).exponential_(generator=draw)).argmax(-1)
+
+
+def chooser(args: SampleConfig) -> Callable[[Tensor], Tensor]:
+    """For the engine: logits (n, V) -> tokens (n,), by a device's own numbers, since CUDA graphs know no others."""
+    torch.manual_seed(args.seed)
+    if args.temperature == 0:
+        return likeliest
+    return lambda logits: pick(token_probs(logits, args.temperature, args.top_k, args.top_p))
+
+
 def generate(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
              top_p: float = 1.0, seed: int = 0, rule: Rule | None = None, keys: Keys = "exact",
              eos_id: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -78,8 +100,7 @@ def generate(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, temp
     draw = torch.Generator().manual_seed(seed)  # on the CPU: the same text on every device
 
     def choose(logits: Tensor) -> Tensor:
-        probs = token_probs(logits, temperature, top_k, top_p).cpu()
-        return torch.multinomial(probs, 1, generator=draw)[:, 0].to(logits.device)
+        return pick(token_probs(logits, temperature, top_k, top_p).cpu(), draw).to(logits.device)
     return decode(model, idx, max_new_tokens, rule, keys, choose, eos_id)
 
 
@@ -96,52 +117,115 @@ def find_rule(args: SampleConfig, folder, model: RecursiveTransformer) -> Rule:
     return load_rule(folder, model, name, threshold, args.exit_loop, args.keys)
 
 
-def read_prompt(args: SampleConfig, tokenizer: Tokenizer, n_ctx: int) -> tuple[str, list[int]]:
-    """The prompt's text and ids. Raises UserError if it leaves no room in the context."""
-    text = args.prompt
-    if args.prompt_file:
-        try:
-            text = Path(args.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"cannot read --prompt_file={args.prompt_file} ({e}); give a UTF-8 text file") from None
-    ids = tokenizer.encode_prompt(text)
-    if len(ids) >= n_ctx:
-        raise UserError(f"the prompt has {len(ids)} tokens, but the model's context is {n_ctx} and needs room for at "
-                        f"least one more; shorten the prompt to at most {n_ctx - 1} tokens")
-    return text, ids
+def read_prompts(args: SampleConfig) -> list[str]:
+    """The texts to go on from: lines of --prompts, all of --prompt_file, or --prompt."""
+    name = "prompts" if args.prompts is not None else "prompt_file"
+    path = getattr(args, name)
+    if path is None:
+        return [args.prompt]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read --{name}={path} ({e}); give a UTF-8 text file") from None
+    if name == "prompt_file":
+        return [text]
+    if not text:
+        raise UserError(f"--prompts={path} is empty; give a file with a prompt on each line")
+    return text.removesuffix("\n").split("\n")
 
 
 def main(argv=None):
     args = parse_args(SampleConfig, argv)
     check_settings(args)
+    texts = read_prompts(args)
     if not Path(args.ckpt).is_dir() and args.ckpt == SampleConfig.ckpt:
         raise UserError("there is no checkpoint in out yet: run python train.py first, "
                         "or sample the shipped donor with --ckpt=assets/donor")
     folder = args.ckpt if Path(args.ckpt).is_dir() else find_donor(args.ckpt)
     device = pick_device(args.device)
     model = load_any(folder, None if device.type == "cuda" else torch.float32).to(device)  # CPUs are slow in bf16
-    c, n = model.config, model.num_params()
+    c = model.config
     tokenizer = Tokenizer.load(folder, c.vocab_size)
-    text, ids = read_prompt(args, tokenizer, c.n_ctx)
+    rule, show = find_rule(args, folder, model), Exits(c.n_loop, sys.stdout.isatty()) if args.show_exits else None
+    n = len(texts) * args.samples
+    many = args.prompts is not None or n > 1
     print(f"{args.ckpt}: {c.arch}, {c.n_layer} layers as {c.n_loop} x {c.n_unique}, rank {c.rank}, "
-          f"{n['stored'] / 1e6:.1f} M parameters, on {device.type}\n", file=sys.stderr)
-
-    show = Exits(c.n_loop, sys.stdout.isatty()) if args.show_exits else None
-    steps = generate(model, torch.tensor([ids] * args.samples, device=device), args.max_new_tokens, args.temperature,
-                     args.top_k, args.top_p, args.seed, find_rule(args, folder, model), args.keys, tokenizer.eos_id)
-    if args.samples == 1:
-        print(text, end="", flush=True)
-        end = write(((token.item(), loop.item()) for token, loop in steps), tokenizer, ids, show)
-        print(f"\n({end or why_stopped(args, len(ids), c.n_ctx)})", flush=True)
+          f"{model.num_params()['stored'] / 1e6:.1f} M parameters, on {device.type}"
+          + f"; {n} texts through {min(n, args.slots)} slots" * many + "\n", file=sys.stderr)
+    if many:
+        write_many(args, model, tokenizer, texts, rule, show)
     else:
-        steps = list(progress(steps, total=args.max_new_tokens, desc="sampling", unit="tok"))
-        tokens, loops = (torch.stack(part, 1).tolist() for part in zip(*steps, strict=True))     # (samples, steps)
-        for i, row in enumerate(zip(tokens, loops, strict=True)):
-            print(f"--- sample {i + 1} of {args.samples}\n{text}", end="")
-            end = write(zip(*row, strict=True), tokenizer, ids, show)
-            print(f"\n({end or why_stopped(args, len(ids), c.n_ctx)})\n", flush=True)
+        write_one(args, model, tokenizer, texts[0], rule, show)
+
+
+def write_one(args: SampleConfig, model: RecursiveTransformer, tokenizer: Tokenizer, text: str, rule: Rule,
+              show: "Exits | None") -> None:
+    """One text, as it comes. A row alone needs no slots, and `decode` is the faster for it. UserError if the prompt
+    leaves no room in the context."""
+    ids, n_ctx = tokenizer.encode_prompt(text), model.config.n_ctx
+    if len(ids) >= n_ctx:
+        raise UserError(f"the prompt has {len(ids)} tokens, but the model's context is {n_ctx} and needs room for at "
+                        f"least one more; shorten the prompt to at most {n_ctx - 1} tokens")
+    steps = generate(model, torch.tensor([ids], device=model.embed.weight.device), args.max_new_tokens,
+                     args.temperature, args.top_k, args.top_p, args.seed, rule, args.keys, tokenizer.eos_id)
+    print(text, end="", flush=True)
+    end = write(((token.item(), loop.item()) for token, loop in steps), tokenizer, ids, show)
+    print(f"\n({end or why_stopped(args, len(ids), n_ctx)})", flush=True)
     if show:
         print(show.legend())
+
+
+def write_many(args: SampleConfig, model: RecursiveTransformer, tokenizer: Tokenizer, texts: list[str], rule: Rule,
+               show: "Exits | None") -> None:
+    """Many texts side by side, through the engine; printed in their order, each once it and those before it are
+    finished, and on Ctrl-C all that have begun. A prompt that cannot be served is refused alone, and UserError in the
+    end says how many."""
+    n_ctx, n = model.config.n_ctx, len(texts) * args.samples
+    prompts = [encode(text, tokenizer) for text in texts for _ in range(args.samples)]
+    engine = Engine(model, min(args.slots, n), min(n_ctx, max(1, *map(len, prompts)) + args.max_new_tokens), rule,
+                    args.keys, choose=chooser(args))
+    room = [max(1, min(args.max_new_tokens, n_ctx - len(ids))) for ids in prompts]
+    requests = [engine.add(*each, tokenizer.eos_id) for each in zip(prompts, room, strict=True)]
+    refused = {i // args.samples + 1: r.state for i, r in enumerate(requests) if r.state != "waiting"}
+    for i, why in refused.items():
+        print(f"prompt {i}: {why}", file=sys.stderr)
+
+    def page(i: int) -> str:
+        request, out = requests[i], io.StringIO()
+        titles = [f"prompt {i // args.samples + 1} of {len(texts)}"] * (args.prompts is not None)
+        titles += [f"sample {i % args.samples + 1} of {args.samples}"] * (args.samples > 1)
+        print(f"--- {', '.join(titles)}\n{texts[i // args.samples]}", end="", file=out)
+        end = write(zip(request.tokens, request.loops, strict=False), tokenizer, request.prompt, show, out)
+        states = {"done": end or why_stopped(args, len(request.prompt), n_ctx), "running": "interrupted"}
+        print(f"\n({states.get(request.state, request.state)})\n", file=out)
+        return out.getvalue()
+
+    shown, began = 0, time.perf_counter()
+    steps = progress(engine.run(), total=sum(r.max_new_tokens for r in engine.queue), desc="sampling", unit="tok")
+    try:
+        for _ in steps:
+            while shown < n and requests[shown].state not in ("waiting", "running"):
+                steps.write(page(shown), end="")             # above the progress bar
+                sys.stdout.flush()
+                shown += 1
+    finally:
+        steps.close()
+        print("".join(page(i) for i in range(shown, n) if requests[i].state != "waiting"), end="", flush=True)
+        made, seconds = sum(len(request.tokens) for request in requests), time.perf_counter() - began
+        print(f"{made:,} tokens in {seconds:.1f} s, {made / seconds:,.0f} tok/s", file=sys.stderr)
+        if show:
+            print(show.legend())
+    if refused:
+        raise UserError(f"{len(refused)} of {len(texts)} prompts were refused; the reason stands at each")
+
+
+def encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The prompt's ids; none, which an engine refuses, where it is empty and the tokenizer has no token to begin with.
+    """
+    try:
+        return tokenizer.encode_prompt(text)
+    except UserError:
+        return []
 
 
 class Exits:
@@ -164,7 +248,8 @@ class Exits:
         return f"left after {shares} · mean depth {mean:.2f} of {len(self.count)}"
 
 
-def write(steps: Iterable[tuple[int, int]], tokenizer: Tokenizer, prompt: list[int], show: Exits | None = None) -> str:
+def write(steps: Iterable[tuple[int, int]], tokenizer: Tokenizer, prompt: list[int], show: Exits | None = None,
+          file=None) -> str:
     """Print one sample's text as it comes, from (token, loop) each, whole characters only; returns "end of text" if the
     model ended it."""
     out, end, loop = TextStream(tokenizer, prompt), "", 0
@@ -175,9 +260,9 @@ def write(steps: Iterable[tuple[int, int]], tokenizer: Tokenizer, prompt: list[i
             end = "end of text"
             break
         piece = out.push(token)
-        print(show.mark(piece, loop) if show else piece, end="", flush=True)
+        print(show.mark(piece, loop) if show else piece, end="", file=file, flush=True)
     piece = out.flush()
-    print(show.mark(piece, loop) if show else piece, end="")
+    print(show.mark(piece, loop) if show else piece, end="", file=file)
     return end
 
 

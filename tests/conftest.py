@@ -1,4 +1,5 @@
-"""What holds for all tests: imports start at the repository's root, and no GPU means Triton's interpreter."""
+"""What holds for all tests: imports start at the repository's root, no GPU means Triton's interpreter, and the whole
+suite runs on all cores, a process on each."""
 
 import os
 import sys
@@ -14,3 +15,10 @@ torch.set_num_threads(1)                                     # the tensors are t
 
 pytest.register_assert_rewrite("tiny")
 from tiny import home, start  # noqa: E402, F401 (fixtures of several files; they import what the lines above prepare)
+
+
+def pytest_xdist_auto_num_workers(config) -> int | None:
+    """For -n auto of pytest-xdist: tests that are named run in pytest itself, where a debugger reaches them; all of
+    them on as many processes as there are cores, which is its own answer."""
+    named = config.args != config.getini("testpaths") or config.option.keyword
+    return 0 if named else None

@@ -76,7 +76,7 @@ def served():
 
 def test_every_variant_serves_the_same_requests(served):
     _, work, found = served
-    assert [name for name, _ in found] == ["V0", "V1", "V2", "V3", "V4", "V5", "V5h", "V4", "V5", "V5h"]
+    assert [name for name, _ in found] == ["V0", "V1", "V2", "V3", "V3h"] + ["V4", "V5", "V5h"] * 2
     for engine, requests, _ in found.values():
         assert [r.prompt for r in requests] == work.prompts
         assert [len(r.tokens) for r in requests] == [len(r.loops) for r in requests] == work.lengths
@@ -87,11 +87,11 @@ def test_variants_differ_as_they_say(served):
     model, _, found = served
     for (name, keys), (engine, _, _) in found.items():
         assert (engine.model is model) == (name not in ("V0", "V1")) and engine.model.config.n_layer == 6
-        assert engine.refill == (name != "V0") and engine.keys == keys
-        assert engine.head == {"V2": 0, "V4": 0, "V5h": 1}.get(name, 1)
-        assert engine.slots == (4 if name == "V5h" else 3)
-    stage = make_engine(EXITS[2], {False: model}, {}, replace(CONFIG, head_rows=2), 30, watch=False)
-    assert stage.head == 2 and stage.slots == 5
+        assert engine.refill == (3 if name == "V0" else 1) and engine.keys == keys
+        assert engine.head == {"V2": 0, "V4": 0}.get(name, 1)
+        assert engine.slots == (4 if name.endswith("h") else 3)
+    stage = make_engine(EXITS[2], {False: model}, {}, replace(CONFIG, head_rows=2, refill=2), 30, watch=False)
+    assert stage.head == 2 and stage.slots == 5 and stage.refill == 2
 
 
 def test_traces_are_obeyed_and_the_rest_runs_all_loops(served):
@@ -106,7 +106,7 @@ def test_the_text_is_what_decoding_says(served):
     model, work, found = served
     for i in (0, 4):
         want = [t.item() for t, _ in decode(model, torch.tensor([work.prompts[i]]), work.lengths[i])]
-        for name in ("V0", "V1", "V2", "V3"):
+        for name in ("V0", "V1", "V2", "V3", "V3h"):
             assert found[name, "exact"][1][i].tokens == want, name
     texts = {at: [r.tokens for r in requests] for at, (_, requests, _) in found.items()}
     assert texts["V4", "exact"] == texts["V5", "exact"] == texts["V5h", "exact"] != texts["V3", "exact"]
@@ -148,11 +148,12 @@ def test_rows_are_summed_up(served):
     head_s = 2.5 / found["V1", "exact"][0].stats["head_runs"]
     assert times == pytest.approx({"pass_s": pass_s, "merged_pass_s": merged_s, "head_s": head_s,
                                    "rho": head_s / pass_s, "merged": merged_s / 3 / pass_s})
-    v0, v1, v2, v3, v4, v5, v5h = rows[:7]
+    v0, v1, v2, v3, v3h, v4, v5, v5h = rows[:8]
     assert v0["formula"] is None and v1["formula"] == 1 and v1["of_v1"] == 1
     token = merged_s + head_s                                    # of V1
     assert v2["formula"] == pytest.approx(token / (3 * pass_s + head_s))
     assert v3["formula"] == pytest.approx(token / (3 * (pass_s + head_s)))
+    assert v3h["formula"] == pytest.approx(token / (3 * pass_s + head_s))
     deep = slowest(v4["left_at"], 3)
     assert v4["formula"] == pytest.approx(token / (deep * pass_s + head_s)) and deep > v4["mean_loops"]
     assert v5["formula"] == pytest.approx(token / (v5["mean_loops"] * (pass_s + head_s)))
@@ -184,8 +185,8 @@ def test_all_variants_are_measured_and_drawn(donor, capsys, tmp_path):
     case, = numbers["cases"]
     assert case["requests"] == 4 and case["model"]["n_loop"] == 3 and case["model"]["rank"] == 2
     names = [(row["name"], row["exits"], row["keys"]) for row in case["rows"]]
-    assert names[:4] == [(f"V{i}", "never", "exact") for i in range(4)]
-    assert names[4:] == [(name, "drawn", keys) for keys in ("exact", "copy") for name in ("V4", "V5", "V5h")]
+    assert names[:5] == [(name, "never", "exact") for name in ("V0", "V1", "V2", "V3", "V3h")]
+    assert names[5:] == [(name, "drawn", keys) for keys in ("exact", "copy") for name in ("V4", "V5", "V5h")]
     assert len({row["tokens"] for row in case["rows"]}) == 1
     assert all(len(row["seconds"]) == 2 and row["tokens_per_s"] > 0 for row in case["rows"])
     for row in case["rows"]:

@@ -105,13 +105,14 @@ def poison(engine):
 def random_schedule(case, rng):
     """Requests come at any time, some are cancelled; an engine serves them. Returns (it, the requests)."""
     plan, requests = [], []
-    for _ in range(rng.choice((1, 2, 2, 3, 4))):
+    many = rng.random() < 0.1                                # so that 7 to 15 of 16 rows and more are in flight
+    for _ in range(20 if many else rng.choice((1, 2, 2, 3, 4))):
         prompt, trace, steps = rng.choice(case.prompts), rng.choice(case.traces), rng.randint(1, STEPS)
         eos_id = rng.choice([None, None, *case.decoded(prompt, STEPS, trace=trace)[0]])
         plan.append((prompt, steps, eos_id, trace))
-    slots = rng.randint(1, 4)
+    slots = rng.randint(8, 18) if many else rng.randint(1, 4)
     engine = case.engine(slots, max(len(prompt) + steps for prompt, steps, *_ in plan), head=rng.randint(0, slots),
-                         static=rng.random() < 0.35, refill=rng.random() < 0.85)
+                         static=rng.random() < 0.35, refill=rng.choice((1, 1, 1, rng.randint(1, slots), slots)))
     engine.cache.k.fill_(NAN)
     engine.cache.v.fill_(NAN)
     while plan or engine.queue or any(engine.owner):
@@ -386,18 +387,20 @@ def test_in_static_mode_the_longest_waiting_come_first():
     ([3, 0, 1, 0, 2, 0, 1, 1, 1], 1 + 2 + 1 + 3, 3 + 2 + 3),
 ])
 @each_policy
-def test_passes_and_ghosts_of_one_sequence_are_what_its_exits_say(trace, rows, ghosts, keys):
+@each_mode
+def test_passes_and_ghosts_of_one_sequence_are_what_its_exits_say(trace, rows, ghosts, keys, static):
     case = Case(draw_model(5, 4, rank=2), keys=keys)
-    engine = case.engine(1, head=1, static=False)
+    engine = case.engine(1, head=1, static=static)
     request = engine.add((1, 2, 3), 5, trace=trace)
     for _ in engine.run():
         pass
     case.check(request)
     assert request.loops == [3, *trace[1:], 3, 3, 3, 3][:5]
-    assert engine.stats["passes"] == 1 + rows                # the prompt's first token comes with a pass of nobody
-    assert engine.stats["rows"] == rows + ghosts * (keys == "exact")
-    assert engine.stats["ghost_rows"] == ghosts * (keys == "exact")
-    assert (engine.stats["head_runs"], engine.stats["head_rows"], engine.stats["prefill_tokens"]) == (5, 5, 3)
+    ghosts *= keys == "exact"
+    assert engine.ran.tolist() == [rows + ghosts, ghosts]
+    if not static:
+        assert engine.stats["passes"] == 1 + rows            # the prompt's first token comes with a pass of nobody
+        assert (engine.stats["head_runs"], engine.stats["head_rows"], engine.stats["prefill_tokens"]) == (5, 5, 3)
 
 
 @each_mode
@@ -472,7 +475,7 @@ def test_everything_may_be_cancelled(case, static):
 
 @each_mode
 def test_static_batching_takes_nobody_until_every_slot_is_free(case, static):
-    engine, full = case.engine(3, static=static, refill=False), False
+    engine, full = case.engine(3, static=static, refill=3), False
     requests = [engine.add(prompt, n) for n, prompt in enumerate(case.prompts[:7], 1)]
     while engine.queue or any(engine.owner):
         before = list(engine.owner)
@@ -482,6 +485,18 @@ def test_static_batching_takes_nobody_until_every_slot_is_free(case, static):
         full |= sum(owner is not None for owner in engine.owner) == 3
     assert full and [r.started for r in requests[:3]] == [0] * 3 < [r.started for r in requests[3:6]]
     assert len({r.started for r in requests}) == 3
+    for request in requests:
+        case.check(request)
+
+
+@each_mode
+def test_prompts_wait_for_as_many_free_slots_as_they_are_run_for(case, static):
+    engine = case.engine(4, static=static, refill=2)
+    requests = [engine.add(prompt, n) for n, prompt in enumerate(case.prompts[:7], 1)]
+    for _ in engine.run():
+        pass
+    together = Counter(r.started for r in requests)
+    assert list(together.values()) == [4, 2, 1] and [r.started for r in requests] == sorted(together.elements())
     for request in requests:
         case.check(request)
 
@@ -566,8 +581,9 @@ def test_a_request_keeps_what_it_was_given(case):
 @pytest.mark.parametrize("options", [{"slots": 0}, {"slots": -1}, {"slots": 2, "head": 3}, {"slots": 2, "head": -1},
                                      {"max_len": 33}, {"max_len": 1}, {"max_len": 0}])
 def test_an_engine_that_cannot_be_is_refused(case, options):
-    with pytest.raises(UserError, match=r"slots=-?\d+, head=-?\d+, max_len=\d+: an engine has 1 slot or more, a head "
-                                        "for 0 to as many rows, and a max_len from 2 to the model's context of 32"):
+    with pytest.raises(UserError, match=r"slots=-?\d+, head=-?\d+, refill=-?\d+, max_len=\d+: an engine has 1 slot "
+                                        "or more, a head for 0 to as many rows, a refill of 1 to as many slots, and a "
+                                        "max_len from 2 to the model's context of 32"):
         Engine(case.model, **options)
 
 

@@ -45,9 +45,9 @@ def from_hf(folder, **options):
 
 
 def layer_outputs(model, layers, run, idx):
-    """What goes into each layer, and the logits."""
+    """What goes into each layer, (B T, C) as ours see it, and the logits."""
     seen = []
-    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2))) for layer in layers]
     seen.append(run(model, idx))
     for hook in hooks:
         hook.remove()
@@ -198,5 +198,6 @@ def test_rotary_angles_far_out_are_those_of_transformers():
     pos = torch.arange(8000, 8010)
     cos, sin = rope_angles(pos, Config(head_dim=64))
     want_cos, want_sin = theirs(torch.zeros(1), pos[None])
-    for ours, want in ((cos, want_cos), (sin, want_sin)):
-        torch.testing.assert_close(ours[:, 0], want[0, :, :32], atol=1e-6, rtol=0)
+    signed = torch.cat([-want_sin[..., :32], want_sin[..., 32:]], -1)
+    for ours, want in ((cos, want_cos), (sin, signed)):
+        torch.testing.assert_close(ours[:, 0], want[0], atol=1e-6, rtol=0)

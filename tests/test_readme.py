@@ -20,6 +20,7 @@ COMMANDS = [part.strip() for block in re.findall(r"```bash\n(.*?)```", README, r
             for line in block.splitlines() for part in line.split("&&") if not part.strip().startswith("pip ")]
 BLOCKS = {word: block for block in re.findall(r"```python\n(.*?)```", README, re.S)
           for word in ("Engine", "unroll") if word in block}
+pytestmark = pytest.mark.xdist_group("readme")              # in one process: a command goes on from those before it
 SMALL = {  # added to a command: the last of two equal flags counts
     "train.py": "--tokens=1024 --batch_tokens=512 --micro_batch=1 --seq_len=64 --eval_tokens=256 --log_every=1",
     "sample.py": "--max_new_tokens=8", "convert.py": "", "data.py": "", "evaluate.py": "--tokens=512 --keys=exact",

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+from test_engine import NothingWaits
 
+import rules
 import sample
 from exits import decode
 from model import Config, RecursiveTransformer
@@ -65,19 +67,27 @@ def test_same_seed_same_text_and_other_seed_other_text(ckpt, capsys):
     assert texts[0].startswith("the cat") and texts[0].endswith("(20 new tokens)\n")
 
 
-def test_stops_at_the_context_limit_and_says_so(ckpt, capsys, monkeypatch):
-    drawn = sample.generate  # random weights end their text now and then: not here
-    monkeypatch.setattr(sample, "generate", lambda *a: ((t.where(t != 299, 0), loop) for t, loop in drawn(*a[:-1])))
-    assert run(capsys, f"--ckpt={ckpt}", "--prompt=the cat").endswith("(the context of 48 tokens is full)\n")
+def scripted(monkeypatch, *tokens):
+    """Let the model say `tokens`, one after the other, whatever it would have said, and then "!" for ever."""
+    script = iter(tokens)
+
+    def one_hot(logits, *_):
+        return torch.eye(300)[[next(script, 0)] * len(logits)]
+    monkeypatch.setattr(sample, "token_probs", one_hot)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_stops_at_the_context_limit_and_says_so(ckpt, capsys, monkeypatch, samples):
+    scripted(monkeypatch)
+    out = run(capsys, f"--ckpt={ckpt}", "--prompt=the cat", f"--samples={samples}")
+    assert out.count("(the context of 48 tokens is full)\n") == samples
+    assert out.count("!") == samples * (48 - len(Tokenizer.load(ckpt).encode("the cat")))
 
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_stops_at_end_of_text_and_says_so(ckpt, capsys, monkeypatch, samples):
     cat, eos = 99, 299  # "c", end of text
-
-    def scripted(model, idx, *_):
-        return iter([(torch.full((len(idx),), t), torch.ones(len(idx))) for t in (cat, eos, cat)])
-    monkeypatch.setattr(sample, "generate", scripted)
+    scripted(monkeypatch, cat, eos, cat)
     out = run(capsys, f"--ckpt={ckpt}", "--prompt=", f"--samples={samples}")
     assert out.count("(end of text)") == samples
     assert "<|endoftext|>" not in out
@@ -105,7 +115,7 @@ def test_batch_rows_differ_and_file_prompt(ckpt, capsys, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--prompt=" + "the cat " * 60], "the model's context is 48"), (["--temperature=-1"], "must be 0 or more"),
     (["--top_p=0"], "above 0"), (["--samples=0"], "at least 1"), (["--prompt_file=missing.txt"], "cannot read"),
-    (["--ckpt=nowhere"], "does not exist")])
+    (["--ckpt=nowhere"], "does not exist"), (["--slots=0"], "at least 1")])
 def test_bad_input(ckpt, flags, says):
     with pytest.raises(UserError, match=says):
         sample.main([f"--ckpt={ckpt}", *flags])
@@ -149,28 +159,34 @@ def calibrated(ckpt, tmp_path):
 
 
 @pytest.fixture
-def steps(monkeypatch):
-    """The steps of the last text that was generated: (tokens, loops) each, lists over the samples."""
-    steps, generate = [], sample.generate
+def said(monkeypatch):
+    """What was generated last: (tokens, loops) of each text, up to the one that ends it."""
+    said, generate, engine = [], sample.generate, sample.Engine
 
     def recorded(*args):
-        steps.clear()
-        for token, loop in generate(*args):
-            steps.append((token.tolist(), loop.tolist()))
-            yield token, loop
+        said[:] = [([], [])]
+        for step in generate(*args):
+            for found, each in zip(said[0], step, strict=True):
+                found.append(each.item())
+            yield step
+
+    class Recorded(engine):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            said.clear()
+
+        def add(self, *args):
+            request = super().add(*args)
+            said.append((request.tokens, request.loops))
+            return request
     monkeypatch.setattr(sample, "generate", recorded)
-    return steps
+    monkeypatch.setattr(sample, "Engine", Recorded)
+    return said
 
 
-def loops_until_the_end(steps, eos=299):
-    """The loop, from 1, of each token of each sample, up to the one that ends the text."""
-    found = []
-    for row in zip(*[zip(*step, strict=True) for step in steps], strict=True):
-        for token, loop in row:
-            found.append(loop + 1)
-            if token == eos:
-                break
-    return found
+def loops_of(said):
+    """The loop, from 1, that each token left after."""
+    return [loop + 1 for _, loops in said for loop in loops]
 
 
 def assert_legend(line, loops, n_loop=2):
@@ -183,14 +199,14 @@ def assert_legend(line, loops, n_loop=2):
 @pytest.mark.parametrize("flags", [
     "--rule=max_prob --threshold=0.08", "--rule=gate --samples=3", "--rule=margin --threshold=0.02 --keys=copy",
     "--rule=entropy --threshold=0.12 --keys=copy --samples=2", "--rule=never", "--rule=fixed --samples=2"])
-def test_to_show_exits_changes_no_text_and_the_legend_counts_its_tokens(calibrated, capsys, monkeypatch, steps, flags,
+def test_to_show_exits_changes_no_text_and_the_legend_counts_its_tokens(calibrated, capsys, monkeypatch, said, flags,
                                                                         terminal):
     flags = [f"--ckpt={calibrated}", "--prompt=the cat", "--max_new_tokens=25", "--seed=3", *flags.split()]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     plain = run(capsys, *flags)
     assert not re.search("[₀-₉]|\033\\[", plain)
     text, legend, rest = run(capsys, *flags, "--show_exits").rpartition("left after")
-    loops = loops_until_the_end(steps)
+    loops = loops_of(said)
     assert set(loops) == ({2} if "--rule=never" in flags else {1, 2})
     assert re.sub("\033\\[\\d+m" if terminal else "[₁₂]", "", text) == plain != text
     marks = re.findall("\033\\[(3[23])m" if terminal else "([₁₂])", text)
@@ -236,27 +252,27 @@ def test_loops_have_colours_of_their_own_and_numbers_of_two_digits():
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_the_rule_never_is_no_rule_and_fixed_leaves_where_it_is_told(ckpt, capsys, steps, samples):
+def test_the_rule_never_is_no_rule_and_fixed_leaves_where_it_is_told(ckpt, capsys, said, samples):
     flags = [f"--ckpt={ckpt}", "--prompt=the cat", "--max_new_tokens=12", f"--samples={samples}", "--seed=3"]
     texts = {rule: run(capsys, *flags, *rule.split()) for rule in
              ("", "--rule=never", "--rule=fixed --exit_loop=2", "--rule=fixed --exit_loop=1")}
-    assert [loop for _, loop in steps] == [[1] * samples] + [[0] * samples] * 11   # the first is the prompt's
+    assert [loops for _, loops in said] == [[1] + [0] * 11] * samples              # the first is the prompt's
     early = texts.pop("--rule=fixed --exit_loop=1")
     assert len(set(texts.values())) == 1 and early not in texts.values()
 
 
-def test_rule_threshold_and_keys_reach_the_decoder(ckpt, capsys, steps):
+def test_rule_threshold_and_keys_reach_the_decoder(ckpt, capsys, said):
     idx, found = torch.tensor([Tokenizer.load(ckpt).encode("the cat")]), []
     for keys in ("exact", "copy"):
         run(capsys, f"--ckpt={ckpt}", "--prompt=the cat", "--max_new_tokens=30", "--rule=max_prob", "--threshold=0.06",
             f"--keys={keys}", "--temperature=0")
-        want = decode(RecursiveTransformer.load(ckpt), idx, 30, Rule("max_prob", 0.06), keys, eos_id=299)
-        assert steps == [(token.tolist(), loop.tolist()) for token, loop in want]
-        found.append(list(steps))
+        want = list(decode(RecursiveTransformer.load(ckpt), idx, 30, Rule("max_prob", 0.06), keys, eos_id=299))
+        assert said == [tuple([step[part].item() for step in want] for part in (0, 1))]
+        found.append(said[0])
     assert found[0] != found[1]
 
 
-def test_to_show_exits_alone_asks_the_calibrated_gate_or_says_what_it_does_instead(ckpt, calibrated, capsys, steps,
+def test_to_show_exits_alone_asks_the_calibrated_gate_or_says_what_it_does_instead(ckpt, calibrated, capsys, said,
                                                                                    monkeypatch):
     asked, load_rule = [], sample.load_rule
     monkeypatch.setattr(sample, "load_rule", lambda *args: asked.append(args[2:]) or load_rule(*args))
@@ -292,23 +308,22 @@ def test_a_model_of_one_loop_shows_one_loop_and_has_no_rules(ckpt, capsys, tmp_p
 
 
 @pytest.mark.parametrize("rule", ["fixed", "gate"])
-def test_a_text_may_end_early_with_a_rule(calibrated, capsys, monkeypatch, steps, rule):
-    """Of two samples one ends after 3 tokens, one after 5."""
-    ends, token_probs = iter(range(99)), sample.token_probs
+def test_a_text_may_end_early_with_a_rule(calibrated, capsys, monkeypatch, said, rule):
+    """The third and the fifth time that the head runs, the first row it runs for ends."""
+    runs, token_probs = iter(range(99)), sample.token_probs
 
     def ending(logits, *rest):
-        probs, step = token_probs(logits, *rest), next(ends)
+        probs = token_probs(logits, *rest)
         probs[:, 299] = 0
-        for row, end in enumerate((2, 4)):
-            if step == end:
-                probs[row] = torch.eye(300)[299]
+        if next(runs) in (2, 4):
+            probs[0] = torch.eye(300)[299]
         return probs
     monkeypatch.setattr(sample, "token_probs", ending)
     out = run(capsys, f"--ckpt={calibrated}", "--prompt=the cat", "--samples=2", f"--rule={rule}", "--show_exits")
     assert out.count("(end of text)") == 2 and "endoftext" not in out
-    loops = loops_until_the_end(steps)
-    assert len(steps) == 5 and len(loops) == 8
-    assert_legend(out.splitlines()[-1], loops)
+    assert [tokens.index(299) + 1 for tokens, _ in said] == [len(loops) for _, loops in said]
+    assert min(len(loops) for _, loops in said) < 5
+    assert_legend(out.splitlines()[-1], loops_of(said))
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -337,3 +352,116 @@ def test_what_is_no_choice_is_refused_by_the_command_line(ckpt, capsys, flag):
     with pytest.raises(SystemExit):
         sample.main([f"--ckpt={ckpt}", flag])
     assert flag.split("=")[0] in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many texts, through the engine
+
+LINES = ["the cat", "dog", "", "the mat and the dog – naïve", "日本", "the cat sat on"]
+
+
+@pytest.fixture
+def prompts(tmp_path, monkeypatch):
+    """Six prompts, one of them empty; in double precision, where what is the same comes out the same."""
+    load = sample.load_any
+    monkeypatch.setattr(sample, "load_any", lambda *args: load(*args).double())
+    monkeypatch.setattr(rules.Gate, "load", lambda *args, load=rules.Gate.load: load(*args).double())
+    (tmp_path / "prompts.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    return f"--prompts={tmp_path / 'prompts.txt'}"
+
+
+def pages(out):
+    """{title: what stands under it}."""
+    return {part.split("\n", 1)[0]: part.split("\n", 1)[1] for part in out.split("--- ")[1:]}
+
+
+@pytest.mark.parametrize("flags", ["--rule=max_prob --threshold=0.06", "--rule=gate --slots=2 --show_exits",
+                                   "--rule=margin --threshold=0.02 --keys=copy --slots=1", "--samples=2 --slots=5"])
+def test_each_of_many_texts_is_what_it_would_be_alone_in_the_order_of_the_prompts(calibrated, capsys, prompts, flags):
+    flags = [f"--ckpt={calibrated}", "--temperature=0", "--max_new_tokens=15", *flags.split()]
+    sample.main([*flags, prompts])
+    many = capsys.readouterr()
+    found, samples = pages(many.out.split("left after")[0]), "--samples=2" in flags
+    titles = [f"prompt {i} of 6" for i in range(1, 7)]
+    assert list(found) == ([f"{t}, sample {i} of 2" for t in titles for i in (1, 2)] if samples else titles)
+    alone = [run(capsys, *(f for f in flags if "samples" not in f), f"--prompt={line}") for line in LINES]
+    assert list(found.values()) == [a.split("left after")[0] + "\n" for a in alone for _ in range(1 + samples)]
+    assert ("left after" in many.out) == ("--show_exits" in flags)
+    n, slots = 12 if samples else 6, int((re.findall(r"slots=(\d)", " ".join(flags)) or [6])[0])
+    assert f"; {n} texts through {slots} slots\n" in many.err
+    assert re.search(r"\n[\d,]+ tokens in \d+\.\d s, [\d,]+ tok/s\n$", many.err)
+
+
+def test_many_texts_are_drawn_anew_with_another_seed_only(ckpt, capsys, prompts):
+    texts = [run(capsys, f"--ckpt={ckpt}", prompts, "--max_new_tokens=9", "--slots=2", f"--seed={seed}")
+             for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("top_k, kept", [(1, 1), (3, 3), (0, 6)])
+def test_tokens_are_drawn_as_often_as_they_are_probable(top_k, kept):
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5]).expand(20_000, -1)
+    choose = sample.chooser(sample.SampleConfig(temperature=0.7, top_k=top_k))
+    want = sample.token_probs(logits[:1], 0.7, top_k, 1.0)[0]
+    share = choose(logits).bincount(minlength=6) / len(logits)
+    assert (share > 0).sum() == kept
+    torch.testing.assert_close(share, want, atol=0.02, rtol=0)
+
+
+def test_to_choose_waits_for_nothing_on_the_host():
+    """Else no CUDA graph could hold it."""
+    for temperature in (0, 0.7):
+        choose = sample.chooser(sample.SampleConfig(temperature=temperature, top_k=5, top_p=0.9))
+        with NothingWaits() as watch:
+            choose(torch.randn(4, 20))
+        assert watch.calls and "multinomial" not in {func.overloadpacket.__name__ for func, *_ in watch.calls}  # inside
+
+
+def test_prompts_that_cannot_be_served_are_refused_alone(ckpt, capsys, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "encode_prompt", lambda self, text: self.encode(text) or refuse())
+    (tmp_path / "prompts.txt").write_text("\nthe cat\n" + "the cat " * 60 + "\ndog\n")
+
+    def refuse():
+        raise UserError("the prompt is empty")
+    with pytest.raises(UserError, match="2 of 4 prompts were refused; the reason stands at each"):
+        sample.main([f"--ckpt={ckpt}", prompts, "--max_new_tokens=3", "--slots=2"])
+    many, long = capsys.readouterr(), len(Tokenizer.load(ckpt).encode("the cat " * 60))
+    ends = [page.rstrip("\n").splitlines()[-1] for page in pages(many.out).values()]
+    assert ends == ["(refused: the prompt is empty)", "(3 new tokens)", "(refused: "
+                    f"{long} tokens of prompt and 1 new ones do not fit the 48 of a slot)", "(3 new tokens)"]
+    assert many.err.index("prompt 1: refused") < many.err.index("prompt 3: refused") < many.err.index("tok/s")
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(UserError, match="1 of 1 prompts were refused"):
+        sample.main([f"--ckpt={ckpt}", prompts, "--max_new_tokens=1"])
+
+
+def test_texts_come_as_they_are_finished_and_ctrl_c_shows_what_has_come(ckpt, capsys, prompts, monkeypatch):
+    """Of six texts through two slots two are finished and one or two have begun when Ctrl-C comes."""
+    scripted(monkeypatch)
+    steps, step, seen = iter(range(99)), sample.Engine.step, []
+
+    def interrupted(engine):
+        seen.append(capsys.readouterr().out)
+        if next(steps) == 11:
+            raise KeyboardInterrupt
+        return step(engine)
+    monkeypatch.setattr(sample.Engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main([f"--ckpt={ckpt}", prompts, "--slots=2", "--max_new_tokens=5"])
+    end = capsys.readouterr()
+    before, after = pages("".join(seen)), pages(end.out)
+    assert list(before) == ["prompt 1 of 6", "prompt 2 of 6"] and all("(5 new" in text for text in before.values())
+    assert after and list(after) == ["prompt 3 of 6", "prompt 4 of 6"][:len(after)]
+    assert all(re.search("!\n\\(interrupted\\)\n$", text) for text in after.values()) and "tok/s" in end.err
+
+
+@pytest.mark.parametrize("text", [None, "", "the cat\n"])
+def test_files_of_prompts_that_cannot_be(ckpt, prompts, tmp_path, text):
+    if text is None:
+        (tmp_path / "prompts.txt").unlink()
+    else:
+        (tmp_path / "prompts.txt").write_text(text)
+    flags, says = {None: ([], "cannot read --prompts="), "": ([], "is empty; give a file with a prompt on each line"),
+                   "the cat\n": (["--prompt=dog"], "each say what to go on from; give one of them")}[text]
+    with pytest.raises(UserError, match=says):
+        sample.main([f"--ckpt={ckpt}", prompts, *flags])
