@@ -242,6 +242,11 @@ def calibration_windows(tokens: Tokens, n_tokens: int, config: Config, name: str
     return list(batch(tokens, range(n), T, seed=0)[0].split(4))
 
 
+def mean_errors(lists: list[list[float]]) -> list[float]:
+    """The errors by round of several maps, averaged; a map that is done stays at its last."""
+    return [mean([errors[min(i, len(errors) - 1)] for errors in lists]) for i in range(max(map(len, lists)))]
+
+
 def to_calibrated(full: RecursiveTransformer, windows: list[Tensor], n_loop: int = 2, rank: int = 0,
                   vectors: str = "tied") -> RecursiveTransformer:
     """The recursive model of a donor, calibrated on token ids (B, T) from `windows`; says how the error fell."""
@@ -250,10 +255,8 @@ def to_calibrated(full: RecursiveTransformer, windows: list[Tensor], n_loop: int
     donor, report = absorb(full), {}
     seen = moments(donor, progress(windows, desc="reading the calibration text", unit="batch"))
     model = calibrate(donor, seen, n_loop, rank, vectors, report=report)
-    lists = [errors for kind in report.values() for errors in kind]
-    by_round = [mean([errors[min(i, len(errors) - 1)] for errors in lists]) for i in range(max(map(len, lists)))]
     print0("error left, as a share of the outputs' energy, at the start and after each round: "
-           + " ".join(f"{e:.4f}" for e in by_round))
+           + " ".join(f"{e:.4f}" for e in mean_errors([errors for kind in report.values() for errors in kind])))
     print0(table([["map", "start", "end"], *([kind, f"{mean([e[0] for e in errors]):.2%}",
                                               f"{mean([e[-1] for e in errors]):.2%}"]
                                              for kind, errors in report.items())]) + "\n")
