@@ -37,7 +37,8 @@ READERS = {"attn.q": ("attn.q", "attn.k", "attn.v"), "attn.o": ("attn.o",), "mlp
            "mlp.down": ("mlp.down",)}
 WIDEST, SKETCH = 8192, 4096  # inputs wider than the first are kept as a sketch of so many rows, not as width x width
 
-Moments = dict[str, tuple[Tensor, Tensor]]  # "layers.3.attn.q" -> (E[x x^T] (in, in), E[x] (in,)), both fp64
+# "layers.3.attn.q" -> (E[x x^T] (in, in), E[x] (in,)), both fp64; a sketch S (rows, in) has S^T S for the first.
+Moments = dict[str, tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def moments(full: RecursiveTransformer, windows) -> Moments:
         if not (second.isfinite().all() and first.isfinite().all()):
             raise UserError(f"what enters {name} of the donor is not finite on the calibration text: its weights are "
                             "damaged, or they overflow in this dtype")
-        sums[name] = (second.T @ second if second.size(0) != second.size(1) else second) / count, first / count
+        sums[name] = second / (count if second.size(0) == second.size(1) else count**0.5), first / count
     return sums
 
 
@@ -181,6 +182,8 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
     biased, own = linear.bias is not None, linear.bias is not None and linear.bias.dim() == 2
     targets, Cs = [], []
     for donor, (second, first) in zip(donors, entering, strict=True):
+        if second.size(0) != second.size(1):                             # a sketch, squared only here: memory
+            second = second.T @ second
         W, C = donor.weight.double(), second - first.outer(first) if own else second.clone()
         C.diagonal().add_(ridge * second.diagonal().mean().clamp_min(1e-30))
         if biased and not own:
