@@ -56,13 +56,17 @@ def test_weighted_tying_is_least_squares(shape, biased):
 
 
 @each_shape
-def test_weighted_svd_keeps_the_largest_singular_values_of_the_outputs(shape):
-    Ws, Xs, Cs = problem(shape)
-    W, factors, errors = fit(Ws, Cs, 3)
+@pytest.mark.parametrize("biased", [False, True])
+def test_weighted_svd_keeps_the_largest_singular_values_of_the_outputs(shape, biased):
+    """Of those outputs, with a bias, that the inputs without it can make: the rest no LoRA reaches."""
+    Ws, Xs, Cs = problem(shape, biased=biased)
+    d = shape[1] - biased
+    W, factors, errors = fit(Ws, Cs, 3, biased=biased)
     for V, X, (a, b), C in zip(Ws, Xs, factors, Cs, strict=True):
-        best = torch.linalg.svdvals(X @ (V - W).T)[3:].norm()
-        assert (X @ (V - W - b @ a).T).norm() == pytest.approx(best.item())
-        close(a @ C @ a.T, torch.eye(3, dtype=torch.float64), 1e-8)
+        y, q = X @ (V - W).T, torch.linalg.qr(X[:, :d])[0]
+        best = (y - q @ (q.T @ y)).square().sum() + torch.linalg.svdvals(q.T @ y)[3:].square().sum()
+        assert (y - X[:, :d] @ (b @ a).T).square().sum().item() == pytest.approx(best.item())
+        close(a @ C[:d, :d] @ a.T, torch.eye(3, dtype=torch.float64), 1e-8)
     assert errors == pytest.approx([error(Ws, Xs, W, factors).item()])
 
 
