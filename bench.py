@@ -79,6 +79,7 @@ class BenchConfig:
     new_tokens: int = 64                   # batching, decode: tokens that follow; batching: half to 1.5 times as many
     mean_loops: float = 1.25               # batching: loops that tokens with drawn exits run on average
     exit_prob: float | None = None         # batching: the chance to leave after each early loop, instead of mean_loops
+    variants: str = ""                     # batching: only these of V0, V1, ..., by comma; V1 and V3 among them
     exits: str = ""                        # batching: drawn, oracle, gate; not set = drawn, of a ckpt oracle,gate
     keys: str = "exact,copy"               # batching: keys of tokens that left, by comma
     refill: int = 1                        # batching: free slots that new prompts wait for, to run together

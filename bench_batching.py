@@ -59,6 +59,7 @@ BASELINES = [Variant("V0", "static batching", "now", None, merged=True, refill=F
 EXITS = [Variant("V4", "synchronous exits", "waits", "C"),
          Variant("V5", "depth-wise exits", "now", "A"),
          Variant("V5h", "V5, head as a stage", "stage", "C")]
+ALL = BASELINES + EXITS
 
 
 @dataclass
@@ -268,6 +269,10 @@ def check_settings(config, n_loop: int, n_ctx: int, known: list[str]) -> None:
             if word not in allowed:
                 raise UserError(f"--{name}={word} is not to be had here; use {', '.join(allowed)}, several by comma"
                                 + (" (gate needs --ckpt)" if word == "gate" else ""))
+    named, names = set(config.variants.split(",")) if config.variants else {"V1", "V3"}, [v.name for v in ALL]
+    if not {"V1", "V3"} <= named <= set(names):
+        raise UserError(f"--variants={config.variants}: give V1 and V3, which the others are measured by, and any of "
+                        f"{', '.join(names)}, by comma")
     longest = config.prompt_len * 3 // 2 + config.new_tokens * 3 // 2
     if longest > n_ctx:
         raise UserError(f"--prompt_len={config.prompt_len} and --new_tokens={config.new_tokens} come to as many as "
@@ -335,8 +340,9 @@ def measure(model: RecursiveTransformer, config) -> dict:
             pass
         work.traces["oracle"] = oracle_traces(model, work, [r.tokens for r in requests])
     variants = BASELINES + [replace(v, exits=kind, keys=k) for kind in kinds for k in keys for v in EXITS]
+    variants = [v for v in variants if not config.variants or v.name in config.variants.split(",")]
     found = run_variants(variants, models, rules, work, config)
-    first = [r.tokens for r in found[2]["requests"]]                         # V2: these very weights, at full depth
+    first = next([r.tokens for r in f["requests"]] for v, f in zip(variants, found, strict=True) if v.name == "V3")
     rows = [summarise(v, f, first, n_loop, config.slots) for v, f in zip(variants, found, strict=True)]
     times = compare(rows, n_loop, config.slots)
     c = model.config

@@ -4,7 +4,7 @@ python data.py --name=slimpajama --tokens=15e9 --tokenizer=assets/donor --out=ou
 python data.py --name=FILES --train_tokenizer=4096 --out=out_tokenizer                    trains a tokenizer
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,8 @@ from hf import find_donor
 from runtime import UserError, parse_args, print0, script
 from shards import UNFINISHED, Texts, ahead, encode_batches, token_type, write_shards
 from tokenizer import Tokenizer, read_json, train_tokenizer
+
+IGNORED = -100                           # a target that is not counted; torch's own number for it
 
 
 class Tokens:
@@ -45,14 +47,15 @@ class Tokens:
         return np.concatenate(parts)
 
 
-def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
+def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int, hub_tokens: int = 0) -> Tokens:
     """The tokens of a folder of shards, or of texts (`Texts`) with EOS between documents; or of several, by comma.
 
-    Raises UserError for shards of another tokenizer or vocabulary, damaged or unfinished shards, and empty text.
+    hub_tokens: the first so many are read of a data set on the hub; 0 refuses it. Raises UserError for shards of
+    another tokenizer or vocabulary, damaged or unfinished shards, and empty text.
     """
     arrays, shards = [], []
     for part in path.split(","):
-        if not Path(part).exists():
+        if not Path(part).exists() and not hub_tokens:
             raise UserError(f"{part} does not exist: give text files, a folder of them, or token shards; for a Hugging "
                             f"Face dataset write shards first: python data.py --name={part} --tokens=... --out=...")
         shards = sorted(Path(part).glob("*.safetensors")) if Path(part).is_dir() else []
@@ -60,15 +63,25 @@ def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
             if shards and (folder / UNFINISHED).exists():
                 raise UserError(f"the shards in {part} are not all written: give the python data.py command that began "
                                 f"them again, or remove {folder / UNFINISHED} to use those that are there")
-        arrays += [open_shard(shard, tokenizer, vocab_size) for shard in shards] or [np.concatenate(
-            [np.empty(0, token_type(vocab_size)),
-             *(ids for _, rows, _ in encode_batches(Texts(part), tokenizer, vocab_size) for ids in rows)])]
+        arrays += [open_shard(shard, tokenizer, vocab_size) for shard in shards] or [
+            read_tokens(part, tokenizer, vocab_size, None if Path(part).exists() else hub_tokens)]
     if not shards:
         arrays[-1] = arrays[-1][:-1]                         # EOS stands between documents: the last needs none
     tokens = Tokens([a for a in arrays if len(a)], tokenizer.first_id)
     if len(tokens) == 0:
         raise UserError(f"{path} is empty: there is no text in it")
     return tokens
+
+
+def read_tokens(name: str, tokenizer: Tokenizer, vocab_size: int, most: int | None) -> np.ndarray:
+    """The tokens of all texts, or the first `most`, each text with EOS behind it."""
+    held, n = [np.empty(0, token_type(vocab_size))], 0
+    for _, rows, _ in encode_batches(Texts(name), tokenizer, vocab_size):
+        held += rows
+        n += sum(map(len, rows))
+        if most is not None and n >= most:
+            break
+    return np.concatenate(held)[:most]
 
 
 def open_shard(path: Path, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
@@ -85,21 +98,29 @@ def open_shard(path: Path, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     return np.memmap(path, dtype, "r", offset, (n,)) if n else np.empty(0, dtype)
 
 
-def count_windows(tokens: Tokens, seq_len: int) -> int:
-    """How many windows of seq_len inputs, each with its next token as target, the text holds, side by side."""
-    n = (len(tokens) - 1) // seq_len
+def count_windows(tokens: Tokens, seq_len: int, stride: int | None = None) -> int:
+    """How many windows of seq_len inputs, each with its next token as target, the text holds: side by side, or one
+    every `stride` tokens."""
+    n = (len(tokens) - 1 - seq_len) // (stride or seq_len) + 1
     if n < 1:
         raise UserError(f"{len(tokens)} tokens, need at least {seq_len + 1} (seq_len + 1); "
                         "give more text or a smaller seq_len")
     return n
 
 
-def windows(tokens: Tokens, seq_len: int, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, int64 (n, seq_len), of the windows with these numbers; with BOS first if there is one."""
-    rows = torch.from_numpy(np.stack([tokens[i * seq_len:(i + 1) * seq_len + 1] for i in indices]))
+def windows(tokens: Tokens, seq_len: int, indices: Sequence[int],
+            stride: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, int64 (n, seq_len), of the windows with these numbers; with BOS first if there is one.
+
+    Windows that begin every `stride` tokens overlap: targets that are also the one's before are IGNORED.
+    """
+    stride = stride or seq_len
+    rows = torch.from_numpy(np.stack([tokens[i * stride:i * stride + seq_len + 1] for i in indices]))
     if tokens.first_id is not None:
         rows = torch.cat([torch.full((len(rows), 1), tokens.first_id), rows[:, :-1]], dim=1)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    targets[torch.tensor([i > 0 for i in indices]), :seq_len - stride] = IGNORED     # window 0 has none before it
+    return idx, targets
 
 
 @lru_cache(maxsize=2)

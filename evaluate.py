@@ -1,11 +1,11 @@
-"""How good a model is after each of its loops, and what early exits cost and save, on any text.
+"""How good a model is after each of its loops, and what early exits cost and save, on any text. (Tasks: harness.py.)
 
     python evaluate.py --ckpt=out --text=assets/books/valid.txt
+    python evaluate.py --ckpt=out --text=pg19#test --seq_len=2048 --stride=512 --tokens=1e6
     python evaluate.py --ckpt=out --plot=results/exits.png --save=results/exits.jsonl
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import count_windows, load_tokens, windows
+from data import IGNORED, count_windows, load_tokens, windows
 from exits import observe, outcome, statistics
 from model import RecursiveTransformer
 from rules import SCORED, Gate, Rule, read_thresholds
@@ -22,6 +22,7 @@ from runtime import (
     GATE_FILE,
     UserError,
     append_line,
+    check_writable,
     json_line,
     parse_args,
     pick_device,
@@ -37,9 +38,10 @@ from tokenizer import Tokenizer
 @dataclass
 class EvaluateConfig:
     ckpt: str = "out"                      # checkpoint folder
-    text: str = "assets/books/valid.txt"   # text files or a folder of token shards; several by comma
-    tokens: int = 16_384                   # tokens of it, in windows spread evenly over it
+    text: str = "assets/books/valid.txt"   # texts, token shards, or slimpajama, redpajama, pg19#test, owner/name#split
+    tokens: int = 16_384                   # tokens of it, in windows spread evenly; of a data set by name the first
     seq_len: int = 256                     # tokens in a window
+    stride: int | None = None              # tokens that a window is ahead of the last; not set: all, side by side
     rules: str = "max_prob,margin,entropy,gate"  # exit rules, by comma; the gate if the checkpoint has one
     keys: str = "exact,copy"               # keys of tokens that left, by comma; copied ones take a pass per threshold
     thresholds: str = ""                   # scores from which tokens leave, by comma; empty: nine, spread over them
@@ -60,10 +62,11 @@ def check_settings(config: EvaluateConfig) -> list[float]:
     """The thresholds given. UserError for what would otherwise only show after minutes of work."""
     if config.seq_len < 1:
         raise UserError(f"--seq_len={config.seq_len} must be at least 1")
-    for name, path in (("plot", config.plot), ("save", config.save)):
-        there = path and Path(path)
-        if there and (there.is_dir() or not os.access(there if there.exists() else there.parent, os.W_OK)):
-            raise UserError(f"--{name}={path} cannot be written: give a file in a folder that is there")
+    if config.stride is not None and not 1 <= config.stride <= config.seq_len:
+        raise UserError(f"--stride={config.stride} must be 1 to --seq_len={config.seq_len}: between wider ones tokens "
+                        "would be left out")
+    check_writable("plot", config.plot)
+    check_writable("save", config.save)
     if config.plot:
         try:
             from matplotlib.backend_bases import FigureCanvasBase
@@ -80,16 +83,27 @@ def check_settings(config: EvaluateConfig) -> list[float]:
     return given
 
 
-def read_text(config: EvaluateConfig, model: RecursiveTransformer) -> list:
-    """Batches of windows, inputs and targets (<= 8, seq_len), spread evenly over the text."""
+def read_text(config: EvaluateConfig, model: RecursiveTransformer, tokenizer: Tokenizer) -> list:
+    """Batches of windows, inputs and targets (<= 8, seq_len), spread evenly over the text.
+
+    With a stride below seq_len a window's first tokens are there to be seen, not counted: their targets are IGNORED.
+    """
     vocab_size, seq_len = model.config.vocab_size, min(config.seq_len, model.config.n_ctx)
-    tokens = load_tokens(config.text, Tokenizer.load(config.ckpt, vocab_size), vocab_size)
-    there = count_windows(tokens, seq_len)
-    n = min(config.tokens // seq_len, there)
-    if n < 1:
+    stride = min(config.stride or seq_len, seq_len)
+    if config.tokens < seq_len:
         raise UserError(f"--tokens={config.tokens} is less than one window; use --tokens={seq_len} or more")
+    tokens = load_tokens(config.text, tokenizer, vocab_size,
+                         hub_tokens=config.tokens + 2)       # a target for the last, and EOS
+    there = count_windows(tokens, seq_len, stride)
+    n = min((config.tokens - seq_len) // stride + 1, there)
     spread = [i * there // n for i in range(n)]
-    return [windows(tokens, seq_len, spread[i:i + 8]) for i in range(0, n, 8)]
+    return [windows(tokens, seq_len, spread[i:i + 8], stride) for i in range(0, n, 8)]
+
+
+def count_bytes(pairs: list, tokenizer: Tokenizer) -> int:
+    """How many bytes of text the targets are that count; those that end a text are none."""
+    lengths = torch.from_numpy(tokenizer.byte_lengths())
+    return sum(lengths[targets[targets != IGNORED]].sum().item() for _, targets in pairs)
 
 
 def find_thresholds(scores: Tensor, given: list[float], calibrated: float | None) -> list[float]:
@@ -121,8 +135,9 @@ def evaluate_exits(model: RecursiveTransformer, pairs: list, rules: list[Rule], 
 
 
 def show(numbers: dict) -> str:
-    exits = [["after loop", "loss", "perplexity"]]
-    exits += [[i + 1, f"{ce:.4f}", f"{math.exp(min(ce, 700)):.2f}"] for i, ce in enumerate(numbers["exit_loss"])]
+    exits = [["after loop", "loss", "perplexity", "bits per byte"]]
+    exits += [[i + 1, f"{ce:.4f}", f"{math.exp(min(ce, 700)):.2f}", f"{bits:.4f}"]
+              for i, (ce, bits) in enumerate(zip(numbers["exit_loss"], numbers["bits_per_byte"], strict=True))]
     lines = [["rule", "keys", "threshold", "mean loops", "left after each", "agreement", "perplexity", "caught", ""]]
     for row in numbers["rows"]:
         lines.append([row["rule"], row["keys"], "" if row["threshold"] is None else f"{row['threshold']:.4f}",
@@ -166,7 +181,15 @@ def main(argv=None) -> None:
         names.remove("gate")
         print0(f"{config.ckpt} has no gate yet: python exits.py --ckpt={config.ckpt} trains one")
     rules = [Rule(name, gate=Gate.load(config.ckpt, model) if name == "gate" else None) for name in names]
-    numbers = evaluate_exits(model, read_text(config, model), rules, policies, given, read_thresholds(config.ckpt))
+    tokenizer, calibrated = Tokenizer.load(config.ckpt, model.config.vocab_size), read_thresholds(config.ckpt)
+    pairs = read_text(config, model, tokenizer)
+    size, number = pairs[0][0].size(1), sum(len(idx) for idx, _ in pairs)
+    stride, n_bytes = min(config.stride or size, size), max(1, count_bytes(pairs, tokenizer))
+    numbers = {"windows": number, "window": size, "stride": stride, "bytes": n_bytes}
+    numbers |= evaluate_exits(model, pairs, rules, policies, given, calibrated)
+    numbers["bits_per_byte"] = [ce / math.log(2) * numbers["tokens"] / n_bytes for ce in numbers["exit_loss"]]
+    print0(f"{config.text}: {numbers['tokens']:,} tokens ({n_bytes:,} bytes) in {number} windows of {size}, stride "
+           f"{stride}\n")
     print0(show(numbers))
     numbers = {"what": "evaluate", "settings": asdict(config)} | run_info() | numbers
     print0(json_line(numbers))

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import batch, count_windows, load_tokens, windows
+from data import IGNORED, batch, count_windows, load_tokens, windows
 from losses import distill_loss, exit_weights  # noqa: F401 (also found here)
 from model import KVCache, RecursiveTransformer
 from rules import SCORED, Gate, Keys, Rule, read_thresholds, write_beside
@@ -85,13 +85,14 @@ class Seen:
 
 @torch.no_grad()
 def observe(model: RecursiveTransformer, pairs: list[tuple[Tensor, Tensor]], rules: Sequence[Rule] = ()) -> Seen:
-    """Read the texts in `pairs`, of inputs and targets (B, T), at full depth."""
+    """Read the texts in `pairs`, of inputs and targets (B, T), at full depth; targets that are IGNORED are left out."""
     exits = [[] for _ in range(model.config.n_loop)]
     for idx, targets in progress(pairs, desc="reading", unit="batch"):
         idx, targets = (t.to(model.embed.weight.device) for t in (idx, targets))
+        kept = targets != IGNORED
         for loop, x in enumerate(model(idx)):
             asked = rules if loop < len(exits) - 1 else ()
-            exits[loop].append([t.flatten() for t in at_exit(model, x, targets, loop, asked)])
+            exits[loop].append(at_exit(model, x[kept], targets[kept], loop, asked))
     exits = [[torch.cat(t) for t in zip(*batches, strict=True)] for batches in exits]
     token, ce = (torch.stack([found[i] for found in exits]) for i in range(2))
     return Seen(token, ce, {rule.name: torch.stack([found[2 + i] for found in exits[:-1]])
@@ -117,6 +118,8 @@ def run_exits(model: RecursiveTransformer, idx: Tensor, rule: Rule, keys: Keys =
         if loop < last:
             now = decide(model, rule, x, loop) & ~left
             loops, left = torch.where(now, loop, loops), left | now
+            if left.all():
+                break
             if cache is not None:
                 cache.left = left
     return out, loops
@@ -139,8 +142,8 @@ def outcome(model: RecursiveTransformer, pairs: list, seen: Seen, rule: Rule, ke
     found = []
     for idx, targets in pairs:
         idx, targets = (t.to(model.embed.weight.device) for t in (idx, targets))
-        x, loops = run_exits(model, idx, rule, keys)
-        found.append([t.flatten() for t in (loops, *at_exit(model, x, targets, model.config.n_loop - 1))])
+        kept, (x, loops) = targets != IGNORED, run_exits(model, idx, rule, keys)
+        found.append([loops[kept], *at_exit(model, x[kept], targets[kept], model.config.n_loop - 1)])
     return Outcome(*(torch.cat(t) for t in zip(*found, strict=True)))
 
 

@@ -226,6 +226,13 @@ def json_line(numbers: dict) -> str:
     return json.dumps(json.loads(json.dumps(numbers), parse_constant=lambda _: None))
 
 
+def check_writable(name: str, path: str | None) -> None:
+    """Raise UserError if the file that --name gives, if it does, could not be written when the work is done."""
+    there = path and Path(path)
+    if there and (there.is_dir() or not os.access(there if there.exists() else there.parent, os.W_OK)):
+        raise UserError(f"--{name}={path} cannot be written: give a file in a folder that is there")
+
+
 def append_line(path: str, numbers: dict) -> None:
     """Add `json_line` to the file. Raises UserError where it cannot be written."""
     try:

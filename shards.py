@@ -66,10 +66,12 @@ class Texts:
 
 def find_sources(name: str) -> list[str]:
     """What is to be read, in order, for a name or several by comma: an alias, a file (TEXT_FILES), a folder of them, or
-    a data set on the Hugging Face hub, `owner/name[@revision][:config]`. Raises UserError if it is none of them."""
+    a data set on the Hugging Face hub, `owner/name[@revision][:config]`, with #split behind it where that is not train.
+    Raises UserError if it is none of them."""
     sources = []
     for part in name.split(","):
-        part = ALIASES.get(part, part)
+        alias, sharp, split = part.partition("#")
+        part = ALIASES.get(alias, alias) + sharp + split
         file = Path(part)
         if file.is_dir():
             files = sorted(str(p) for p in file.iterdir() if p.name.endswith(TEXT_FILES))
@@ -80,15 +82,16 @@ def find_sources(name: str) -> list[str]:
             raise UserError(f"{file} is of no known kind; allowed: {', '.join(TEXT_FILES)}")
         elif not file.is_file() and (part.endswith(TEXT_FILES) or not split_hub_id(part)):
             raise UserError(f"{part} does not exist: give a file ({', '.join(TEXT_FILES)}), a folder of them, "
-                            f"{', '.join(ALIASES)}, or a Hugging Face dataset as owner/name or owner/name:config")
+                            f"{', '.join(ALIASES)}, or a Hugging Face dataset as owner/name[:config][#split]")
         else:
             sources.append(part)
     return sources
 
 
 def split_hub_id(path: str):
-    """A match with the groups name, revision and config, or None."""
-    return re.fullmatch(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?", path)
+    """A match with the groups name, revision, config and split, or None."""
+    return re.fullmatch(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?"
+                        r"(#(?P<split>[\w.-]+))?", path)
 
 
 def open_source(source: str | Iterable[str]) -> Iterable[dict]:
@@ -109,7 +112,8 @@ def open_source(source: str | Iterable[str]) -> Iterable[dict]:
         kind = "parquet" if file.suffix == ".parquet" else "json"
         return load_dataset(kind, data_files=source, split="train", streaming=True)
     hub = split_hub_id(source)
-    return load_dataset(hub["name"], hub["config"], revision=hub["revision"], split="train", streaming=True)
+    return load_dataset(hub["name"], hub["config"], revision=hub["revision"], split=hub["split"] or "train",
+                        streaming=True)
 
 
 @contextmanager

@@ -4,10 +4,12 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 from array import array
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +106,27 @@ class Tokenizer:
         for document, row in zip(documents, rows, strict=True):
             document[:-1] = row
         return documents
+
+    def byte_lengths(self) -> np.ndarray:
+        """How many bytes of text each id stands for, int64 (vocab_size,): 0 for special tokens."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        if self.ranks:
+            for i in set(range(self.vocab_size)) - {self.ranks.encode_single_token(t)
+                                                    for t in self.ranks.special_tokens_set}:
+                with suppress(KeyError):                     # a number that is not used
+                    lengths[i] = len(self.ranks.decode_single_token_bytes(i))
+            return lengths
+        added, bytewise = self.fast.get_added_tokens_decoder(), "ByteLevel" in str(self.fast.decoder)
+        for token, i in self.fast.get_vocab(with_added_tokens=True).items():
+            if i in added:
+                lengths[i] = 0 if added[i].special else len(added[i].content.encode())
+            elif bytewise:                                   # a character for each byte (`byte_of_character`)
+                lengths[i] = len(token)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):     # sentencepiece's single bytes
+                lengths[i] = 1
+            else:
+                lengths[i] = len(token.replace("\u2581", " ").encode())
+        return lengths
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""

@@ -196,6 +196,12 @@ def test_all_variants_are_measured_and_drawn(donor, capsys, tmp_path):
     assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
 
 
+def test_some_of_the_variants(donor, capsys):
+    case, = run(capsys, *TINY, donor, "--variants=V1,V3,V5", "--keys=copy")["cases"]
+    assert [row["name"] for row in case["rows"]] == ["V1", "V3", "V5"]
+    assert case["rows"][0]["agreement"] == case["rows"][1]["agreement"] == 1
+
+
 def test_a_checkpoint_is_served_by_its_gate_and_by_the_oracle(ckpt, capsys):
     numbers = run(capsys, *TINY, f"--ckpt={ckpt}", "--keys=exact", f"--text={ROOT}/assets/books/valid.txt")
     rows = {(row["exits"], row["name"]): row for row in numbers["cases"][0]["rows"]}
@@ -349,6 +355,8 @@ def test_kernels_are_measured_rung_by_rung(donor, capsys):
     (["--slots=0"], "--slots=0 must be positive"), (["--prompt_len=0"], "--prompt_len=0 must be positive"),
     (["--rounds=0"], "--rounds=0 must be positive"), (["--new_tokens=2"], "use 3 or more"),
     (["--requests=-1"], "--requests=-1 must be 0 or more"),
+    (["--refill=4"], "--refill=4 must be 1 to 3, the --slots"), (["--refill=0"], "--refill=0 must be 1 to 3"),
+    (["--variants=V1,V5"], "--variants=V1,V5: give V1 and V3"), (["--variants=V1,V3,V6"], "any of V0, V1, V2, V3, V3h"),
     (["--head_rows=4"], "--head_rows=4 must be 0 or more, at most 3, the --slots"),
     (["--loops=1"], "rows cannot stand at different ones; use --loops=2 or more"),
     (["--loops=4"], "4 loops do not divide the 6 layers"), (["--ranks=full"], "must be whole numbers by comma"),

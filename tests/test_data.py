@@ -95,6 +95,23 @@ def test_trained_vocabulary_is_full_and_ends_with_eos(ranks):
     assert len(tokenizer.encode(PLAIN)) < len(PLAIN) / 2     # merges are used
 
 
+@BACKENDS
+@pytest.mark.parametrize("text", [PLAIN, HARD])
+def test_each_id_stands_for_so_many_bytes(kind, text, request):
+    tokenizer = Tokenizer.load(request.getfixturevalue(kind))
+    lengths = tokenizer.byte_lengths()
+    assert lengths[tokenizer.encode(text)].sum() == len(text.encode()) + (kind == "metaspace")  # its ▁ in front
+    assert len(lengths) == tokenizer.vocab_size and lengths[tokenizer.eos_id] == 0
+
+
+def test_an_added_word_that_is_not_special_is_text(byte_level, tmp_path):
+    fast = Fast.from_file(str(byte_level / "tokenizer.json"))
+    fast.add_tokens(["    "])                                # Pythia's runs of spaces
+    fast.add_special_tokens(["<pad>"])
+    tokenizer = Tokenizer.load(save(fast, tmp_path))
+    assert tokenizer.byte_lengths()[tokenizer.encode("a    <pad>")].tolist() == [1, 4, 0]
+
+
 def test_ids_of_padded_embeddings_decode_to_nothing(ranks):
     assert Tokenizer.load(ranks, vocab_size=320).decode([72, 310, 73]) == Tokenizer.load(ranks).decode([72, 73])
 

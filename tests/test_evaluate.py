@@ -63,6 +63,10 @@ def pick(numbers, **which):
     return [row for row in numbers["rows"] if all(row[key] == value for key, value in which.items())]
 
 
+def read(config):
+    return read_text(config, RecursiveTransformer.load(config.ckpt), Tokenizer.load(config.ckpt))
+
+
 def look(folder, pairs):
     """By loop and token, from all logits at once: likeliest token, cross entropy, and each rule's score."""
     model = RecursiveTransformer.load(folder)
@@ -99,15 +103,18 @@ def assert_figures(row, loops, token, ce):
 
 
 def test_the_figures_with_exact_keys_are_those_written_out(home, capsys):
-    pairs = read_text(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 320, 16), RecursiveTransformer.load(
-        home / "ckpt"))
+    pairs = read(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 320, 16))
     token, ce, score = look(home / "ckpt", pairs)
     shown, numbers = run(capsys, home, home / "ckpt", "--keys=exact", "--thresholds=0.04,0.105,0.4")
     assert numbers["tokens"] == len(ce[0]) == 320
     assert numbers["exit_loss"] == pytest.approx([sum(loop) / 320 for loop in ce], abs=1e-5)
     table = [line.split() for line in shown.splitlines()]
-    for i, loss in enumerate(numbers["exit_loss"]):
-        assert [f"{i + 1}", f"{loss:.4f}", f"{math.exp(loss):.2f}"] in table
+    text = Tokenizer.load(home / "ckpt").decode(torch.cat([targets.flatten() for _, targets in pairs]).tolist())
+    for i, (loss, bits) in enumerate(zip(numbers["exit_loss"], numbers["bits_per_byte"], strict=True)):
+        assert bits == pytest.approx(loss * 320 / math.log(2) / numbers["bytes"])
+        assert [f"{i + 1}", f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{bits:.4f}"] in table
+    assert numbers["bytes"] == len(text.encode()) > 320      # windows, spread, but each of whole characters
+    assert f"320 tokens ({len(text)} bytes) in 20 windows of 16, stride 16" in shown
     oracle, *rows = numbers["rows"]
     assert oracle["rule"] == "oracle" and oracle["agreement"] == oracle["caught"] == 1
     assert_figures(oracle, [[t[i] for t in token].index(token[-1][i]) for i in range(320)], token, ce)
@@ -145,7 +152,7 @@ def test_what_a_rule_makes_of_a_text_keeps_no_graph(home, capsys, monkeypatch):
 
 def test_a_token_leaves_at_the_threshold_itself(home):
     model = RecursiveTransformer.load(home / "ckpt")
-    pairs = read_text(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 32, 16), model)
+    pairs = read(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 32, 16))
     seen = observe(model, pairs, [Rule("margin")])
     for keys in ("exact", "copy"):
         rule = Rule("margin", threshold=seen.score["margin"][0, 7].item())
@@ -154,7 +161,7 @@ def test_a_token_leaves_at_the_threshold_itself(home):
 
 def test_thresholds_are_spread_so_that_a_tenth_two_tenths_of_the_scores_pass(home, capsys):
     config = EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 320, 16)
-    _, _, score = look(home / "ckpt", read_text(config, RecursiveTransformer.load(home / "ckpt")))
+    _, _, score = look(home / "ckpt", read(config))
     _, numbers = run(capsys, home, home / "ckpt", "--keys=exact")
     for name in RULES:
         thresholds = [row["threshold"] for row in pick(numbers, rule=name)]
@@ -275,13 +282,12 @@ def test_a_plot_has_a_line_for_each_rule_and_keys(home, tmp_path, capsys, monkey
 
 
 def test_windows_are_spread_evenly_over_the_text(home, monkeypatch):
-    monkeypatch.setattr(evaluate, "windows", lambda tokens, seq_len, indices: list(indices))
-    model = RecursiveTransformer.load(home / "ckpt")
+    monkeypatch.setattr(evaluate, "windows", lambda tokens, seq_len, indices, stride: list(indices))
     there = (len(Tokenizer.load(home / "ckpt").encode((home / "text.txt").read_text())) - 1) // 16
     assert there > 60
 
     def numbers(tokens, seq_len=16):
-        parts = read_text(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", tokens, seq_len), model)
+        parts = read(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", tokens, seq_len))
         assert all(1 <= len(part) <= 8 for part in parts)
         return sum(parts, [])
     assert numbers(16) == [0] and numbers(10**9) == list(range(there))
@@ -336,3 +342,59 @@ def test_a_plot_that_cannot_be_is_named_before_any_work(home, tmp_path, monkeypa
     refused("a.xyz", "ends in .png")
     refused("plot", "ends in .png")
     assert not any(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sliding windows, data sets by name
+
+def test_in_a_sliding_window_each_token_counts_once_behind_all_that_it_may_see(home, capsys, tmp_path):
+    """16 tokens a window, 4 ahead of the last: by hand, token by token."""
+    (tmp_path / "few.txt").write_text(story(1, 10))
+    model, ids = RecursiveTransformer.load(home / "ckpt"), Tokenizer.load(home / "ckpt").encode(story(1, 10))
+    shown, numbers = run(capsys, home, home / "ckpt", "--stride=4", "--tokens=100000", "--rules=margin",
+                         "--thresholds=0.05,0", f"--text={tmp_path}/few.txt")
+    n = numbers["tokens"]
+    assert len(ids) - 4 <= n + 1 <= len(ids)                 # all but what makes no whole step
+    assert (numbers["windows"], numbers["window"], numbers["stride"]) == ((n - 16) // 4 + 1, 16, 4)
+    assert f"{n:,} tokens ({numbers['bytes']:,} bytes) in {numbers['windows']} windows of 16, stride 4" in shown
+    assert numbers["bytes"] == len(Tokenizer.load(home / "ckpt").decode(ids[1:n + 1]).encode())
+    loss = [0.0] * 3
+    with torch.no_grad():
+        for at in range(n):                                  # the one that predicts ids[at + 1]
+            start = 0 if at < 16 else (at - 16) // 4 * 4 + 4
+            for loop, x in enumerate(model(torch.tensor([ids[start:at + 1]]))):
+                loss[loop] -= model.logits(x)[0, -1].log_softmax(-1)[ids[at + 1]].item()
+    assert numbers["exit_loss"] == pytest.approx([nats / n for nats in loss], abs=1e-5)
+    for keys in ("exact", "copy"):                           # ..., and no more of them may leave
+        some, none = pick(numbers, rule="margin", keys=keys)
+        assert none["left_at"] == [1, 0, 0] and none["perplexity"] == pytest.approx(math.exp(loss[0] / n), rel=1e-5)
+        assert all(round(share * n, 6).is_integer() for share in some["left_at"])
+
+
+def test_a_stride_needs_a_window_that_covers_it(home, monkeypatch):
+    monkeypatch.setattr(evaluate, "observe", lambda *_: pytest.fail("the text was read"))
+    for stride in (0, -1, 17):
+        with pytest.raises(UserError, match=f"--stride={stride} must be 1 to --seq_len=16"):
+            evaluate.main(flags(home, home / "ckpt", f"--stride={stride}"))
+
+
+def test_of_a_data_set_by_name_the_first_tokens_are_read(home, capsys, monkeypatch):
+    """No network: what is asked of datasets, and how much of it is taken."""
+    import datasets
+    asked, taken = [], []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return ({"text": taken.append(i) or story(i, 20)} for i in range(1000))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("shards.BATCH", 2000)
+    _, numbers = run(capsys, home, home / "ckpt", "--text=pg19#test", "--rules=margin", "--thresholds=0.1")
+    assert asked == [(("emozilla/pg19", None), {"revision": None, "split": "test", "streaming": True})]
+    assert numbers["tokens"] == 320 and len(taken) < 30
+    tokenizer = Tokenizer.load(home / "ckpt")
+    ids = [i for text in (story(n, 20) for n in range(3)) for i in [*tokenizer.encode(text), tokenizer.eos_id]]
+    assert numbers["bytes"] == len(tokenizer.decode(i for i in ids[1:321] if i != tokenizer.eos_id))
+    loss = F.cross_entropy(*(lambda model, rows: (model.logits(model(rows[:, :-1])[-1]).flatten(0, 1),
+                                                  rows[:, 1:].flatten()))(
+        RecursiveTransformer.load(home / "ckpt"), torch.tensor(ids[:321]).unfold(0, 17, 16)))
+    assert numbers["exit_loss"][-1] == pytest.approx(loss.item(), abs=1e-5)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_harness import needs, write_files
 
 from convert import to_hf
 from model import Config, RecursiveTransformer
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("readme")              # in one process: a 
 SMALL = {  # added to a command: the last of two equal flags counts
     "train.py": "--tokens=1024 --batch_tokens=512 --micro_batch=1 --seq_len=64 --eval_tokens=256 --log_every=1",
     "sample.py": "--max_new_tokens=8", "convert.py": "", "data.py": "", "evaluate.py": "--tokens=512 --keys=exact",
-    "exits.py": "--gate_tokens=512 --tokens=2048 --agreement=0.2",
+    "harness.py": "--files=tasks --limit=1", "exits.py": "--gate_tokens=512 --tokens=2048 --agreement=0.2",
 }
 
 
@@ -36,6 +37,7 @@ def clone(tmp_path_factory):
         (folder / path.name).symlink_to(path)
     text = "It was a dark night, and the old man looked at the sea. " * 300
     (folder / "small.txt").write_text(text)
+    write_files(folder / "tasks", 0)
     torch.manual_seed(0)
     config = Config(arch="llama", vocab_size=280, n_layer=4, n_embd=16, n_head=2, head_dim=8, n_hidden=32)
     to_hf(RecursiveTransformer(config), folder / "llama")
@@ -51,6 +53,7 @@ def small(command: str) -> list[str]:
     words = launch[words[0]] + words[1:]
     if "TinyLlama" in command or "out_" in command:
         words = [re.sub("TinyLlama/[^ ]+", "llama", w).replace("assets/books/train", "small.txt") for w in words]
+        words = [w.replace("pg19#test", "small.txt") for w in words]
         words += ["--valid=small.txt"] * (script == "train.py" and not goes_on(command))
     return words + SMALL[script].split() * (not goes_on(command))
 
@@ -59,7 +62,8 @@ def goes_on(command: str) -> bool:
     return "--resume" in command.split()                     # --resume=auto starts where there is nothing
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" not in c])
+@pytest.mark.parametrize("command", [pytest.param(c, marks=needs if "harness.py" in c else ()) for c in COMMANDS
+                                     if "pytest" not in c])
 def test_command_runs(clone, command):
     if goes_on(command):  # as if the run had been stopped: there is more to do
         command += " --tokens=1536"

@@ -16,6 +16,8 @@ import torch
 
 import convert
 import data
+import evaluate
+import harness
 import runtime
 import train
 from runtime import (
@@ -96,7 +98,8 @@ def test_comments_and_defaults_are_the_help(capsys):
 
 
 @pytest.mark.parametrize("main, settings", [
-    (train.main, train.TrainConfig), (convert.main, convert.ConvertConfig), (data.main, data.DataConfig)])
+    (train.main, train.TrainConfig), (convert.main, convert.ConvertConfig), (data.main, data.DataConfig),
+    (evaluate.main, evaluate.EvaluateConfig), (harness.main, harness.HarnessConfig)])
 def test_every_script_explains_every_setting(capsys, monkeypatch, main, settings):
     monkeypatch.setenv("COLUMNS", "300")                               # no line is broken, at a hyphen least of all
     with pytest.raises(SystemExit) as e:
