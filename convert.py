@@ -1,6 +1,7 @@
 """Turn a full-size model into a (Relaxed) Recursive Transformer (§2.2, §2.3), and back.
 
     python convert.py --donor=assets/donor --loops=2 --init=average --rank=64 --out=out_relaxed
+    python convert.py --donor=assets/donor --loops=2 --init=calibrated --rank=64 --out=out_calibrated   # (calibrate.py)
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from calibrate import calibration_windows, to_calibrated
+from data import load_tokens
 from hf import Donor, load_any, load_full, refuse_looped, to_hf
 from model import Config, RecursiveTransformer, is_matrix
 from runtime import UserError, check_out, parse_args, print0, progress, replace_folder, script, table
@@ -19,6 +22,7 @@ from tokenizer import Tokenizer, copy_tokenizer
 __all__ = ["load_any", "load_full", "loop_layers", "source_layers", "svd_factors", "to_hf", "to_recursive", "unroll"]
 
 Init = Literal["stepwise", "average", "lower", "random"]
+AnyInit = Literal[Init, "calibrated"]  # the last is not made from weights alone: calibrate.py
 LoraInit = Literal["svd", "zero"]
 Rounding = Literal["round", "floor"]
 Norms = Literal["init", "average", "pick"]
@@ -185,15 +189,25 @@ class ConvertConfig:
     donor: str = "assets/donor"      # full-size model: a folder or a Hugging Face id
     out: str = "out_recursive"       # folder to write
     loops: int = 2                   # how often the shared block runs (the paper's B); 1 leaves the model at full size
-    init: Init = "stepwise"          # which donor layers the stored ones start from (Figure 2)
+    init: AnyInit = "stepwise"       # which donor layers the stored ones start from (Figure 2), or calibrated (ours)
     rank: int = 0                    # LoRA rank per loop and linear map; 0 ties strictly
     lora_init: LoraInit = "svd"      # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
     vectors: Vectors = "tied"        # norm weights and biases: tied (paper), or one per loop
     norms: Norms = "init"            # tied norm weights: as init says, averaged, or the first loop's
     rounding: Rounding = "round"     # where a stepwise step falls between two layers
+    calib_text: str = "assets/books/train"  # init=calibrated: text files or token shards that the donor reads
+    calib_tokens: int = 20_480       # init=calibrated: how many tokens of them
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # of the weights written; keep: as the donor
     unroll: bool = False             # instead: write the recursive --donor out at full size, in Hugging Face's layout
     seed: int = 0                    # for what is random: init=random, zero-residual LoRA
+
+
+def check_calibrated(args) -> None:
+    """Raise UserError for settings of the other inits: calibration fits what they choose."""
+    for name, default in (("lora_init", "svd"), ("norms", "init"), ("rounding", "round")):
+        if getattr(args, name) != default:
+            raise UserError(f"--{name}={getattr(args, name)} says how weights alone are converted, and "
+                            f"--init=calibrated fits them to text: drop --{name}")
 
 
 def main(argv=None):
@@ -212,13 +226,22 @@ def main(argv=None):
         return
     source, report = Donor(args.donor), {}
     c = source.config
-    Tokenizer.load(source.folder, c.vocab_size)         # a wrong one is found out before the work
+    tokenizer = Tokenizer.load(source.folder, c.vocab_size)  # a wrong one is found out before the work
+    target, calibrated = replace(c, n_loop=args.loops, rank=args.rank, vectors=args.vectors), args.init == "calibrated"
+    if calibrated:
+        check_calibrated(args)
+        windows = calibration_windows(load_tokens(args.calib_text, tokenizer, c.vocab_size), args.calib_tokens, c,
+                                      f"--calib_text={args.calib_text}")
     print0(f"{args.donor}: {c.arch}, {c.n_layer} layers of width {c.n_embd} -> {args.loops} loops, "
            f"init {args.init}, rank {args.rank}, vectors {args.vectors}")
     with replace_folder(args.out) as tmp:
         copy_tokenizer(source.folder, tmp)
-        target = replace(c, n_loop=args.loops, rank=args.rank, vectors=args.vectors)
-        model = loop_layers(c, source.read, target, args.init, args.lora_init, args.rounding, args.norms, dtype, report)
+        if calibrated:
+            model = to_calibrated(load_full(args.donor, torch.float32), windows, args.loops, args.rank, args.vectors)
+            model = model.to(dtype or source.read("norm.weight").dtype)
+        else:
+            model = loop_layers(c, source.read, target, args.init, args.lora_init, args.rounding, args.norms, dtype,
+                                report)
         model.write(tmp)
     rows = [[kind, f"{kept / max(total, 1e-30):.1%}"] for kind, (kept, total) in report.items()]
     if rows:

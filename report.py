@@ -209,7 +209,7 @@ def served(results: Path, line: int, name: str, exits: str = "never", keys: str 
 
 
 def block_batching(results: Path) -> str:
-    """Tokens/s of each way to batch, beside sequence batching and the formula: random weights, and the shipped donor."""
+    """Each way to batch beside sequence batching and the formula: random weights, and the shipped donor."""
     more = served(results, 0, "V5h", "drawn")["slots"] - served(results, 0, "V1")["slots"]
     rows = [["", "C = 1024: tok/s", "of V1", "formula", "shipped donor: of V1", "formula"]]
     for name, keys, says in (("V1", None, "sequence batching, full depth"), ("V3", None, "depth-wise, nobody leaves"),

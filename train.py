@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+from calibrate import calibration_windows, to_calibrated
 from checkpoint import drop_log_after, find_state, load_optimizer, resumed_settings, save_checkpoint, write_log
-from convert import LoraInit, Norms, Rounding, Vectors, to_recursive
+from convert import AnyInit, LoraInit, Norms, Rounding, Vectors, check_calibrated, to_recursive
 from data import Tokens, batches, load_tokens, validation
 from hf import config_from_hf, find_donor, load_any, read_json, refuse_looped
 from losses import chunked_loss, exit_weights
@@ -42,7 +43,7 @@ from runtime import (
 )
 from tokenizer import Tokenizer
 
-TrainInit = Literal["stepwise", "average", "lower", "random", "scratch"]
+TrainInit = Literal[AnyInit, "scratch"]
 
 
 @dataclass
@@ -51,13 +52,14 @@ class TrainConfig:
     donor: str = "assets/donor"            # full-size model: a folder or a Hugging Face id
     teacher: str | None = None             # distil from this model instead of the donor: a folder or an id, any size
     ckpt: str | None = None                # start from this checkpoint of ours instead of converting the donor
-    init: TrainInit = "stepwise"           # how the stored layers start (§2.2); scratch = random weights at full size
+    init: TrainInit = "stepwise"           # how the stored layers start (§2.2); calibrated: ours; scratch = full size
     loops: int = 2                         # how often the shared block runs (the paper's B)
     rank: int = 0                          # LoRA rank per loop and linear map; 0 ties strictly
     lora_init: LoraInit = "svd"            # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
     vectors: Vectors = "tied"              # norm weights and biases: tied (paper), or one per loop
     norms: Norms = "init"                  # tied norm weights: as init says, averaged, or those of the first loop
     rounding: Rounding = "round"           # where a stepwise step falls between two layers
+    calib_tokens: int = 20_480             # init=calibrated: tokens of --data that the donor reads first
     # on what
     data: str = "assets/books/train"       # text files or a folder of token shards; several by comma
     valid: str = "assets/books/valid.txt"  # the same, never trained on
@@ -171,10 +173,13 @@ def check_settings(args: TrainConfig, resumed: bool) -> None:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 0 and less than 1")
     if args.ckpt or args.init == "scratch":
         given = "--ckpt" if args.ckpt else "--init=scratch"
-        for name in ("rank", "loops", "lora_init", "vectors", "norms", "rounding", *["init"] * bool(args.ckpt)):
+        for name in ("rank", "loops", "lora_init", "vectors", "norms", "rounding", "calib_tokens",
+                     *["init"] * bool(args.ckpt)):
             if getattr(args, name) != getattr(TrainConfig, name):
                 raise UserError(f"--{name}={getattr(args, name)} says how a donor is converted, and {given} converts "
                                 "none: drop one of the two")
+    if args.init == "calibrated":
+        check_calibrated(args)
     if args.tokens < args.batch_tokens:
         raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
     if not resumed and any((Path(args.out) / name / "train.pt").exists() for name in ("", "previous")):
@@ -232,16 +237,18 @@ def check_vocabulary(name: str, folder, its: Config, other: str, config: Config,
                         "tokenizer: their words must be the same (--donor names the donor of --ckpt)")
 
 
-def build(args: TrainConfig, folder: Path, config: Config, device,
-          resumed: bool) -> tuple[RecursiveTransformer, RecursiveTransformer | None, RecursiveTransformer | None]:
+def build(args: TrainConfig, folder: Path, config: Config, device, resumed: bool, windows: list[Tensor] | None,
+          ) -> tuple[RecursiveTransformer, RecursiveTransformer | None, RecursiveTransformer | None]:
     """(student, donor, teacher), in fp32; the donor is None for init=scratch, which needs its config but no weights,
-    and the teacher None where nothing is distilled."""
+    and the teacher None where nothing is distilled. windows: what init=calibrated reads."""
     scratch = args.init == "scratch" and not args.ckpt
     donor = None if scratch else load_any(str(folder), torch.float32).requires_grad_(False).to(device)
     if resumed or args.ckpt:
         student = RecursiveTransformer.load(args.out if resumed else args.ckpt, dtype=torch.float32)
     elif scratch:
         student = RecursiveTransformer(config)
+    elif windows:
+        student = to_calibrated(donor, windows, args.loops, args.rank, args.vectors)
     else:
         student = to_recursive(donor, args.loops, args.init, args.rank, args.lora_init, args.vectors,
                                args.rounding, args.norms)
@@ -312,7 +319,11 @@ def prepare(args: TrainConfig, procs: Processes, state: dict | None) -> Run:
             raise UserError(f"--{name}={getattr(args, name)} has {len(tokens)} tokens, one sequence needs "
                             f"{args.seq_len + 1} (seq_len + 1); give more text or a smaller --seq_len")
 
-    model, donor, teacher = build(args, folder, config, procs.device, state is not None)
+    fresh = not state and not args.ckpt
+    windows = calibration_windows(texts["data"], args.calib_tokens, config, f"--data={args.data}") \
+        if args.init == "calibrated" and fresh else None
+
+    model, donor, teacher = build(args, folder, config, procs.device, state is not None, windows)
     if bf16:  # frozen weights: rounded once, not by autocast at each use
         donor, teacher = (m and m.to(torch.bfloat16) for m in (donor, teacher))
     optimizer = make_optimizer(model, args)

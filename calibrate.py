@@ -1,0 +1,266 @@
+"""Calibrated conversion: a recursive model whose maps are fitted to what really enters them.
+
+The paper converts from weights alone, as if all directions of the input mattered alike (Average, and the plain SVD of
+Eq. 4). Here the donor first reads some text, and each linear map is fitted to the inputs that it saw. This is ours, not
+the paper's. W_l are the donor's weights at the depths l that share one stored map W', C_l = E[x x^T] the second moments
+of what enters there (plus a ridge), A_l and B_l the LoRA of that loop. The error of the map's outputs is
+
+    E = sum_l tr (W_l - W' - B_l A_l) C_l (W_l - W' - B_l A_l)^T                                                   (1)
+
+and it is lowered by turns, each turn an exact minimum:
+
+    weighted tying   W' = (sum_l W_l C_l) (sum_l C_l)^-1                              no LoRA yet                  (2)
+    weighted SVD     B_l A_l = U U^T (W_l - W'),  U: first R eigenvectors of (W_l - W') C_l (W_l - W')^T           (3)
+    tying again      W' = (sum_l W_l P_l) (sum_l P_l)^-1,  P_l = C_l - C_l A_l^T (A_l C_l A_l^T)^-1 A_l C_l        (4)
+                     and with it B_l = (W_l - W') C_l A_l^T (A_l C_l A_l^T)^-1
+
+(4) is the best W' and B together, given A: P_l is what of the input the LoRA cannot see, so W' serves a loop only where
+that loop cannot serve itself. (3) and (4) alternate, loop by loop, until little more is won. With C_l = I, (2) is
+Average and (3) the SVD of Eq. 4. The code keeps A with A C A^T = I, and then B = (W_l - W') C_l A_l^T in (3) too.
+
+Norm weights are first absorbed into the maps that follow them, else tying them alone costs more than all the rest. A
+bias is one more column of W, over an input that is always 1 and that no LoRA sees.
+"""
+
+from dataclasses import replace
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from data import Tokens, batch, count_windows
+from model import Config, RecursiveTransformer, RelaxedLinear
+from runtime import UserError, print0, progress, table
+
+# The maps that read the same input, by the one whose input is watched.
+READERS = {"attn.q": ("attn.q", "attn.k", "attn.v"), "attn.o": ("attn.o",), "mlp.up": ("mlp.gate", "mlp.up"),
+           "mlp.down": ("mlp.down",)}
+WIDEST, SKETCH = 8192, 4096  # inputs wider than the first are kept as a sketch of so many rows, not as width x width
+
+# "layers.3.attn.q" -> (E[x x^T] (in, in), E[x] (in,)), both fp64; a sketch S (rows, in) has S^T S for the first.
+Moments = dict[str, tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def absorb(full: RecursiveTransformer) -> RecursiveTransformer:
+    """The same function with all norm weights in the block at one and norm biases at zero: those that follow have them.
+
+    A map that reads a norm with bias needs a bias of its own, so GPT-NeoX gets biases in attention if it had none.
+    """
+    biased = full.config.arch == "gpt_neox"
+    new = RecursiveTransformer(replace(full.config, attn_bias=biased, mlp_bias=biased))
+    new = new.to(full.embed.weight.device, full.embed.weight.dtype)
+    new.load_state_dict(full.state_dict(), strict=False)                 # biases that it did not have stay zero
+    for layer in new.layers:
+        for norm, part, names in ((layer.norm1, layer.attn, "qkv"), (layer.norm2, layer.mlp, ("gate", "up"))):
+            scale = norm.weight + 1.0 if norm.arch == "gemma" else norm.weight
+            for linear in filter(None, (getattr(part, name) for name in names)):
+                if norm.bias is not None:
+                    linear.bias += linear.weight @ norm.bias
+                linear.weight *= scale
+            norm.weight.fill_(0.0 if norm.arch == "gemma" else 1.0)
+            if norm.bias is not None:
+                norm.bias.zero_()
+    return new.eval()
+
+
+@torch.no_grad()
+def moments(full: RecursiveTransformer, windows) -> Moments:
+    """First and second moments of what enters each map at each depth, over token ids (B, T) from `windows`.
+
+    One pass; sums in fp64. An input wider than WIDEST is kept as a sketch, in which every token is added to one of
+    SKETCH rows with a random sign: its square has E[x x^T] as its mean. UserError where an input is not finite.
+    """
+    sums, count, draw = {}, 0, torch.Generator().manual_seed(0)
+
+    def watch(name):
+        def hook(_, inputs):
+            x = inputs[0].flatten(0, -2)                                 # (tokens, in)
+            width = x.size(1)
+            if name not in sums:
+                rows = SKETCH if width > WIDEST else width
+                sums[name] = [x.new_zeros(rows, width, dtype=torch.float64), x.new_zeros(width, dtype=torch.float64)]
+            if width > WIDEST:
+                row = torch.randint(SKETCH, (len(x),), generator=draw).to(x.device)
+                sign = (torch.randint(2, (len(x), 1), generator=draw) * 2 - 1).to(x.device)
+                sums[name][0].index_add_(0, row, (x * sign).double())
+            else:
+                sums[name][0] += (x.T @ x).double()
+            sums[name][1] += x.sum(0, dtype=torch.float64)
+        return hook
+
+    hooks = [layer.get_submodule(entry).register_forward_pre_hook(watch(f"layers.{i}.{entry}"))
+             for i, layer in enumerate(full.layers) for entry in READERS]
+    try:
+        for idx in windows:
+            full(idx.to(full.embed.weight.device))
+            count += idx.numel()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, (second, first) in sums.items():
+        if not (second.isfinite().all() and first.isfinite().all()):
+            raise UserError(f"what enters {name} of the donor is not finite on the calibration text: its weights are "
+                            "damaged, or they overflow in this dtype")
+        sums[name] = second / (count if second.size(0) == second.size(1) else count**0.5), first / count
+    return sums
+
+
+def directions(target: Tensor, root: Tensor, rank: int) -> Tensor:
+    """Eq. 3: A (R, in) with A C A^T = I, what a LoRA should read to lower the error of `target` (out, in) most.
+    root: Cholesky's L of C = L L^T."""
+    seen = target @ root                                                 # the same map, of white inputs
+    if target.size(0) <= target.size(1):                                 # decompose whichever side is smaller
+        u = torch.linalg.eigh(seen @ seen.T)[1][:, -rank:].flip(1)       # largest first
+        v = torch.linalg.qr(seen.T @ u)[0]
+    else:
+        v = torch.linalg.eigh(seen.T @ seen)[1][:, -rank:].flip(1)
+    return torch.linalg.solve_triangular(root.T, v, upper=True).T
+
+
+def fit(targets: list[Tensor], Cs: list[Tensor], rank: int, rounds: int = 0, stop: float = 0.0,
+        biased: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[float]]:
+    """W' (out, in), (A, B) of each loop, and the error (1) at the start and after each round, as a share of the
+    outputs' energy. targets W_l (out, in) and Cs (in, in) of each loop, fp64; biased: the last column is a bias.
+
+    Rounds end early where one lowers the error by less than the share `stop`.
+    """
+    d = targets[0].size(1) - biased                                      # what a LoRA sees
+    rank = min(rank, targets[0].size(0), d)
+    eps = 1e-10 * sum(Cs).diagonal().sum() * torch.eye(len(Cs[0]), dtype=Cs[0].dtype, device=Cs[0].device)
+    roots = [torch.linalg.cholesky(C[:d, :d]) for C in Cs] if rank else []
+    As, Ps, wants = [None] * len(Cs), list(Cs), [T @ C for T, C in zip(targets, Cs, strict=True)]   # wants: W_l P_l
+    energy = sum((want * T).sum() for want, T in zip(wants, targets, strict=True)).clamp_min(1e-300)
+
+    def tie(W):  # Eq. 2 and 4, with so weak a pull to the W' before that it counts only where no loop needs W'
+        want, root = sum(wants), torch.linalg.cholesky(sum(Ps) + eps)
+        new = torch.cholesky_solve((want + eps[0, 0] * W).T, root).T
+        left = sum((w * T).sum() for w, T in zip(wants, targets, strict=True))
+        left -= (new * (want + eps[0, 0] * (new - W))).sum()             # Eq. 1, as it is at this minimum
+        return new, (left / energy).item()
+
+    def relax(W, loop):  # A of this loop, and what W' is still asked for there
+        T, C = targets[loop] - W, Cs[loop]
+        if biased:                                                       # the bias as far as the inputs tell it
+            T = torch.cholesky_solve(C[:d] @ T.T, roots[loop]).T
+        As[loop] = directions(T, roots[loop], rank)
+        seen = C[:, :d] @ As[loop].T                                     # (in, R)
+        Ps[loop] = C - seen @ seen.T
+        wants[loop] = targets[loop] @ Ps[loop]
+
+    W, error = tie(sum(targets) / len(targets))
+    errors = [error]
+    if rank:
+        for loop in range(len(Cs)):
+            relax(W, loop)
+        errors = [(sum((((T - W) @ P) * (T - W)).sum() for T, P in zip(targets, Ps, strict=True)) / energy).item()]
+    while rank and len(errors) <= rounds and (len(errors) < 2 or errors[-2] - errors[-1] > stop * errors[-2]):
+        for loop in range(len(Cs)):
+            relax(W, loop)
+            W, error = tie(W)
+        errors.append(error)
+    return W, [(a, (T - W) @ C[:, :d] @ a.T) for a, T, C in zip(As, targets, Cs, strict=True) if rank], errors
+
+
+def scaled(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same B A with the rows of A orthonormal and all of S in B, as the paper's SVD leaves them: AdamW's steps, all
+    of one size, suit that and not the scales of C. Directions without residual: A Gaussian, B zero (App. C)."""
+    (qb, rb), (qa, ra) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(rb @ ra.T)
+    a, b, dead = vh @ qa.T, qb @ (u * s), s <= 1e-6 * s.max().clamp_min(1e-30)
+    a[dead] = torch.randn(int(dead.sum()), a.size(1)).to(a) / a.size(1) ** 0.5
+    return a, b.masked_fill(dead, 0.0)
+
+
+def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[tuple[Tensor, Tensor]], rounds: int,
+            stop: float, ridge: float) -> list[float]:
+    """Fill `linear` with what fits best the donors' maps, one for each loop, on what entered them; the errors of `fit`.
+
+    A tied bias is fitted with W' as a column more. One per loop takes up the mean error of its loop, whatever W', A and
+    B are, so that they have only C less that of the mean to fit.
+    """
+    biased, own = linear.bias is not None, linear.bias is not None and linear.bias.dim() == 2
+    targets, Cs = [], []
+    for donor, (second, first) in zip(donors, entering, strict=True):
+        if second.size(0) != second.size(1):                             # a sketch, squared only here: memory
+            second = second.T @ second
+        W, C = donor.weight.double(), second - first.outer(first) if own else second.clone()
+        C.diagonal().add_(ridge * second.diagonal().mean().clamp_min(1e-30))
+        if biased and not own:
+            W = torch.cat([W, donor.bias.double()[:, None]], dim=1)
+            C = torch.cat([torch.cat([C, first[:, None]], dim=1), torch.cat([first, first.new_ones(1)])[None]])
+        targets, Cs = [*targets, W], [*Cs, C]
+    W, lora, errors = fit(targets, Cs, linear.rank, rounds, stop, biased and not own)
+    linear.weight.copy_(W[:, :linear.weight.size(1)])
+    for loop, (a, b) in enumerate(lora):
+        a, b = scaled(a, b)
+        linear.lora_a[loop], linear.lora_b[loop] = a, b
+    if biased:
+        linear.bias.copy_(torch.stack([donor.bias.double() + (donor.weight.double() - linear.merged(loop)) @ first
+                                       for loop, (donor, (_, first)) in enumerate(zip(donors, entering, strict=True))])
+                          if own else W[:, -1])
+    return errors
+
+
+@torch.no_grad()
+def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: int = 0, vectors: str = "tied",
+              rounds: int = 10, stop: float = 0.02, ridge: float = 1e-3,
+              report: dict | None = None) -> RecursiveTransformer:
+    """The recursive model fitted to a donor that `absorb` prepared and the `moments` of what entered its maps.
+
+    ridge is added to the diagonal of each C, as a share of its mean; rounds and stop as in `fit`. report, if given, is
+    filled with kind of matrix -> the errors of `fit`, one list per stored layer.
+    """
+    model = RecursiveTransformer(replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors))
+    model = model.to(full.embed.weight.device, full.embed.weight.dtype)
+    model.load_state_dict({n: w for n, w in full.state_dict().items() if not n.startswith("layers.")}, strict=False)
+    for k, layer in enumerate(progress(model.layers, desc="calibrating", unit="layer")):
+        donors = list(full.layers[k::model.config.n_unique])             # of this position, one for each loop
+        for ours, donor in ((layer.norm1, donors[0].norm1), (layer.norm2, donors[0].norm2)):
+            for name, vector in ours.named_parameters():
+                vector.copy_(donor.get_parameter(name))                  # the same for all: absorbed
+        for entry, kinds in READERS.items():
+            entering = [seen[f"layers.{k + loop * model.config.n_unique}.{entry}"] for loop in range(n_loop)]
+            for kind in kinds:
+                if kind != "mlp.gate" or layer.mlp.gate is not None:
+                    errors = fit_map(layer.get_submodule(kind), [d.get_submodule(kind) for d in donors], entering,
+                                     rounds, stop, ridge)
+                    if report is not None:
+                        report.setdefault(kind, []).append(errors)
+    return model.eval()
+
+
+def calibration_windows(tokens: Tokens, n_tokens: int, config: Config, name: str) -> list[Tensor]:
+    """Token ids (B, T) to calibrate on: windows drawn from all over the text. UserError if it has not one."""
+    T = min(config.n_ctx, 512)
+    if len(tokens) <= T:
+        raise UserError(f"{name} has {len(tokens)} tokens, one window to calibrate on needs {T + 1}; give more text")
+    if n_tokens < T:
+        raise UserError(f"--calib_tokens={n_tokens} is less than one window of {T}; ask for more")
+    n = min(n_tokens // T, count_windows(tokens, T))
+    widest = max(config.n_embd, config.n_hidden, config.n_head * config.head_dim)
+    if n * T < widest:
+        print0(f"calibrating on {n * T:,} tokens, fewer than the {widest:,} inputs of the widest map: directions that "
+               "they do not show are left to the ridge; give more text or --calib_tokens")
+    return list(batch(tokens, range(n), T, seed=0)[0].split(4))
+
+
+def mean_errors(lists: list[list[float]]) -> list[float]:
+    """The errors by round of several maps, averaged; a map that is done stays at its last."""
+    return [mean([errors[min(i, len(errors) - 1)] for errors in lists]) for i in range(max(map(len, lists)))]
+
+
+def to_calibrated(full: RecursiveTransformer, windows: list[Tensor], n_loop: int = 2, rank: int = 0,
+                  vectors: str = "tied") -> RecursiveTransformer:
+    """The recursive model of a donor, calibrated on token ids (B, T) from `windows`; says how the error fell."""
+    if full.config.n_loop != 1:
+        raise UserError("this is a recursive model already; calibrate its donor")
+    donor, report = absorb(full), {}
+    seen = moments(donor, progress(windows, desc="reading the calibration text", unit="batch"))
+    model = calibrate(donor, seen, n_loop, rank, vectors, report=report)
+    print0("error left, as a share of the outputs' energy, at the start and after each round: "
+           + " ".join(f"{e:.4f}" for e in mean_errors([errors for kind in report.values() for errors in kind])))
+    print0(table([["map", "start", "end"], *([kind, f"{mean([e[0] for e in errors]):.2%}",
+                                              f"{mean([e[-1] for e in errors]):.2%}"]
+                                             for kind, errors in report.items())]) + "\n")
+    return model

@@ -1,0 +1,364 @@
+"""Calibrated conversion: each closed form beside a solver that knows nothing of it, the limits, and the way in."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from test_convert import hf_folder
+from test_model import close, each_arch, last, tiny, tokens
+from tiny import home, run, story  # noqa: F401 (a fixture)
+
+import calibrate
+import convert
+from calibrate import absorb, calibration_windows, fit, moments, scaled, to_calibrated
+from convert import load_full, svd_factors, unroll
+from data import Tokens, load_tokens, write_shards
+from model import RecursiveTransformer
+from runtime import UserError
+from tokenizer import Tokenizer
+
+each_rank = pytest.mark.parametrize("rank", [0, 3, 1000])
+each_shape = pytest.mark.parametrize("shape", [(9, 14), (14, 9)], ids=["wide", "tall"])
+
+
+def problem(shape, n_loop=2, tokens=40, biased=False):
+    """(W_l, X_l (tokens, in), C_l) of maps that differ and inputs that are far from white."""
+    torch.manual_seed(0)
+    Ws = [torch.randn(shape, dtype=torch.float64) for _ in range(n_loop)]
+    Xs = [torch.randn(tokens, shape[1], dtype=torch.float64) @ torch.randn(shape[1], shape[1], dtype=torch.float64) + 1
+          for _ in range(n_loop)]
+    if biased:
+        Xs = [torch.cat([X[:, :-1], torch.ones(tokens, 1)], dim=1) for X in Xs]
+    return Ws, Xs, [X.T @ X / tokens for X in Xs]
+
+
+def error(Ws, Xs, W, factors):
+    """Eq. 1, from the outputs themselves."""
+    factors = factors or [(torch.zeros(1, W.size(1)), torch.zeros(W.size(0), 1))] * len(Ws)
+    wide = [torch.nn.functional.pad(a.double(), (0, W.size(1) - a.size(1))) for a, _ in factors]  # no LoRA on a bias
+    wrong = [X @ (V - W - b.double() @ a).T for V, X, a, (_, b) in zip(Ws, Xs, wide, factors, strict=True)]
+    return (sum(y.square().sum() for y in wrong) / sum((X @ V.T).square().sum() for V, X in zip(Ws, Xs, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The closed forms
+
+@each_shape
+@pytest.mark.parametrize("biased", [False, True])
+def test_weighted_tying_is_least_squares(shape, biased):
+    Ws, Xs, Cs = problem(shape, 3, biased=biased)
+    W, factors, errors = fit(Ws, Cs, 0, biased=biased)
+    want = torch.linalg.lstsq(torch.cat(Xs), torch.cat([X @ V.T for V, X in zip(Ws, Xs, strict=True)])).solution.T
+    close(W, want, 1e-7)
+    assert factors == [] and errors == pytest.approx([error(Ws, Xs, W, []).item()])
+
+
+@each_shape
+@pytest.mark.parametrize("biased", [False, True])
+def test_weighted_svd_keeps_the_largest_singular_values_of_the_outputs(shape, biased):
+    """Of those outputs, with a bias, that the inputs without it can make: the rest no LoRA reaches."""
+    Ws, Xs, Cs = problem(shape, biased=biased)
+    d = shape[1] - biased
+    W, factors, errors = fit(Ws, Cs, 3, biased=biased)
+    for V, X, (a, b), C in zip(Ws, Xs, factors, Cs, strict=True):
+        y, q = X @ (V - W).T, torch.linalg.qr(X[:, :d])[0]
+        best = (y - q @ (q.T @ y)).square().sum() + torch.linalg.svdvals(q.T @ y)[3:].square().sum()
+        assert (y - X[:, :d] @ (b @ a).T).square().sum().item() == pytest.approx(best.item())
+        close(a @ C[:d, :d] @ a.T, torch.eye(3, dtype=torch.float64), 1e-8)
+    assert errors == pytest.approx([error(Ws, Xs, W, factors).item()])
+
+
+@each_shape
+@pytest.mark.parametrize("biased", [False, True])
+def test_tying_again_is_what_descent_on_the_error_finds(shape, biased):
+    """W' and all B together, given A: from far away, Newton-like steps on Eq. 1 end at the same error."""
+    Ws, Xs, Cs = problem(shape, biased=biased)
+    W, factors, errors = fit(Ws, Cs, 2, rounds=3, biased=biased)
+    free = [torch.randn_like(W), *(torch.randn_like(b) for _, b in factors)]
+    for p in free:
+        p.requires_grad_()
+    descent = torch.optim.LBFGS(free, max_iter=3000, tolerance_grad=1e-13, tolerance_change=0,
+                                line_search_fn="strong_wolfe")
+
+    def step():
+        descent.zero_grad()
+        loss = error(Ws, Xs, free[0], [(a, b) for (a, _), b in zip(factors, free[1:], strict=True)])
+        loss.backward()
+        return loss
+    descent.step(step)
+    assert step().item() == pytest.approx(errors[-1], rel=1e-6)
+
+
+@each_shape
+@pytest.mark.parametrize("n_loop, rank, biased", [(2, 1, False), (2, 3, True), (3, 2, False), (3, 6, True),
+                                                  (2, 99, False)])
+def test_the_error_never_rises_and_is_what_it_says(shape, n_loop, rank, biased):
+    Ws, Xs, Cs = problem(shape, n_loop, biased=biased)
+    W, factors, errors = fit(Ws, Cs, rank, rounds=8, biased=biased)
+    assert len(errors) == 9 or errors[-1] > errors[-2] - 1e-12           # all of them, or nothing more to be had
+    assert all(after <= before + 1e-12 for before, after in itertools.pairwise(errors))
+    assert errors[-1] == pytest.approx(error(Ws, Xs, W, factors).item(), rel=1e-5, abs=1e-12)
+    assert errors[-1] < 0.9 * errors[0] or rank == 99
+    capped = fit(Ws, Cs, rank, rounds=8, stop=0.2, biased=biased)[2]     # ends where a round brings less than a fifth
+    assert capped == errors[:len(capped)] and len(capped) < 9 and capped[-2] - capped[-1] <= max(0.2 * capped[-2], 0)
+
+
+@each_shape
+def test_white_inputs_give_average_and_the_plain_svd(shape):
+    Ws, _, _ = problem(shape)
+    W, factors, _ = fit(Ws, [torch.eye(shape[1], dtype=torch.float64)] * 2, 3)
+    close(W, (Ws[0] + Ws[1]) / 2, 1e-9)
+    for V, factor in zip(Ws, factors, strict=True):
+        want_a, want_b = svd_factors(V - W, 3)
+        a, b = scaled(*factor)
+        close(b @ a, (want_b @ want_a).double(), 1e-5)
+        close(b.norm(dim=0), want_b.norm(dim=0).double(), 1e-5)          # and in the paper's scale: S in B
+        close(a @ a.T, torch.eye(3, dtype=torch.float64), 1e-9)
+
+
+def test_a_direction_without_residual_can_still_learn():
+    torch.manual_seed(0)
+    a, b = scaled(torch.cat([torch.randn(2, 9), torch.zeros(2, 9)]), torch.randn(7, 4))
+    assert (b[:, 2:] == 0).all() and (b[:, :2] != 0).any() and (a != 0).all()
+    assert 0.5 < a[2:].norm(dim=1).mean() < 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the donor sees
+
+@each_arch
+@pytest.mark.parametrize("attn_bias", [True, False])
+def test_absorbed_norms_change_nothing(arch, attn_bias):
+    full, idx = tiny(arch, **({"attn_bias": attn_bias} if arch == "gpt_neox" else {})).double(), tokens(2, 9)
+    new = absorb(full)
+    close(last(new, idx), last(full, idx), 1e-12)
+    for layer in new.layers:
+        for norm in (layer.norm1, layer.norm2):
+            assert (norm.weight == (0 if arch == "gemma" else 1)).all()
+            assert norm.bias is None or not norm.bias.any()
+
+
+@each_arch
+@torch.no_grad()
+def test_moments_are_of_what_enters_each_map(arch):
+    full, idx, inputs = tiny(arch).double(), tokens(4, 9), {}
+    for name, module in full.named_modules():
+        if hasattr(module, "rank"):
+            module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0].flatten(0, -2)}))
+    seen = moments(full, [idx])
+    assert len(seen) == 24
+    for entry, kinds in calibrate.READERS.items():
+        for i, layer in enumerate(full.layers):
+            for kind in kinds if arch != "gpt_neox" or entry != "mlp.up" else ("mlp.up",):
+                x = inputs[f"layers.{i}.{kind}"]
+                close(seen[f"layers.{i}.{entry}"][0], x.T @ x / 36, 1e-12)
+                close(seen[f"layers.{i}.{entry}"][1], x.mean(0), 1e-12)
+            assert not layer.get_submodule(kind)._forward_pre_hooks or len(layer.attn.q._forward_pre_hooks) == 1
+
+
+def test_moments_do_not_depend_on_order_or_batch_size():
+    full, idx = tiny("llama").double(), tokens(6, 9)
+    want = moments(full, [idx])
+    for windows in (idx.split(1), idx.flip(0).split(4)):
+        for name, (second, first) in moments(full, windows).items():
+            close(second, want[name][0], 1e-12)
+            close(first, want[name][1], 1e-12)
+
+
+@torch.no_grad()
+def test_wide_inputs_are_sketched(monkeypatch):
+    full, idx = tiny("llama").double(), tokens(8, 60)
+    want = moments(full, [idx])
+    exact = calibrate.calibrate(absorb(full), moments(absorb(full), [idx]), 2, 3)
+    monkeypatch.setattr(calibrate, "WIDEST", 39)                         # attn.o and mlp.down read 40, the others 32
+
+    def far(rows):  # of each sketch from the moments, several tokens in a row where rows are few
+        monkeypatch.setattr(calibrate, "SKETCH", rows)
+        seen = moments(full, idx.split(3))
+        assert {len(s) for n, (s, _) in seen.items() if n.endswith(("attn.o", "down"))} == {rows}
+        assert all(torch.allclose(s, want[n][0]) for n, (s, _) in seen.items() if not n.endswith(("attn.o", "down")))
+        return max(((s.T @ s) / want[n][0].norm() - want[n][0] / want[n][0].norm()).norm().item()
+                   for n, (s, _) in seen.items() if len(s) == rows)
+    assert 0 < far(20_000) < 0.1 < far(400) < 0.6
+    monkeypatch.setattr(calibrate, "SKETCH", 20_000)
+    near = calibrate.calibrate(absorb(full), moments(absorb(full), [idx]), 2, 3)
+    close(near.layers[1].mlp.down.merged(1), exact.layers[1].mlp.down.merged(1), 0.05)
+
+
+def test_an_input_that_is_not_finite_is_named():
+    full = tiny("llama")
+    full.layers[2].attn.v.weight.data[3, 4] = float("nan")
+    with pytest.raises(UserError, match=r"what enters layers\.2\.attn\.o .* not finite"):
+        moments(full, [tokens(1, 9)])
+    assert not full.layers[0].attn.q._forward_pre_hooks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model
+
+def calibrated(full, n_loop=2, rank=3, vectors="tied", idx=None):
+    return to_calibrated(full, list((tokens(12, 60) if idx is None else idx).split(4)), n_loop, rank, vectors)
+
+
+@each_arch
+@pytest.mark.parametrize("n_loop", [2, 3])
+def test_full_rank_is_the_donor(arch, n_loop):
+    """Also with tied norm weights: they are absorbed. GPT-NeoX's biases must be of each loop's own."""
+    full, idx = tiny(arch).double(), tokens(2, 9)
+    model = calibrated(full, n_loop, 1000, "per_loop" if arch == "gpt_neox" else "tied")
+    close(last(model, idx), last(full, idx), 1e-9)
+    close(last(unroll(model), idx), last(full, idx), 1e-9)
+    assert model.config.vectors == ("per_loop" if arch == "gpt_neox" else "tied") and model.config.n_loop == n_loop
+
+
+@each_arch
+@each_rank
+@pytest.mark.parametrize("vectors", ["tied", "per_loop"])
+def test_one_loop_is_the_donor(arch, rank, vectors):
+    full, idx = tiny(arch).double(), tokens(2, 9)
+    close(last(calibrated(full, 1, rank, vectors), idx), last(full, idx), 1e-9)
+
+
+@each_arch
+@pytest.mark.parametrize("vectors", ["tied", "per_loop"])
+@pytest.mark.parametrize("rank", [0, 4])
+@torch.no_grad()
+def test_every_map_fits_the_donors_better_than_the_papers_start(arch, vectors, rank):
+    full, idx = tiny(arch).double(), tokens(12, 60)
+    donor, ours = absorb(full), calibrated(full, 2, rank, vectors, idx)
+    paper = convert.to_recursive(donor, 2, "average", rank=rank, vectors=vectors, dtype=torch.float64)
+    inputs = {}
+    for name, module in donor.named_modules():
+        if hasattr(module, "rank"):
+            module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
+    donor(idx)
+    for kind in (n for n, m in ours.layers[0].named_modules() if hasattr(m, "rank")):
+        wrong = []
+        for model in (ours, paper):
+            left = [model.layers[i].get_submodule(kind)(x := inputs[f"layers.{i + 3 * loop}.{kind}"], loop)
+                    - donor.layers[i + 3 * loop].get_submodule(kind)(x, 0) for i in range(3) for loop in range(2)]
+            wrong.append(sum(y.square().sum() for y in left))
+            if model is ours and vectors == "per_loop" and arch == "gpt_neox":
+                assert all(y.flatten(0, -2).mean(0).abs().max() < 1e-9 for y in left)   # the bias takes up the mean
+        assert wrong[0] < wrong[1], kind
+
+
+def test_what_is_not_a_linear_map_is_the_donors():
+    full = tiny("llama")
+    ours = calibrated(full)
+    for name, w in ours.state_dict().items():
+        assert name.startswith("layers.") or torch.equal(w, full.state_dict()[name]), name
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in ours.parameters())
+    assert not ours.training and ours.config.rank == 3
+
+
+def test_the_donor_stays_as_it_is():
+    full = tiny("gpt_neox")
+    before = {n: w.clone() for n, w in full.state_dict().items()}
+    calibrated(full)
+    assert all(torch.equal(w, before[n]) for n, w in full.state_dict().items())
+    with pytest.raises(UserError, match="recursive model already"):
+        calibrated(tiny("llama", n_loop=2))
+
+
+def test_few_tokens_are_enough_to_run_and_are_said_to_be_few(capsys):
+    full = tiny("llama").double()
+    text = Tokens([np.arange(4000, dtype=np.uint16) % 53])
+    windows = calibration_windows(text, 64, full.config, "it")
+    assert [w.shape for w in windows] == [(1, 64)] and not capsys.readouterr().out  # 64 tokens, 40 inputs
+    full.config.n_ctx = 32
+    windows = calibration_windows(text, 32, full.config, "it")
+    assert "32 tokens, fewer than the 40 inputs of the widest map" in capsys.readouterr().out
+    assert last(to_calibrated(full, windows, rank=3), tokens(2, 9)).isfinite().all()
+    assert sum(len(w) for w in calibration_windows(text, 10**9, full.config, "it")) == 3999 // 32   # all there is
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The way in
+
+@pytest.fixture
+def donor(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{"abcdefgh"[i * i % 11 % 8]}"}}\n' for i in range(500)))
+    return folder_with_eos(tmp_path / "donor")
+
+
+def folder_with_eos(folder):
+    hf_folder("llama", folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    return folder
+
+
+def main(donor, **flags):
+    flags = {"donor": donor, "out": donor.parent / "out", "init": "calibrated", "rank": 3, "calib_tokens": 256,
+             "calib_text": donor.parent / "text.jsonl"} | flags
+    convert.main([f"--{name}={value}" for name, value in flags.items()])
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
+def test_main_writes_what_the_function_makes(donor, capsys, dtype):
+    main(donor, vectors="per_loop", dtype=dtype)
+    printed = capsys.readouterr().out
+    full, saved = load_full(donor), RecursiveTransformer.load(donor.parent / "out")
+    text = load_tokens(str(donor.parent / "text.jsonl"), Tokenizer.load(donor), 53)
+    want = to_calibrated(full, calibration_windows(text, 256, full.config, "it"), 2, 3, "per_loop")
+    for name, w in saved.state_dict().items():
+        assert w.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        assert torch.equal(w, want.state_dict()[name].to(w.dtype)), name
+    assert re.search(r"start and after each round: 0\.\d+ 0\.\d+", printed) and "mlp.down" in printed
+
+
+def test_shards_of_another_tokenizer_are_refused(donor, tmp_path):
+    other = folder_with_eos(tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"h"', '"x"'))
+    write_shards(str(tmp_path / "text.jsonl"), Tokenizer.load(other), tmp_path / "shards", 53)
+    refused(donor, "another tokenizer", calib_text=tmp_path / "shards")
+
+
+def refused(donor, message, **flags):
+    with pytest.raises(UserError, match=message):
+        main(donor, **flags)
+    assert not (donor.parent / "out").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"calib_tokens": 63}, "--calib_tokens=63 is less than one window of 64"),
+    ({"lora_init": "zero"}, "--lora_init=zero says how weights alone are converted"),
+    ({"norms": "pick"}, "drop --norms"), ({"rounding": "floor"}, "drop --rounding"), ({"loops": 4}, "4 loops do not"),
+], ids=str)
+def test_settings_that_do_not_fit(donor, flags, message):
+    refused(donor, message, **flags)
+
+
+def test_text_that_is_missing_empty_or_short(donor, tmp_path):
+    refused(donor, "nowhere.txt does not exist", calib_text=tmp_path / "nowhere.txt")
+    (tmp_path / "empty.txt").write_text("")
+    refused(donor, "empty", calib_text=tmp_path / "empty.txt")
+    (tmp_path / "short.txt").write_text("a")
+    refused(donor, r"short.txt has \d+ tokens, one window to calibrate on needs 65", calib_text=tmp_path / "short.txt")
+
+
+def test_training_starts_calibrated(home, tmp_path):  # noqa: F811
+    how = ["--rank=4", "--vectors=per_loop", "--tokens=256", "--eval_every=100"]
+    log = run(home, tmp_path / "out", "--init=calibrated", "--calib_tokens=640", *how)
+    average = run(home, tmp_path / "average", "--init=average", *how)
+    assert log[0]["full_val_loss"] < average[0]["full_val_loss"] - 0.1
+    convert.main([f"--donor={home}/donor", "--init=calibrated", *how[:2], f"--calib_text={home}/train.txt",
+                  "--calib_tokens=640", f"--out={tmp_path}/converted"])
+    assert run(home, tmp_path / "again", f"--ckpt={tmp_path}/converted", *how[2:]) == log
+    run(home, tmp_path / "out", "--resume", "--tokens=384")              # trains on, from what it had trained
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--norms=average"], "fits them to text"), (["--lora_init=zero"], "fits them to text"),
+    (["--calib_tokens=9"], "less than one window"), (["--ckpt={home}/full"], "--init=calibrated says how a donor"),
+    (["--data={tmp}/short.txt"], "one window to calibrate on needs 65"),
+], ids=str)
+def test_training_refuses(home, tmp_path, flags, message):  # noqa: F811
+    (tmp_path / "short.txt").write_text(story(5, 6))
+    flags = [flag.format(home=home, tmp=tmp_path) for flag in flags]
+    with pytest.raises(UserError, match=message):
+        run(home, tmp_path / "out", "--init=calibrated", *flags)
+    assert not (tmp_path / "out").exists()
