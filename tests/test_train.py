@@ -533,7 +533,7 @@ def test_a_mistake_is_named_before_anything_is_written(mistakes, tmp_path, monke
 
 
 @pytest.mark.parametrize("given, says", [
-    ("--init=stepwize", "choose from 'stepwise', 'average', 'lower', 'random', 'scratch'"),
+    ("--init=stepwize", "choose from 'stepwise', 'average', 'lower', 'random', 'calibrated', 'scratch'"),
     ("--distill=kl", "'fkl', 'rkl', 'jsd', 'tvd', 'none'"), ("--tokens=many", "invalid int value: 'many'"),
     ("--loop=2", "unrecognized arguments: --loop=2"), ("--compile=maybe", "expected True or False, got 'maybe'")])
 def test_a_flag_that_cannot_be_read_exits_with_2(tmp_path, capsys, given, says):
