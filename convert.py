@@ -203,11 +203,14 @@ class ConvertConfig:
 
 
 def check_calibrated(args) -> None:
-    """Raise UserError for settings of the other inits: calibration fits what they choose."""
-    for name, default in (("lora_init", "svd"), ("norms", "init"), ("rounding", "round")):
-        if getattr(args, name) != default:
-            raise UserError(f"--{name}={getattr(args, name)} says how weights alone are converted, and "
-                            f"--init=calibrated fits them to text: drop --{name}")
+    """Raise UserError for settings, of convert.py or train.py, that --init would ignore."""
+    calibrated = args.init == "calibrated"
+    for name in ("lora_init", "norms", "rounding") if calibrated else ("calib_text", "calib_tokens"):
+        if getattr(args, name, None) != getattr(type(args), name, None):         # not the default
+            why = (("how weights alone are converted", "fits them to text") if calibrated else
+                   ("what is read for --init=calibrated", "reads nothing"))
+            raise UserError(f"--{name}={getattr(args, name)} says {why[0]}, and --init={args.init} {why[1]}: drop "
+                            f"--{name}")
 
 
 def main(argv=None):
@@ -228,8 +231,8 @@ def main(argv=None):
     c = source.config
     tokenizer = Tokenizer.load(source.folder, c.vocab_size)  # a wrong one is found out before the work
     target, calibrated = replace(c, n_loop=args.loops, rank=args.rank, vectors=args.vectors), args.init == "calibrated"
+    check_calibrated(args)
     if calibrated:
-        check_calibrated(args)
         windows = calibration_windows(load_tokens(args.calib_text, tokenizer, c.vocab_size), args.calib_tokens, c,
                                       f"--calib_text={args.calib_text}")
     print0(f"{args.donor}: {c.arch}, {c.n_layer} layers of width {c.n_embd} -> {args.loops} loops, "

@@ -170,7 +170,8 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
            keys: Keys = "exact", choose: Callable[[Tensor], Tensor] = likeliest,
            eos_id: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the next token (B,) of each prompt in idx (B, T), and the index of the loop (B,) it left after, until all
-    have said `eos_id` or the context is full. The reference: all that is faster must say the same.
+    have said `eos_id` or the context is full. The reference: all that is faster must say the same. (Made in inference
+    mode: clone what is to go through autograd.)
 
     Prompts run all loops, and so does what comes first after them. choose: logits (B, V) -> tokens (B,). A row that has
     ended repeats eos_id, at loop -1. Rows never influence one another. A row alone has its skipped loops run

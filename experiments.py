@@ -1,6 +1,6 @@
 """The paper's conclusions, tried one by one: trains what is missing, a line of results/experiments.jsonl for each run.
 
-    python experiments.py                    # all, on the shipped donor: about an hour of one core
+    python experiments.py                    # all, on the shipped donor: an hour and a half of one core
     python experiments.py --only=norms       # one conclusion: inits, relaxed, rank, distill, pretrained, exits,
                                              # relaxed_exits, norms; or the runs beside them: loops, zero, tokens
     python experiments.py --dry              # only say what would be run
@@ -269,7 +269,7 @@ def main(argv=None) -> None:
         append_line(config.save, line)
         print0(json_line({key: line[key] for key in ("name", "seed", "donor_loss", "start_loss", "loss")}))
     exits = [line for line in read_lines("results/exits_seeds.jsonl") if line["settings"]["ckpt"].endswith("-toy")]
-    if config.model == "toy" and asked & {"exits", "relaxed_exits"} and len(exits) < 24:
+    if config.model == "toy" and (not config.only or asked & {"exits", "relaxed_exits"}) and len(exits) < 24:
         print0(f"+ {EXITS}")
         if not config.dry and subprocess.run(EXITS.split()).returncode:
             raise UserError(f"{EXITS} did not finish; started again, it goes on where it was")

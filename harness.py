@@ -225,7 +225,9 @@ def hub_columns(task: str, row: dict) -> dict:
 def read_items(path: Path, task: str) -> list[dict]:
     """The items of a local file. UserError for lines that the task could not read: it would take blanks for them."""
     items = []
-    for i, line in enumerate(filter(str.strip, path.read_text(encoding="utf-8").splitlines())):
+    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n")):  # JSON may hold other ends of lines
+        if not line.strip():
+            continue
         try:
             items.append(hub_columns(task, json.loads(line)))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:

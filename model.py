@@ -97,7 +97,7 @@ class Norm(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.arch, self.eps, self.size = config.arch, config.norm_eps, (config.n_embd,)
-        # For a number, which hypot does not take: a scalar on the CPU sets neither dtype nor device of what it meets.
+        # hypot takes no Python number; a 0-dim tensor on the CPU changes neither dtype nor device of what it meets.
         self.least = torch.tensor((config.norm_eps * config.n_embd) ** 0.5, dtype=torch.float64, device="cpu")
         self.weight = loop_vector(config.n_embd, 0.0 if config.arch == "gemma" else 1.0, config)
         self.bias = loop_vector(config.n_embd, 0.0, config) if config.arch == "gpt_neox" else None
@@ -288,7 +288,7 @@ class MLP(nn.Module):
         self.up = RelaxedLinear(C, n_hidden, config, bias)
         self.down = RelaxedLinear(n_hidden, C, config, bias)
 
-    def forward(self, x: Tensor, loop: int) -> Tensor:
+    def forward(self, x: Tensor, loop: int | Tensor) -> Tensor:
         up = self.up(x, loop)                                            # (B T, n_hidden)
         if self.arch == "gpt_neox":
             hidden = F.gelu(up)
@@ -306,7 +306,7 @@ class Layer(nn.Module):
         self.norm1, self.attn = Norm(config), Attention(config)
         self.norm2, self.mlp = Norm(config), MLP(config)
 
-    def forward(self, x: Tensor, rope, loop: int, depth: int, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope, loop: int | Tensor, depth: int, cache: KVCache | SlotCache | None = None):
         """States x (B T, C) of sequences in turn, T = len(rope[0]); or rows of their own: see `block`."""
         y = x + self.attn(self.norm1(x, loop), rope, loop, depth, cache)
         return y + self.mlp(self.norm2(x if self.parallel else y, loop), loop)

@@ -108,8 +108,9 @@ class Tokenizer:
         return documents
 
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes of text each id stands for, int64 (vocab_size,): 0 for special tokens."""
-        lengths = np.zeros(self.vocab_size, np.int64)
+        """How many bytes of text each id stands for, int64 (ids,): 0 for special tokens, also those beyond the rest."""
+        special = (i + 1 for i in (self.eos_id, self.bos_id) if i is not None)
+        lengths = np.zeros(max([self.vocab_size, *special]), np.int64)
         if self.ranks:
             for i in set(range(self.vocab_size)) - {self.ranks.encode_single_token(t)
                                                     for t in self.ranks.special_tokens_set}:

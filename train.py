@@ -178,8 +178,7 @@ def check_settings(args: TrainConfig, resumed: bool) -> None:
             if getattr(args, name) != getattr(TrainConfig, name):
                 raise UserError(f"--{name}={getattr(args, name)} says how a donor is converted, and {given} converts "
                                 "none: drop one of the two")
-    if args.init == "calibrated":
-        check_calibrated(args)
+    check_calibrated(args)
     if args.tokens < args.batch_tokens:
         raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
     if not resumed and any((Path(args.out) / name / "train.pt").exists() for name in ("", "previous")):

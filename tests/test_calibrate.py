@@ -317,6 +317,11 @@ def test_shards_of_another_tokenizer_are_refused(donor, tmp_path):
     refused(donor, "another tokenizer", calib_text=tmp_path / "shards")
 
 
+def test_calibration_text_without_calibration_is_refused(donor):
+    refused(donor, "--calib_text=.* says what is read for --init=calibrated, and --init=average reads nothing",
+            init="average", calib_tokens=640)
+
+
 def refused(donor, message, **flags):
     with pytest.raises(UserError, match=message):
         main(donor, **flags)
