@@ -279,7 +279,9 @@ def phrases(results: Path) -> list[str]:
     apart_most = max(task["largest_difference"] for line in lines("harness") for task in line["apart"].values())
     same_scores = all(line["tasks"][t][k] == line["against"][t][k] for line in lines("harness")
                       for t in line["tasks"] for k in ("acc", "acc_norm") if k in line["tasks"][t])
+    shapes = next(line for line in lines("convert") if line["what"] == "scale")
     return [
+        f"take {shapes['seconds']:.0f} s and {shapes['peak_gib']:.1f} GiB on two CPU cores",
         f"V3 came to {served(results, 2, 'V3')['of_v1']:.2f} of V1",
         f"leaves after {gate['mean_loops']:.2f} loops: {gate['of_v1']:.2f} of V1, {stage['of_v1']:.2f} with the head",
         f"decodes {donor[1]:.2f} × as fast as", f"16 texts {donor[16]:.2f} ×", f"SmolLM2-135M {smollm2[1]:.2f} ×;",

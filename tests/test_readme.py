@@ -72,6 +72,22 @@ def test_command_runs(clone, command):
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
+def test_the_method_is_quoted_from_the_code():
+    quoted, = re.findall(r"quoted from the code:\n\n```python\n(.*?)```", README, re.S)
+    code = [line.strip() for path in ROOT.glob("*.py") for line in path.read_text(encoding="utf-8").splitlines()]
+    for line in quoted.splitlines():
+        line = line.split("  #")[0].strip()
+        assert line.startswith("#") or any(said.startswith(line) for said in code), line
+
+
+def test_the_table_of_the_method_names_what_there_is():
+    named = re.findall(r"`(\w+)(?:\.\w+)?`, (\w+\.py)", README)
+    assert sum(name.startswith("test_") for name, _ in named) == 11 < len(named) - 10
+    for name, file in named:
+        path = ROOT / "tests" / file if file.startswith("test_") else ROOT / file
+        assert re.search(rf"(def|class) {name}\b", path.read_text(encoding="utf-8")), (name, file)
+
+
 def test_what_the_exits_left_is_served(clone, monkeypatch):
     """The block about the engine, on what the commands above it made."""
     monkeypatch.chdir(clone)
