@@ -279,10 +279,16 @@ def phrases(results: Path) -> list[str]:
     apart_most = max(task["largest_difference"] for line in lines("harness") for task in line["apart"].values())
     same_scores = all(line["tasks"][t][k] == line["against"][t][k] for line in lines("harness")
                       for t in line["tasks"] for k in ("acc", "acc_norm") if k in line["tasks"][t])
+    first = read_lines(results / "batching.jsonl")[0]["cases"][0]["rows"]
+    apart_by = max(max(row["seconds"]) / min(row["seconds"]) - 1 for row in first)
+    alone = [v1 / v3 for v1, v3 in zip(*(served(results, 2, name)["seconds"] for name in ("V1", "V3")), strict=True)]
     shapes = next(line for line in lines("convert") if line["what"] == "scale")
     return [
         f"take {shapes['seconds']:.0f} s and {shapes['peak_gib']:.1f} GiB on two CPU cores",
-        f"V3 came to {served(results, 2, 'V3')['of_v1']:.2f} of V1",
+        f"differ by as much as {apart_by:.0%} (".replace("%", " %"),
+        f"V3 came to {served(results, 2, 'V3')['of_v1']:.2f} of V1 ({min(alone):.2f} to {max(alone):.2f}, round by",
+        f"cost ghosts, {served(results, 0, 'V5', 'drawn')['ghosts']:.0%} of all rows".replace("%", " %"),
+        "in under {} minutes on two CPU cores".format({4: "four"}[math.ceil(lines("stepwise")[-1]["seconds"] / 60)]),
         f"leaves after {gate['mean_loops']:.2f} loops: {gate['of_v1']:.2f} of V1, {stage['of_v1']:.2f} with the head",
         f"decodes {donor[1]:.2f} × as fast as", f"16 texts {donor[16]:.2f} ×", f"SmolLM2-135M {smollm2[1]:.2f} ×;",
         f"log-likelihoods differ by {apart_most:.1e}".replace("e-0", "e-") + " at most, its accuracies "
