@@ -184,7 +184,7 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
     steps = min(max_new_tokens, c.n_ctx - T)
     state = model.first_state(idx[:, :0])                    # (B, 0, C)
     cache = KVCache(c, B, T + steps, state.device, state.dtype)
-    behind = [state] * c.n_loop      # per loop, the states (B, n, C) of tokens that left before it: it lacks their keys
+    behind = [state] * c.n_loop      # per loop, states (B, n, C) of tokens that left before it: it lacks their keys
     logits = model.logits(model(idx, cache)[-1][:, -1])      # (B, V)
     loops, ended = torch.full_like(idx[:, 0], c.n_loop - 1), torch.zeros_like(idx[:, 0], dtype=torch.bool)
     for step in range(steps):

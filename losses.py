@@ -117,7 +117,7 @@ class ChunkedLoss(torch.autograd.Function):
                     if d_head is not None:
                         add_product(d_head, grad.t(), x)
                 del grad
-                if self_distill and e == len(states) - 1:                    # the earlier exits learn from the last
+                if self_distill and e == len(states) - 1:    # the earlier exits, which come next, learn from the last
                     teacher = log_probs(x, w, temperature)
         ctx.grads = (None if d_head is None else d_head.to(head.dtype), *d_states)
         ce, kd = (sums / count).to(widen(head).dtype)

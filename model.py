@@ -351,7 +351,8 @@ class RecursiveTransformer(nn.Module):
                                                                            self.config)
         x = x.flatten(0, -2)                                             # (B T, C): all but attention knows only rows
         for i, layer in enumerate(self.layers):
-            place = rope, loop, i if mixed else loop * self.config.n_unique + i, cache
+            at = i if mixed else loop * self.config.n_unique + i         # of a SlotCache the layer, else the depth
+            place = rope, loop, at, cache
             # The reentrant kind would hand a shared weight's gradient to DDP once per loop, and DDP refuses that.
             x = checkpoint(layer, x, *place, use_reentrant=False) if self.checkpointing else layer(x, *place)
         if cache is not None and not mixed:

@@ -149,7 +149,7 @@ def block_conclusions(results: Path) -> str:
         wrap(f"The donor has a loss of {donor:.3f}; each run of 1 to 5 and 8 trained on {tokens:,} tokens, without "
              f"distillation where nothing else is said, and was measured on {valid:,} of a book that neither it nor "
              "the donor had seen: loss right after conversion → loss after training. (The learning rate is train.py's "
-             "default, which suits the worse starts: the best of the relaxed ones lose by so few steps.) 6 and 7 are "
+             "default, too high for what starts near the donor: that, and the donor itself, ends worse.) 6 and 7 are "
              "the models of \"Leaving early\". Mean ± standard deviation over the seeds there are, three unless a list "
              "below says otherwise, in nats. The paper's are Gemma 2B's with 2 loops, 1 to 6 after 15 billion tokens: "
              "perplexity or accuracy."),
