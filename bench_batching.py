@@ -22,7 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from engine import Engine, Request
 from exits import oracle_exits
 from model import RecursiveTransformer
 from rules import Keys, Rule, load_rule
-from runtime import UserError, pick_device, progress, table
+from runtime import UserError, check_plot, pick_device, progress, table
 from tokenizer import Tokenizer
 
 
@@ -94,18 +94,18 @@ class Watched(Engine):
             self.cache.attend = watched
 
     def timed(self, name: str, work: Callable) -> None:
-        before, began = self.stats[name], time.perf_counter()
-        super().timed(name, work)                            # a graph cannot hold the wait
-        synchronize(self.device)
-        self.stats[name] = before + time.perf_counter() - began
+        self.to_its_end(name, partial(super().timed, name, work))            # a graph cannot hold the wait
 
     def admit(self) -> None:
-        tokens, before = self.stats["prefill_tokens"], self.stats["prefill_s"]
-        began = time.perf_counter()
-        super().admit()
-        if self.stats["prefill_tokens"] > tokens:
+        self.to_its_end("prefill_s", super().admit)
+
+    def to_its_end(self, name: str, part: Callable) -> None:
+        """Run a part that counts its own seconds, and count what the GPU takes as well, if it did anything."""
+        before, began = self.stats[name], time.perf_counter()
+        part()
+        if self.stats[name] > before:
             synchronize(self.device)
-            self.stats["prefill_s"] = before + time.perf_counter() - began
+            self.stats[name] = before + time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:
@@ -272,14 +272,17 @@ def check_settings(config, n_loop: int, n_ctx: int, known: list[str]) -> None:
             if word not in allowed:
                 raise UserError(f"--{name}={word} is not to be had here; use {', '.join(allowed)}, several by comma"
                                 + (" (gate needs --ckpt)" if word == "gate" else ""))
-    named, names = set(config.variants.split(",")) if config.variants else {"V1", "V3"}, [v.name for v in ALL]
-    if not {"V1", "V3"} <= named <= set(names):
+    if not {"V1", "V3"} <= set(variant_names(config)) <= {v.name for v in ALL}:
         raise UserError(f"--variants={config.variants}: give V1 and V3, which the others are measured by, and any of "
-                        f"{', '.join(names)}, by comma")
+                        f"{', '.join(v.name for v in ALL)}, by comma")
     longest = config.prompt_len * 3 // 2 + config.new_tokens * 3 // 2
     if longest > n_ctx:
         raise UserError(f"--prompt_len={config.prompt_len} and --new_tokens={config.new_tokens} come to as many as "
                         f"{longest} tokens, half as long again, and the model's context is {n_ctx}: give less")
+
+
+def variant_names(config) -> list[str]:
+    return config.variants.split(",") if config.variants else [v.name for v in ALL]
 
 
 def spread(typical: int, n: int, draw: np.random.Generator) -> list[int]:
@@ -330,9 +333,9 @@ def dummy_model(shape, n_loop: int, rank: int, device, dtype) -> RecursiveTransf
 def measure(model: RecursiveTransformer, config) -> dict:
     """All variants on one model."""
     n_loop, keys = model.config.n_loop, config.keys.split(",")
+    names = variant_names(config)
     kinds = (config.exits or ("oracle,gate" if config.ckpt else "drawn")).split(",")
-    if config.variants and not any(v.name in config.variants.split(",") for v in EXITS):
-        kinds = []                                           # nobody leaves
+    kinds = kinds if any(v.name in names for v in EXITS) else []             # else nobody leaves
     rules = {k: load_rule(config.ckpt, model, "gate", keys=k) for k in keys} if "gate" in kinds else {}
     models, work = {False: model, True: unroll(model)}, draw_work(config, model)
     if "drawn" in kinds:
@@ -345,7 +348,7 @@ def measure(model: RecursiveTransformer, config) -> dict:
             pass
         work.traces["oracle"] = oracle_traces(model, work, [r.tokens for r in requests])
     variants = BASELINES + [replace(v, exits=kind, keys=k) for kind in kinds for k in keys for v in EXITS]
-    variants = [v for v in variants if not config.variants or v.name in config.variants.split(",")]
+    variants = [v for v in variants if v.name in names]
     found = run_variants(variants, models, rules, work, config)
     first = next([r.tokens for r in f["requests"]] for v, f in zip(variants, found, strict=True) if v.name == "V3")
     rows = [summarise(v, f, first, n_loop, config.slots) for v, f in zip(variants, found, strict=True)]
@@ -379,18 +382,6 @@ def bench_batching(config) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-def check_plot(path: str | None) -> None:
-    """UserError, before minutes of work, for a plot that could not be written."""
-    if not path:
-        return
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise UserError('--plot needs matplotlib: pip install -e ".[plot]"') from None
-    if Path(path).suffix[1:].lower() not in FigureCanvasBase.filetypes or not Path(path).parent.is_dir():
-        raise UserError(f"--plot={path}: give a file that ends in .png, .svg or .pdf, in a folder that is there")
-
 
 def plot_batching(numbers: dict, path: str) -> None:
     """Tokens/s by variant, a panel for each model, the formula's as a mark. numbers: of `bench_batching`."""

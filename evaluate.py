@@ -22,6 +22,7 @@ from runtime import (
     GATE_FILE,
     UserError,
     append_line,
+    check_plot,
     check_writable,
     json_line,
     parse_args,
@@ -65,15 +66,8 @@ def check_settings(config: EvaluateConfig) -> list[float]:
     if config.stride is not None and not 1 <= config.stride <= config.seq_len:
         raise UserError(f"--stride={config.stride} must be 1 to --seq_len={config.seq_len}: between wider ones tokens "
                         "would be left out")
-    check_writable("plot", config.plot)
+    check_plot(config.plot)
     check_writable("save", config.save)
-    if config.plot:
-        try:
-            from matplotlib.backend_bases import FigureCanvasBase
-        except ImportError:
-            raise UserError('--plot needs matplotlib: pip install -e ".[plot]"') from None
-        if Path(config.plot).suffix[1:].lower() not in FigureCanvasBase.filetypes:
-            raise UserError(f"--plot={config.plot}: give a file that ends in .png, .svg or .pdf")
     try:
         given = [float(word) for word in config.thresholds.split(",")] if config.thresholds else []
     except ValueError:
@@ -83,16 +77,21 @@ def check_settings(config: EvaluateConfig) -> list[float]:
     return given
 
 
+def window(config: EvaluateConfig, model: RecursiveTransformer) -> tuple[int, int]:
+    """(tokens in a window, tokens from one to the next), which the model's context bounds."""
+    seq_len = min(config.seq_len, model.config.n_ctx)
+    return seq_len, min(config.stride or seq_len, seq_len)
+
+
 def read_text(config: EvaluateConfig, model: RecursiveTransformer, tokenizer: Tokenizer) -> list:
     """Batches of windows, inputs and targets (<= 8, seq_len), spread evenly over the text.
 
     With a stride below seq_len a window's first tokens are there to be seen, not counted: their targets are IGNORED.
     """
-    vocab_size, seq_len = model.config.vocab_size, min(config.seq_len, model.config.n_ctx)
-    stride = min(config.stride or seq_len, seq_len)
+    seq_len, stride = window(config, model)
     if config.tokens < seq_len:
         raise UserError(f"--tokens={config.tokens} is less than one window; use --tokens={seq_len} or more")
-    tokens = load_tokens(config.text, tokenizer, vocab_size,
+    tokens = load_tokens(config.text, tokenizer, model.config.vocab_size,
                          hub_tokens=config.tokens + 2)       # a target for the last, and EOS
     there = count_windows(tokens, seq_len, stride)
     n = min((config.tokens - seq_len) // stride + 1, there)
@@ -183,8 +182,8 @@ def main(argv=None) -> None:
     rules = [Rule(name, gate=Gate.load(config.ckpt, model) if name == "gate" else None) for name in names]
     tokenizer, calibrated = Tokenizer.load(config.ckpt, model.config.vocab_size), read_thresholds(config.ckpt)
     pairs = read_text(config, model, tokenizer)
-    size, number = pairs[0][0].size(1), sum(len(idx) for idx, _ in pairs)
-    stride, n_bytes = min(config.stride or size, size), max(1, count_bytes(pairs, tokenizer))
+    (size, stride), number = window(config, model), sum(len(idx) for idx, _ in pairs)
+    n_bytes = max(1, count_bytes(pairs, tokenizer))
     numbers = {"windows": number, "window": size, "stride": stride, "bytes": n_bytes}
     numbers |= evaluate_exits(model, pairs, rules, policies, given, calibrated)
     numbers["bits_per_byte"] = [ce / math.log(2) * numbers["tokens"] / n_bytes for ce in numbers["exit_loss"]]

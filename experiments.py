@@ -36,7 +36,7 @@ from runtime import (
     start_processes,
 )
 from tokenizer import Tokenizer, copy_tokenizer
-from train import TrainConfig, evaluate
+from train import TrainConfig, evaluate, precision
 
 EXITS = "bash runs/exits_seeds.sh"             # trains and measures what the two conclusions about exits ask for
 
@@ -178,12 +178,11 @@ def measure_donor(words: list[str]) -> dict:
     what its curve is held against."""
     args = parse_args(TrainConfig, words)
     procs, model = start_processes(args.device), load_full(args.donor, torch.float32)
-    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and procs.device.type == "cuda")
+    bf16, autocast = precision(args, procs.device)
     text = load_tokens(args.valid, Tokenizer.load(find_donor(args.donor), model.config.vocab_size),
                        model.config.vocab_size)
     pairs = validation(text, args.seq_len, 4 * args.eval_tokens)
     pairs = pairs[:max(1, len(pairs) // 4)]
-    autocast = torch.autocast(procs.device.type, dtype=torch.bfloat16, enabled=bf16)
     model.to(procs.device, torch.bfloat16 if bf16 else None)
     return {"valid_tokens": sum(y.numel() for _, y in pairs), "loss": evaluate(model, pairs, procs, autocast)[-1]}
 

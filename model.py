@@ -306,7 +306,7 @@ class Layer(nn.Module):
         self.norm1, self.attn = Norm(config), Attention(config)
         self.norm2, self.mlp = Norm(config), MLP(config)
 
-    def forward(self, x: Tensor, rope, loop: int | Tensor, depth: int, cache: KVCache | SlotCache | None = None):
+    def forward(self, x: Tensor, rope, loop: int | Tensor, depth: int, cache=None) -> Tensor:
         """States x (B T, C) of sequences in turn, T = len(rope[0]); or rows of their own: see `block`."""
         y = x + self.attn(self.norm1(x, loop), rope, loop, depth, cache)
         return y + self.mlp(self.norm2(x if self.parallel else y, loop), loop)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench_batching import plot_batching
 from experiments import EXITS, MODELS, Conclusion, beside, conclusions, read_lines
 from runtime import UserError, parse_args, print0, script, table
 
@@ -245,6 +246,10 @@ def fill(text: str, results: Path) -> str:
     return text
 
 
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
 def phrases(results: Path) -> list[str]:
     """What the README's prose and small tables say, with the figures that the files have: a test looks for each."""
     def lines(name):                           # measured on the CPU
@@ -285,9 +290,9 @@ def phrases(results: Path) -> list[str]:
     shapes = next(line for line in lines("convert") if line["what"] == "scale")
     return [
         f"take {shapes['seconds']:.0f} s and {shapes['peak_gib']:.1f} GiB on two CPU cores",
-        f"differ by as much as {apart_by:.0%} (".replace("%", " %"),
+        f"differ by as much as {percent(apart_by)} (",
         f"V3 came to {served(results, 2, 'V3')['of_v1']:.2f} of V1 ({min(alone):.2f} to {max(alone):.2f}, round by",
-        f"cost ghosts, {served(results, 0, 'V5', 'drawn')['ghosts']:.0%} of all rows".replace("%", " %"),
+        f"cost ghosts, {percent(served(results, 0, 'V5', 'drawn')['ghosts'])} of all rows",
         "in under {} minutes on two CPU cores".format({4: "four"}[math.ceil(lines("stepwise")[-1]["seconds"] / 60)]),
         f"leaves after {gate['mean_loops']:.2f} loops: {gate['of_v1']:.2f} of V1, {stage['of_v1']:.2f} with the head",
         f"decodes {donor[1]:.2f} × as fast as", f"16 texts {donor[16]:.2f} ×", f"SmolLM2-135M {smollm2[1]:.2f} ×;",
@@ -299,14 +304,13 @@ def phrases(results: Path) -> list[str]:
         f"became {min(asking):.3f} to {max(asking):.3f} for the three that ask the vocabulary, {kept['gate']:.4f} for",
         f"gets below {min(loops for _, loops, _ in copied):.2f} loops at {copied[0][2]['agreement']}, with exact ones "
         f"it is {min(loops for _, loops, _ in same):.2f}",
-        f"the gate costs {large['gate'] / large['block']:.1%} of a pass".replace("%", " %"),
-        f"one by max_prob {large['max_prob'] / large['block']:.0%} (".replace("%", " %"),
-        f"with 4,096 words {small['max_prob'] / small['block']:.0%};".replace("%", " %"),
+        f"the gate costs {percent(large['gate'] / large['block'], 1)} of a pass",
+        f"one by max_prob {percent(large['max_prob'] / large['block'])} (",
+        f"with 4,096 words {percent(small['max_prob'] / small['block'])};",
         f"{chunked['added_gib_at_all']:.2f} GiB beside its input, naive {naive['added_gib_at_all']:.0f} GiB (four "
         f"times its 1,024 tokens), and {chunked['tokens_per_s'] / naive['tokens_per_s']:.1f} ×",
         "full size {:.2f}, 2 loops {:.2f}; with distillation {:.2f} and {:.2f}".format(*ours[0], *ours[1]),
-        f"r 64 {merged[0]:.0%}, r 512 {merged[1]:.0%}; as a path of its own {apart[0]:.0%} and {apart[1]:.0%}".replace(
-            "%", " %"),
+        "r 64 {}, r 512 {}; as a path of its own {} and {}".format(*map(percent, merged + apart)),
         f"tied, stepwise {tied[0]['full_val_loss']:.2f} → {tied[-1]['full_val_loss']:.2f}, r 64, average + SVD "
         f"{relaxed[0]['full_val_loss']:.2f} → {relaxed[-1]['full_val_loss']:.2f}; donor {tied[0]['donor_loss']:.2f}"]
 
@@ -364,14 +368,6 @@ def plot_rank(axes, runs, ranks) -> None:
     axes.set(xlabel="LoRA rank (0: tied)", ylabel="validation loss")
 
 
-def plot_batching(axes, results: Path) -> None:
-    line = read_lines(results / "batching.jsonl")[0]
-    rows = [(f"{row['name']}: {row['what']}" + f", {row['keys']} keys" * (row["exits"] != "never"),
-             row["tokens_per_s"]) for row in line["cases"][0]["rows"]]
-    axes.barh(*zip(*reversed(rows), strict=True))
-    axes.set(xlabel="tokens/s")
-
-
 def save_plots(results: Path, model: str) -> None:
     try:
         from matplotlib.figure import Figure
@@ -379,17 +375,18 @@ def save_plots(results: Path, model: str) -> None:
         raise UserError('--plots needs matplotlib: pip install -e ".[plot]"') from None
     runs, ranks = read_runs(results, model), MODELS[model].ranks
     prefix = "" if model == "toy" else f"{model}_"
-    for name, draw in (("inits", plot_inits), ("pareto", plot_pareto), ("rank", plot_rank), ("batching", None)):
-        if draw is None and model != "toy":
-            continue
+    for name, draw in (("inits", plot_inits), ("pareto", plot_pareto), ("rank", plot_rank)):
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        plot_batching(axes, results) if draw is None else draw(axes, runs, ranks)
+        draw(axes, runs, ranks)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
         figure.savefig(results / f"{prefix}{name}.png", dpi=120)
         print0(f"wrote {results / f'{prefix}{name}.png'}")
+    if model == "toy":
+        plot_batching(read_lines(results / "batching.jsonl")[0], str(results / "batching.png"))
+        print0(f"wrote {results / 'batching.png'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -233,6 +233,19 @@ def check_writable(name: str, path: str | None) -> None:
         raise UserError(f"--{name}={path} cannot be written: give a file in a folder that is there")
 
 
+def check_plot(path: str | None) -> None:
+    """Raise UserError, before minutes of work, if --plot, where it is given, could not be drawn or written."""
+    if not path:
+        return
+    check_writable("plot", path)
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise UserError('--plot needs matplotlib: pip install -e ".[plot]"') from None
+    if Path(path).suffix[1:].lower() not in FigureCanvasBase.filetypes:
+        raise UserError(f"--plot={path}: give a file that ends in .png, .svg or .pdf")
+
+
 def append_line(path: str, numbers: dict) -> None:
     """Add `json_line` to the file. Raises UserError where it cannot be written."""
     try:

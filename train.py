@@ -258,6 +258,12 @@ def build(args: TrainConfig, folder: Path, config: Config, device, resumed: bool
     return student.to(device), donor, teacher
 
 
+def precision(args: TrainConfig, device: torch.device) -> tuple[bool, torch.autocast]:
+    """(whether forward passes run in bfloat16 where that is safe, the context that does it)."""
+    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    return bf16, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
 @torch.no_grad()
 def evaluate(model: RecursiveTransformer, pairs: list, procs: Processes, autocast, exits=(-1,)) -> list[float]:
     """Mean cross entropy in nats at these loops' exits, over validation batches, which the processes share out."""
@@ -305,8 +311,7 @@ def prepare(args: TrainConfig, procs: Processes, state: dict | None) -> Run:
         raise UserError(f"--tokens={args.tokens} are {steps} steps, the run in {args.out} has done {state['step']}; "
                         f"ask for at least --tokens={state['step'] * args.batch_tokens}")
     torch.manual_seed(args.seed)
-    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and procs.device.type == "cuda")
-    autocast = torch.autocast(procs.device.type, dtype=torch.bfloat16, enabled=bf16)
+    bf16, autocast = precision(args, procs.device)
 
     folder = find_donor(args.donor)
     config = donor_config(folder)
@@ -318,10 +323,9 @@ def prepare(args: TrainConfig, procs: Processes, state: dict | None) -> Run:
             raise UserError(f"--{name}={getattr(args, name)} has {len(tokens)} tokens, one sequence needs "
                             f"{args.seq_len + 1} (seq_len + 1); give more text or a smaller --seq_len")
 
-    fresh = not state and not args.ckpt
-    windows = calibration_windows(texts["data"], args.calib_tokens, config, f"--data={args.data}") \
-        if args.init == "calibrated" and fresh else None
-
+    windows = None
+    if args.init == "calibrated" and state is None:
+        windows = calibration_windows(texts["data"], args.calib_tokens, config, f"--data={args.data}")
     model, donor, teacher = build(args, folder, config, procs.device, state is not None, windows)
     if bf16:  # frozen weights: rounded once, not by autocast at each use
         donor, teacher = (m and m.to(torch.bfloat16) for m in (donor, teacher))

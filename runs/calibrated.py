@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from calibrate import absorb, calibrate, calibration_windows, mean_errors, moments
 from convert import load_full, to_recursive
 from data import batch, load_tokens
+from exits import observe
 from hf import find_donor
-from losses import chunked_loss
 from runtime import append_line, parse_args, peak_memory, pick_device, print0, run_info, script
 from tokenizer import Tokenizer
 
@@ -38,17 +38,9 @@ class CaseConfig:
     save: str | None = None                # file to add the lines to
 
 
-@torch.no_grad()
 def losses(model, texts: dict) -> dict[str, list[float]]:
     """Cross entropy at each exit, on each text."""
-    out, weight = {}, model.head_weight
-    for name, (idx, targets) in texts.items():
-        total = 0.0
-        for x, y in zip(idx.split(4), targets.split(4), strict=True):
-            states = [model.norm(s, 0) for s in model(x.to(weight.device))]
-            total += chunked_loss(states, weight, y.to(weight.device), [1.0] * len(states))[1].cpu() * len(x)
-        out[name] = (total / len(idx)).tolist()
-    return out
+    return {name: observe(model, pairs).ce.mean(1).tolist() for name, pairs in texts.items()}
 
 
 def main(argv=None) -> None:
@@ -59,7 +51,8 @@ def main(argv=None) -> None:
     texts = {}
     for name, path in (part.split("=") for part in args.texts.split(",")):
         tokens = load_tokens(path, tokenizer, V)
-        texts[name] = batch(tokens, range(min(args.tokens, len(tokens) - 1) // args.seq_len), args.seq_len, seed=7)
+        idx, targets = batch(tokens, range(min(args.tokens, len(tokens) - 1) // args.seq_len), args.seq_len, seed=7)
+        texts[name] = list(zip(idx.split(4), targets.split(4), strict=True))
     calibration = load_tokens(args.calib_text, tokenizer, V)
     numbers = [[int(n) for n in given.split(",")] for given in (args.loops, args.ranks, args.calib_tokens)]
     common = {"what": "calibrated", "settings": asdict(args), **run_info(), "donor_loss": losses(full, texts)}
