@@ -1,35 +1,41 @@
-"""Calibrated conversion: a recursive model whose maps are fitted to what really enters them.
+"""Calibrated conversion: a recursive model whose maps are fitted to what really runs through them.
 
-The paper converts from weights alone, as if all directions of the input mattered alike (Average, and the plain SVD of
-Eq. 4). Here the donor first reads some text, and each linear map is fitted to the inputs that it saw. This is ours, not
-the paper's. W_l are the donor's weights at the depths l that share one stored map W', C_l = E[x x^T] the second moments
-of what enters there (plus a ridge), A_l and B_l the LoRA of that loop. The error of the map's outputs is
+The paper converts from weights alone, as if all directions of a map's input mattered alike, and all of its output. Here
+the donor first reads some text, forward and backward, and each map is fitted to what entered it, x, and to what its
+output was worth to the loss, g = d loss / d (W x). This is ours, not the paper's. W_l are the donor's weights at the
+depths l that share one stored map W', A_l and B_l the LoRA of that loop; C_l = E[x x^T] E[|g|^2] are second moments of
+what enters there (plus a ridge), as much as it matters there; and G, of trace 1, of what all these depths send back,
+sum_l E[g g^T]. To second order, and with the moments of x and g taken apart (K-FAC, Martens and Grosse 2015), the loss
+rises by half of
 
-    E = sum_l tr (W_l - W' - B_l A_l) C_l (W_l - W' - B_l A_l)^T                                                   (1)
+    E = sum_l tr G (W_l - W' - B_l A_l) C_l (W_l - W' - B_l A_l)^T                                                 (1)
 
 and it is lowered by turns, each turn an exact minimum:
 
     weighted tying   W' = (sum_l W_l C_l) (sum_l C_l)^-1                              no LoRA yet                  (2)
-    weighted SVD     B_l A_l = U U^T (W_l - W'),  U: first R eigenvectors of (W_l - W') C_l (W_l - W')^T           (3)
+    weighted SVD     A_l: first R right singular vectors of G^(1/2) (W_l - W') C_l^(1/2), times C_l^(-1/2)         (3)
     tying again      W' = (sum_l W_l P_l) (sum_l P_l)^-1,  P_l = C_l - C_l A_l^T (A_l C_l A_l^T)^-1 A_l C_l        (4)
                      and with it B_l = (W_l - W') C_l A_l^T (A_l C_l A_l^T)^-1
 
 (4) is the best W' and B together, given A: P_l is what of the input the LoRA cannot see, so W' serves a loop only where
-that loop cannot serve itself. (3) and (4) alternate, loop by loop, until little more is won. With C_l = I, (2) is
-Average and (3) the SVD of Eq. 4. The code keeps A with A C A^T = I, and then B = (W_l - W') C_l A_l^T in (3) too.
+that loop cannot serve itself. (3) and (4) alternate, loop by loop, until little more is won. With all C_l = G = I, (2)
+is Average and (3) the SVD of Eq. 4. The code keeps A with A C A^T = I, and then B = (W_l - W') C_l A_l^T in (3) too.
 
 Norm weights are first absorbed into the maps that follow them, else tying them alone costs more than all the rest. A
 bias is one more column of W, over an input that is always 1 and that no LoRA sees.
 """
 
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from statistics import mean
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from data import Tokens, batch, count_windows
-from model import Config, RecursiveTransformer, RelaxedLinear
+from losses import IGNORE, chunked_loss
+from model import Config, Layer, Norm, RecursiveTransformer, RelaxedLinear, rope_angles, widen
 from runtime import UserError, print0, progress, table
 
 # The maps that read the same input, by the one whose input is watched.
@@ -37,73 +43,111 @@ READERS = {"attn.q": ("attn.q", "attn.k", "attn.v"), "attn.o": ("attn.o",), "mlp
            "mlp.down": ("mlp.down",)}
 WIDEST, SKETCH = 8192, 4096  # inputs wider than the first are kept as a sketch of so many rows, not as width x width
 
-# "layers.3.attn.q" -> (E[x x^T] (in, in), E[x] (in,)), both fp64; a sketch S (rows, in) has S^T S for the first.
-Moments = dict[str, tuple[Tensor, Tensor]]
+
+@dataclass
+class Moments:
+    """What ran through a donor, per token, in fp64."""
+    # "layers.3.attn.q" -> E[x x^T] (in, in), E[x] (in,); of wide inputs a sketch S (rows, in), with S^T S for the first
+    inputs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # "layers.3.attn.k" -> E[g g^T] (out, out); of wide outputs its diagonal (out,)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def absorb(full: RecursiveTransformer) -> RecursiveTransformer:
-    """The same function with all norm weights in the block at one and norm biases at zero: those that follow have them.
+def absorb(layer: Layer) -> Layer:
+    """The same function, in fp32 or wider, with norm weights one and norm biases zero: the maps that follow have them.
 
     A map that reads a norm with bias needs a bias of its own, so GPT-NeoX gets biases in attention if it had none.
     """
-    biased = full.config.arch == "gpt_neox"
-    new = RecursiveTransformer(replace(full.config, attn_bias=biased, mlp_bias=biased))
-    new = new.to(full.embed.weight.device, full.embed.weight.dtype)
-    new.load_state_dict(full.state_dict(), strict=False)                 # biases that it did not have stay zero
-    for layer in new.layers:
-        for norm, part, names in ((layer.norm1, layer.attn, "qkv"), (layer.norm2, layer.mlp, ("gate", "up"))):
-            scale = norm.weight + 1.0 if norm.arch == "gemma" else norm.weight
-            for linear in filter(None, (getattr(part, name) for name in names)):
-                if norm.bias is not None:
-                    linear.bias += linear.weight @ norm.bias
-                linear.weight *= scale
-            norm.weight.fill_(0.0 if norm.arch == "gemma" else 1.0)
+    layer = deepcopy(layer)
+    for p in layer.parameters():
+        p.data = widen(p.data)
+    for norm, part, names in ((layer.norm1, layer.attn, "qkv"), (layer.norm2, layer.mlp, ("gate", "up"))):
+        scale = norm.weight + 1.0 if norm.arch == "gemma" else norm.weight
+        for linear in filter(None, (getattr(part, name) for name in names)):
             if norm.bias is not None:
-                norm.bias.zero_()
-    return new.eval()
-
+                bias = linear.weight @ norm.bias
+                linear.bias = nn.Parameter(bias if linear.bias is None else linear.bias + bias)
+            linear.weight *= scale
+        norm.weight.fill_(0.0 if norm.arch == "gemma" else 1.0)
+        if norm.bias is not None:
+            norm.bias.zero_()
+    return layer
 
 @torch.no_grad()
-def moments(full: RecursiveTransformer, windows) -> Moments:
-    """First and second moments of what enters each map at each depth, over token ids (B, T) from `windows`.
+def moments(full: RecursiveTransformer, windows: list[Tensor]) -> Moments:
+    """What runs through each map of a full-size model as it reads token ids (B, T) from `windows` and predicts them.
 
-    One pass; sums in fp64. An input wider than WIDEST is kept as a sketch, in which every token is added to one of
-    SKETCH rows with a random sign: its square has E[x x^T] as its mean. UserError where an input is not finite.
+    One layer at a time, forward and then backward, so that beside the model there are only the states (tokens, C) that
+    enter each layer, and one layer's graph. Sums in fp64. An input wider than WIDEST is kept as a sketch: every token
+    is added to one of SKETCH rows with a random sign, so that its square has E[x x^T] as its mean. UserError where an
+    input is not finite.
     """
-    sums, count, draw = {}, 0, torch.Generator().manual_seed(0)
+    windows = [idx.to(full.embed.weight.device) for idx in windows]
+    ropes = [rope_angles(torch.arange(idx.size(1), device=idx.device), full.config) for idx in windows]
+    entering = [[widen(full.first_state(idx)).flatten(0, 1) for idx in windows]]
+    for layer in progress(full.layers, desc="reading the calibration text", unit="layer"):
+        layer = absorb(layer)
+        entering.append([layer(x, rope, 0, 0, None) for x, rope in zip(entering[-1], ropes, strict=True)])
+    head = widen(full.head_weight.detach())
+    grads = [gradient(full.norm, head, x, idx) for x, idx in zip(entering.pop(), windows, strict=True)]
+    found, count = Moments(), sum(idx.numel() for idx in windows)
+    for i in progress(reversed(range(len(full.layers))), desc="and back", unit="layer", total=len(full.layers)):
+        layer = absorb(full.layers[i])
+        watch(layer, f"layers.{i}.", found, count)
+        for j, x in enumerate(entering.pop()):
+            with torch.enable_grad():
+                y = layer(x.requires_grad_(), ropes[j], 0, 0, None)
+            grads[j], = torch.autograd.grad(y, x, grads[j])
+    for name in (f"layers.{i}.{entry}" for i in range(len(full.layers)) for entry in READERS):   # the first that fails
+        if not all(part.isfinite().all() for part in found.inputs[name]):
+            raise UserError(f"what enters {name} of the donor is not finite on the calibration text: its weights are "
+                            "damaged, or they overflow in this dtype")
+    return found
 
-    def watch(name):
+
+def gradient(norm: Norm, head: Tensor, x: Tensor, idx: Tensor) -> Tensor:
+    """Of the summed cross entropy of the next tokens of idx (B, T), in what the last layer put out, x (B T, C)."""
+    targets = F.pad(idx[:, 1:], (0, 1), value=IGNORE).flatten()
+    with torch.enable_grad():
+        loss = chunked_loss([norm(x.requires_grad_(), 0)], head, targets)[0] * (targets != IGNORE).sum()
+    return torch.autograd.grad(loss, x)[0]
+
+
+def watch(layer: Layer, prefix: str, found: Moments, count: int) -> None:
+    """Have the moments of what runs through the layer's maps, `count` tokens in all, added to `found`."""
+    draw = torch.Generator().manual_seed(0)
+
+    def forward(name):
         def hook(_, inputs):
-            x = inputs[0].flatten(0, -2)                                 # (tokens, in)
+            x = inputs[0].detach().flatten(0, -2)                        # (tokens, in)
             width = x.size(1)
-            if name not in sums:
-                rows = SKETCH if width > WIDEST else width
-                sums[name] = [x.new_zeros(rows, width, dtype=torch.float64), x.new_zeros(width, dtype=torch.float64)]
+            rows = SKETCH if width > WIDEST else width
+            if name not in found.inputs:
+                found.inputs[name] = (x.new_zeros(rows, width, dtype=torch.float64),
+                                      x.new_zeros(width, dtype=torch.float64))
+            second, first = found.inputs[name]
             if width > WIDEST:
                 row = torch.randint(SKETCH, (len(x),), generator=draw).to(x.device)
                 sign = (torch.randint(2, (len(x), 1), generator=draw) * 2 - 1).to(x.device)
-                sums[name][0].index_add_(0, row, (x * sign).double())
+                second.index_add_(0, row, (x * sign).double() / count**0.5)
             else:
-                sums[name][0] += (x.T @ x).double()
-            sums[name][1] += x.sum(0, dtype=torch.float64)
+                second += (x.T @ x).double() / count
+            first += x.sum(0, dtype=torch.float64) / count
         return hook
 
-    hooks = [layer.get_submodule(entry).register_forward_pre_hook(watch(f"layers.{i}.{entry}"))
-             for i, layer in enumerate(full.layers) for entry in READERS]
-    try:
-        for idx in windows:
-            full(idx.to(full.embed.weight.device))
-            count += idx.numel()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, (second, first) in sums.items():
-        if not (second.isfinite().all() and first.isfinite().all()):
-            raise UserError(f"what enters {name} of the donor is not finite on the calibration text: its weights are "
-                            "damaged, or they overflow in this dtype")
-        sums[name] = second / (count if second.size(0) == second.size(1) else count**0.5), first / count
-    return sums
+    def backward(name):
+        def hook(_, inputs, outputs):
+            g = outputs[0].flatten(0, -2)                                # (tokens, out)
+            new = g.square().sum(0) if g.size(1) > WIDEST else g.T @ g
+            found.gradients[name] = found.gradients.get(name, 0.0) + new.double() / count
+        return hook
+
+    for entry, kinds in READERS.items():
+        layer.get_submodule(entry).register_forward_pre_hook(forward(prefix + entry))
+        for kind in kinds:
+            if kind != "mlp.gate" or layer.mlp.gate is not None:
+                layer.get_submodule(kind).register_full_backward_hook(backward(prefix + kind))
 
 
 def directions(target: Tensor, root: Tensor, rank: int) -> Tensor:
@@ -172,16 +216,18 @@ def scaled(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b.masked_fill(dead, 0.0)
 
 
-def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[tuple[Tensor, Tensor]], rounds: int,
-            stop: float, ridge: float) -> list[float]:
-    """Fill `linear` with what fits best the donors' maps, one for each loop, on what entered them; the errors of `fit`.
+def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[tuple[Tensor, Tensor]],
+            gradients: list[Tensor], rounds: int, stop: float, ridge: float) -> list[float]:
+    """Fill `linear` with what fits best the donors' maps, one for each loop, on what ran through them; the errors of
+    `fit`.
 
     A tied bias is fitted with W' as a column more. One per loop takes up the mean error of its loop, whatever W', A and
     B are, so that they have only C less that of the mean to fit.
     """
     biased, own = linear.bias is not None, linear.bias is not None and linear.bias.dim() == 2
+    root = square_root(sum(gradients), ridge)
     targets, Cs = [], []
-    for donor, (second, first) in zip(donors, entering, strict=True):
+    for donor, (second, first), G in zip(donors, entering, gradients, strict=True):
         if second.size(0) != second.size(1):                             # a sketch, squared only here: memory
             second = second.T @ second
         W, C = donor.weight.double(), second - first.outer(first) if own else second.clone()
@@ -189,8 +235,10 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
         if biased and not own:
             W = torch.cat([W, donor.bias.double()[:, None]], dim=1)
             C = torch.cat([torch.cat([C, first[:, None]], dim=1), torch.cat([first, first.new_ones(1)])[None]])
-        targets, Cs = [*targets, W], [*Cs, C]
+        C *= (G if G.dim() == 1 else G.diagonal()).sum().clamp_min(1e-30)
+        targets, Cs = [*targets, times(root, W)], [*Cs, C]
     W, lora, errors = fit(targets, Cs, linear.rank, rounds, stop, biased and not own)
+    W, lora = divide(root, W), [(a, divide(root, b)) for a, b in lora]
     linear.weight.copy_(W[:, :linear.weight.size(1)])
     for loop, (a, b) in enumerate(lora):
         a, b = scaled(a, b)
@@ -202,29 +250,47 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
     return errors
 
 
+def square_root(G: Tensor, ridge: float) -> Tensor:
+    """R (out, out), upper triangular, with R^T R = G and a ridge, scaled to a mean of 1; (out,) where G is diagonal."""
+    diagonal = G if G.dim() == 1 else G.diagonal()
+    G = G / diagonal.mean().clamp_min(1e-30)
+    return (G + ridge).sqrt() if G.dim() == 1 else torch.linalg.cholesky(G + ridge * torch.eye(len(G)).to(G)).T
+
+
+def times(root: Tensor, W: Tensor) -> Tensor:
+    return root[:, None] * W if root.dim() == 1 else root @ W
+
+
+def divide(root: Tensor, W: Tensor) -> Tensor:
+    return W / root[:, None] if root.dim() == 1 else torch.linalg.solve_triangular(root, W, upper=True)
+
+
 @torch.no_grad()
 def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: int = 0, vectors: str = "tied",
               rounds: int = 10, stop: float = 0.02, ridge: float = 1e-3,
               report: dict | None = None) -> RecursiveTransformer:
-    """The recursive model fitted to a donor that `absorb` prepared and the `moments` of what entered its maps.
+    """The recursive model fitted to a donor and the `moments` of what ran through its maps.
 
-    ridge is added to the diagonal of each C, as a share of its mean; rounds and stop as in `fit`. report, if given, is
-    filled with kind of matrix -> the errors of `fit`, one list per stored layer.
+    ridge is added to the diagonals of each C and of G, as a share of their mean; rounds and stop as in `fit`. report,
+    if given, is filled with kind of matrix -> the errors of `fit`, one list per stored layer.
     """
-    model = RecursiveTransformer(replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors))
+    biased = full.config.arch == "gpt_neox"                              # see `absorb`
+    model = RecursiveTransformer(replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors, attn_bias=biased,
+                                         mlp_bias=biased))
     model = model.to(full.embed.weight.device, full.embed.weight.dtype)
     model.load_state_dict({n: w for n, w in full.state_dict().items() if not n.startswith("layers.")}, strict=False)
     for k, layer in enumerate(progress(model.layers, desc="calibrating", unit="layer")):
-        donors = list(full.layers[k::model.config.n_unique])             # of this position, one for each loop
+        at = range(k, full.config.n_layer, model.config.n_unique)        # of this position, one for each loop
+        donors = [absorb(full.layers[i]) for i in at]
         for ours, donor in ((layer.norm1, donors[0].norm1), (layer.norm2, donors[0].norm2)):
             for name, vector in ours.named_parameters():
                 vector.copy_(donor.get_parameter(name))                  # the same for all: absorbed
         for entry, kinds in READERS.items():
-            entering = [seen[f"layers.{k + loop * model.config.n_unique}.{entry}"] for loop in range(n_loop)]
             for kind in kinds:
                 if kind != "mlp.gate" or layer.mlp.gate is not None:
-                    errors = fit_map(layer.get_submodule(kind), [d.get_submodule(kind) for d in donors], entering,
-                                     rounds, stop, ridge)
+                    errors = fit_map(layer.get_submodule(kind), [d.get_submodule(kind) for d in donors],
+                                     [seen.inputs[f"layers.{i}.{entry}"] for i in at],
+                                     [seen.gradients[f"layers.{i}.{kind}"] for i in at], rounds, stop, ridge)
                     if report is not None:
                         report.setdefault(kind, []).append(errors)
     return model.eval()
@@ -255,9 +321,8 @@ def to_calibrated(full: RecursiveTransformer, windows: list[Tensor], n_loop: int
     """The recursive model of a donor, calibrated on token ids (B, T) from `windows`; says how the error fell."""
     if full.config.n_loop != 1:
         raise UserError("this is a recursive model already; calibrate its donor")
-    donor, report = absorb(full), {}
-    seen = moments(donor, progress(windows, desc="reading the calibration text", unit="batch"))
-    model = calibrate(donor, seen, n_loop, rank, vectors, report=report)
+    report = {}
+    model = calibrate(full, moments(full, windows), n_loop, rank, vectors, report=report)
     print0("error left, as a share of the outputs' energy, at the start and after each round: "
            + " ".join(f"{e:.4f}" for e in mean_errors([errors for kind in report.values() for errors in kind])))
     print0(table([["map", "start", "end"], *([kind, f"{mean([e[0] for e in errors]):.2%}",

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from calibrate import absorb, calibrate, calibration_windows, mean_errors, moments
+from calibrate import calibrate, calibration_windows, mean_errors, moments
 from convert import load_full, to_recursive
 from data import batch, load_tokens
 from exits import observe
@@ -68,16 +68,15 @@ def main(argv=None) -> None:
             for vectors in args.vectors.split(","):
                 report(init="average", loops=loops, rank=rank, vectors=vectors,
                        loss=losses(to_recursive(full, loops, "average", rank, vectors=vectors), texts))
-    donor = absorb(full)
     for n in numbers[2]:
         began = time.perf_counter()
-        seen = moments(donor, calibration_windows(calibration, n, full.config, args.calib_text))
+        seen = moments(full, calibration_windows(calibration, n, full.config, args.calib_text))
         reading = time.perf_counter() - began
         for loops in numbers[0]:
             for rank in numbers[1]:
                 for vectors in args.vectors.split(","):
                     began, errors = time.perf_counter(), {}
-                    model = calibrate(donor, seen, loops, rank, vectors, args.rounds, report=errors)
+                    model = calibrate(full, seen, loops, rank, vectors, args.rounds, report=errors)
                     seconds = time.perf_counter() - began
                     report(init="calibrated", loops=loops, rank=rank, vectors=vectors, calib_tokens=n,
                            loss=losses(model, texts), errors=mean_errors([e for kind in errors.values() for e in kind]),

@@ -1,21 +1,24 @@
 """Calibrated conversion: each closed form beside a solver that knows nothing of it, the limits, and the way in."""
 
+import copy
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_convert import hf_folder
 from test_model import close, each_arch, last, tiny, tokens
 from tiny import home, run, story  # noqa: F401 (a fixture)
 
 import calibrate
 import convert
-from calibrate import absorb, calibration_windows, fit, moments, scaled, to_calibrated
+from calibrate import absorb, calibration_windows, fit, fit_map, moments, scaled, to_calibrated
 from convert import load_full, svd_factors, unroll
 from data import Tokens, load_tokens, write_shards
-from model import RecursiveTransformer
+from model import Config, RecursiveTransformer, RelaxedLinear
 from runtime import UserError
 from tokenizer import Tokenizer
 
@@ -125,14 +128,69 @@ def test_a_direction_without_residual_can_still_learn():
     assert 0.5 < a[2:].norm(dim=1).mean() < 2
 
 
+@each_shape
+@pytest.mark.parametrize("wide", [False, True])
+@torch.no_grad()
+def test_outputs_count_by_their_gradients(shape, wide):
+    """Eq. 1 with G: the start by singular values, then as low as descent on W', A and B together gets."""
+    Ws, _, Cs = problem(shape)
+    gs = [torch.randn(50, shape[0], dtype=torch.float64) * torch.linspace(1, scale, shape[0]) for scale in (9, 20)]
+    Gs = [g.square().mean(0) if wide else g.T @ g / 50 for g in gs]      # of wide outputs the diagonal is kept
+    G, weights = sum(torch.diag(G) if wide else G for G in Gs), [G.sum() if wide else G.trace() for G in Gs]
+    root, config = torch.linalg.cholesky(G).T, Config(n_loop=2, n_layer=2, rank=3)
+
+    def left(W, factors):
+        return sum(w * (root @ (V - W - b @ a) @ torch.linalg.cholesky(C)).square().sum()
+                   for V, C, (a, b), w in zip(Ws, Cs, factors, weights, strict=True))
+
+    def fitted(rounds, rank=3):
+        linear = RelaxedLinear(shape[1], shape[0], replace(config, rank=rank)).double()
+        donors = [RelaxedLinear(shape[1], shape[0], replace(config, rank=0)).double() for _ in Ws]
+        for donor, W in zip(donors, Ws, strict=True):
+            donor.weight.copy_(W)
+        errors = fit_map(linear, donors, [(C, C[0]) for C in Cs], Gs, rounds, 0.0, 0.0)
+        return linear.weight.data, [(linear.lora_a[i], linear.lora_b[i]) for i in range(2)] if rank else None, errors
+    tied, _, _ = fitted(0, rank=0)
+    C = [w * C for C, w in zip(Cs, weights, strict=True)]
+    close(tied, (Ws[0] @ C[0] + Ws[1] @ C[1]) @ torch.linalg.inv(C[0] + C[1]), 1e-5)
+    tail = sum(w * torch.linalg.svdvals(root @ (V - tied) @ torch.linalg.cholesky(C))[3:].square().sum()
+               for V, C, w in zip(Ws, Cs, weights, strict=True))
+    W, factors, errors = fitted(0)
+    assert left(W, factors).item() == pytest.approx(tail.item(), rel=1e-6)
+    energy = left(torch.zeros_like(W), [(torch.zeros(1, shape[1]).double(), torch.zeros(shape[0], 1).double())] * 2)
+    assert errors[-1] == pytest.approx((tail / energy).item(), rel=1e-5)
+    W, factors, errors = fitted(400)
+    assert errors[-1] == pytest.approx((left(W, factors) / energy).item(), rel=1e-5)
+    inverse = [torch.linalg.inv(torch.linalg.cholesky(C)) for C in Cs]   # descent finds white inputs easy
+    white = [a @ i.inverse() for (a, _), i in zip(factors, inverse, strict=True)]
+    free = [p.clone().requires_grad_() for p in (W, *(b for _, b in factors), *white)]
+    descent = torch.optim.LBFGS(free, max_iter=500, tolerance_grad=1e-13, line_search_fn="strong_wolfe")
+
+    @torch.enable_grad()
+    def step():
+        descent.zero_grad()
+        loss = left(free[0], [(free[3] @ inverse[0], free[1]), (free[4] @ inverse[1], free[2])])
+        loss.backward()
+        return loss
+    first = descent.step(step).item()
+    assert first == pytest.approx(left(W, factors).item()) and step().item() > 0.95 * first
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the donor sees
+
+def absorbed(full):
+    biased, new = full.config.arch == "gpt_neox", copy.deepcopy(full)
+    new.config = replace(full.config, attn_bias=biased, mlp_bias=biased)
+    new.layers = torch.nn.ModuleList(absorb(layer) for layer in full.layers)
+    return new
+
 
 @each_arch
 @pytest.mark.parametrize("attn_bias", [True, False])
 def test_absorbed_norms_change_nothing(arch, attn_bias):
     full, idx = tiny(arch, **({"attn_bias": attn_bias} if arch == "gpt_neox" else {})).double(), tokens(2, 9)
-    new = absorb(full)
+    new = absorbed(full)
     close(last(new, idx), last(full, idx), 1e-12)
     for layer in new.layers:
         for norm in (layer.norm1, layer.norm2):
@@ -140,50 +198,76 @@ def test_absorbed_norms_change_nothing(arch, attn_bias):
             assert norm.bias is None or not norm.bias.any()
 
 
-@each_arch
-@torch.no_grad()
-def test_moments_are_of_what_enters_each_map(arch):
-    full, idx, inputs = tiny(arch).double(), tokens(4, 9), {}
-    for name, module in full.named_modules():
+@torch.enable_grad()
+def watched(full, idx):
+    """Map -> (what enters it (tokens, in), the loss' gradient in what it puts out (tokens, out)), norms absorbed."""
+    donor, inputs, outputs = absorbed(full), {}, {}
+    for name, module in donor.named_modules():
         if hasattr(module, "rank"):
-            module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0].flatten(0, -2)}))
-    seen = moments(full, [idx])
-    assert len(seen) == 24
+            module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0].detach()}))
+            module.register_forward_hook(lambda _, x, y, name=name: outputs.update({name: y}))
+    loss = F.cross_entropy(donor.logits(donor(idx)[-1])[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="sum")
+    grads = torch.autograd.grad(loss, list(outputs.values()))
+    return {name: (inputs[name].flatten(0, -2), g.flatten(0, -2)) for name, g in zip(outputs, grads, strict=True)}
+
+
+@each_arch
+def test_moments_are_of_what_runs_through_each_map(arch, monkeypatch):
+    full, idx = tiny(arch).double(), tokens(4, 9)
+    seen, want = moments(full, [idx]), watched(full, idx)
+    assert len(seen.inputs) == 24 and set(seen.gradients) == set(want)
     for entry, kinds in calibrate.READERS.items():
-        for i, layer in enumerate(full.layers):
-            for kind in kinds if arch != "gpt_neox" or entry != "mlp.up" else ("mlp.up",):
-                x = inputs[f"layers.{i}.{kind}"]
-                close(seen[f"layers.{i}.{entry}"][0], x.T @ x / 36, 1e-12)
-                close(seen[f"layers.{i}.{entry}"][1], x.mean(0), 1e-12)
-            assert not layer.get_submodule(kind)._forward_pre_hooks or len(layer.attn.q._forward_pre_hooks) == 1
+        for i, kind in itertools.product(range(6), kinds):
+            if f"layers.{i}.{kind}" in want:
+                x, g = want[f"layers.{i}.{kind}"]
+                close(seen.inputs[f"layers.{i}.{entry}"][0], x.T @ x / 36, 1e-12)
+                close(seen.inputs[f"layers.{i}.{entry}"][1], x.mean(0), 1e-12)
+                close(seen.gradients[f"layers.{i}.{kind}"], g.T @ g / 36, 1e-12)
+    monkeypatch.setattr(calibrate, "WIDEST", 39)                         # of wide outputs the diagonal
+    wide = moments(full, [idx]).gradients
+    assert any(g.dim() == 1 for g in wide.values())
+    for name, g in wide.items():
+        close(g, seen.gradients[name] if g.dim() == 2 else seen.gradients[name].diagonal(), 1e-12)
+    assert not any(m._forward_pre_hooks or m._backward_hooks for m in full.modules())    # only copies are watched
 
 
 def test_moments_do_not_depend_on_order_or_batch_size():
     full, idx = tiny("llama").double(), tokens(6, 9)
     want = moments(full, [idx])
     for windows in (idx.split(1), idx.flip(0).split(4)):
-        for name, (second, first) in moments(full, windows).items():
-            close(second, want[name][0], 1e-12)
-            close(first, want[name][1], 1e-12)
+        seen = moments(full, windows)
+        for name, (second, first) in seen.inputs.items():
+            close(second, want.inputs[name][0], 1e-12)
+            close(first, want.inputs[name][1], 1e-12)
+        for name, g in seen.gradients.items():
+            close(g, want.gradients[name], 1e-12)
+
+
+def test_weights_in_half_precision_are_read_in_full():
+    full, idx = tiny("gemma").bfloat16(), tokens(4, 9)
+    seen, want = moments(full, [idx]), moments(copy.deepcopy(full).float(), [idx])
+    for name, (second, _) in seen.inputs.items():
+        close(second, want.inputs[name][0], 1e-2 if "layers.0" in name else 2e-2)
 
 
 @torch.no_grad()
 def test_wide_inputs_are_sketched(monkeypatch):
     full, idx = tiny("llama").double(), tokens(8, 60)
     want = moments(full, [idx])
-    exact = calibrate.calibrate(absorb(full), moments(absorb(full), [idx]), 2, 3)
+    exact = calibrate.calibrate(full, want, 2, 3)
     monkeypatch.setattr(calibrate, "WIDEST", 39)                         # attn.o and mlp.down read 40, the others 32
 
     def far(rows):  # of each sketch from the moments, several tokens in a row where rows are few
         monkeypatch.setattr(calibrate, "SKETCH", rows)
-        seen = moments(full, idx.split(3))
+        seen = moments(full, idx.split(3)).inputs
         assert {len(s) for n, (s, _) in seen.items() if n.endswith(("attn.o", "down"))} == {rows}
-        assert all(torch.allclose(s, want[n][0]) for n, (s, _) in seen.items() if not n.endswith(("attn.o", "down")))
-        return max(((s.T @ s) / want[n][0].norm() - want[n][0] / want[n][0].norm()).norm().item()
+        assert all(torch.allclose(s, want.inputs[n][0]) for n, (s, _) in seen.items()
+                   if not n.endswith(("attn.o", "down")))
+        return max(((s.T @ s) / want.inputs[n][0].norm() - want.inputs[n][0] / want.inputs[n][0].norm()).norm().item()
                    for n, (s, _) in seen.items() if len(s) == rows)
     assert 0 < far(20_000) < 0.1 < far(400) < 0.6
     monkeypatch.setattr(calibrate, "SKETCH", 20_000)
-    near = calibrate.calibrate(absorb(full), moments(absorb(full), [idx]), 2, 3)
+    near = calibrate.calibrate(full, moments(full, [idx]), 2, 3)
     close(near.layers[1].mlp.down.merged(1), exact.layers[1].mlp.down.merged(1), 0.05)
 
 
@@ -192,7 +276,6 @@ def test_an_input_that_is_not_finite_is_named():
     full.layers[2].attn.v.weight.data[3, 4] = float("nan")
     with pytest.raises(UserError, match=r"what enters layers\.2\.attn\.o .* not finite"):
         moments(full, [tokens(1, 9)])
-    assert not full.layers[0].attn.q._forward_pre_hooks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,21 +310,21 @@ def test_one_loop_is_the_donor(arch, rank, vectors):
 @torch.no_grad()
 def test_every_map_fits_the_donors_better_than_the_papers_start(arch, vectors, rank):
     full, idx = tiny(arch).double(), tokens(12, 60)
-    donor, ours = absorb(full), calibrated(full, 2, rank, vectors, idx)
+    donor, ours, seen = absorbed(full), calibrated(full, 2, rank, vectors, idx), moments(full, [idx])
     paper = convert.to_recursive(donor, 2, "average", rank=rank, vectors=vectors, dtype=torch.float64)
-    inputs = {}
-    for name, module in donor.named_modules():
-        if hasattr(module, "rank"):
-            module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
-    donor(idx)
+    inputs = {name: x for name, (x, _) in watched(full, idx).items()}
     for kind in (n for n, m in ours.layers[0].named_modules() if hasattr(m, "rank")):
-        wrong = []
-        for model in (ours, paper):
-            left = [model.layers[i].get_submodule(kind)(x := inputs[f"layers.{i + 3 * loop}.{kind}"], loop)
-                    - donor.layers[i + 3 * loop].get_submodule(kind)(x, 0) for i in range(3) for loop in range(2)]
-            wrong.append(sum(y.square().sum() for y in left))
-            if model is ours and vectors == "per_loop" and arch == "gpt_neox":
-                assert all(y.flatten(0, -2).mean(0).abs().max() < 1e-9 for y in left)   # the bias takes up the mean
+        wrong = [0.0, 0.0]
+        for which, model in enumerate((ours, paper)):
+            for i in range(3):
+                at = [f"layers.{i + 3 * loop}.{kind}" for loop in range(2)]
+                G = sum(seen.gradients[name] for name in at)
+                for loop, name in enumerate(at):
+                    y = (model.layers[i].get_submodule(kind)(inputs[name], loop)
+                         - donor.layers[i + 3 * loop].get_submodule(kind)(inputs[name], 0))
+                    wrong[which] += seen.gradients[name].trace() * (y @ G).mul(y).sum() / G.trace()        # Eq. 1
+                    if model is ours and vectors == "per_loop" and arch == "gpt_neox":
+                        assert y.mean(0).abs().max() < 1e-9                                # the bias takes up the mean
         assert wrong[0] < wrong[1], kind
 
 
