@@ -49,7 +49,7 @@ class Moments:
     """What ran through a donor, per token, in fp64."""
     # "layers.3.attn.q" -> E[x x^T] (in, in), E[x] (in,); of wide inputs a sketch S (rows, in), with S^T S for the first
     inputs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # "layers.3.attn.k" -> E[g g^T] (out, out); of wide outputs its diagonal (out,)
+    # "layers.3.attn.k" -> E[g g^T] (out, out); of the MLP's neurons the diagonal (out,), which serves them as well
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -139,7 +139,7 @@ def watch(layer: Layer, prefix: str, found: Moments, count: int) -> None:
     def backward(name):
         def hook(_, inputs, outputs):
             g = outputs[0].flatten(0, -2)                                # (tokens, out)
-            new = g.square().sum(0) if g.size(1) > WIDEST else g.T @ g
+            new = g.square().sum(0) if name.endswith(("gate", "up")) else g.T @ g
             found.gradients[name] = found.gradients.get(name, 0.0) + new.double() / count
         return hook
 

@@ -52,14 +52,17 @@ class Model:
     ranks: tuple[int, int, int]
     seeds: int
     flags: str                                 # for every run
+    uptraining: str                            # for those that say what a calibrated start saves, beside the others
 
 
 MODELS = {
     "toy": Model("assets/donor", "assets/books/train", "assets/books/valid.txt", 32_768, (6, 24, 48), 3,
-                 "--batch_tokens=512 --micro_batch=2 --warmup=5 --eval_every=16 --eval_tokens=4096 --save_every=32"),
+                 "--batch_tokens=512 --micro_batch=2 --warmup=5 --eval_every=16 --eval_tokens=4096 --save_every=32",
+                 "--tokens=307_200 --batch_tokens=2048 --micro_batch=8 --warmup=20 --lr=3e-4 --eval_every=5 "
+                 "--save_every=50"),
     "smollm2": Model("HuggingFaceTB/SmolLM2-135M", "out_books", "out_books/valid", 20_971_520, (16, 64, 256), 1,
                      "--seq_len=1024 --batch_tokens=65_536 --micro_batch=16 --lr=5e-4 --warmup=20 --eval_every=40 "
-                     "--eval_tokens=65_536 --save_every=80 --compile"),
+                     "--eval_tokens=65_536 --save_every=80 --compile", "--eval_every=10"),
 }
 
 
@@ -115,12 +118,13 @@ def beside(low: int, mid: int, top: int) -> dict[str, list[str]]:
     """Runs that no conclusion needs, but a plot or the table of the gap: --only's name -> runs."""
     return {"zero": [f"average-r{low}-zero", f"average-r{mid}-zero"],
             "loops": ["stepwise-3x", "average-3x", f"average-r{top}-3x"],
+            "calibrated": [f"{init}-r{mid}-{how}" for how in ("long", "exits") for init in ("average", "calibrated")],
             "tokens": [f"{run}-{size}" for size in ("quarter", "fourfold") for run in ("stepwise", f"average-r{top}")]}
 
 
 def matrix(model: Model, work: Path) -> dict[str, str]:
     """Every run that there is: name -> flags of train.py. `work` holds what `prepare` makes."""
-    low, mid, top = model.ranks
+    _, mid, top = model.ranks
     starts = {init: f"--init={init}" for init in ("stepwise", "average", "lower", "random")}
     for rank in model.ranks:
         starts[f"average-r{rank}"] = f"--init=average --rank={rank}"
@@ -135,6 +139,9 @@ def matrix(model: Model, work: Path) -> dict[str, str]:
              "scratch": f"--init=scratch --donor={work}/half --distill=none",
              "norms-pick": "--init=average --norms=pick --distill=none",
              "norms-zero": f"--ckpt={work}/zeroed --distill=none"}
+    for init in ("average", "calibrated"):                               # ours: calibrate.py
+        start = f"--init={init} --rank={mid} --distill=fkl {model.uptraining}"
+        runs |= {f"{init}-r{mid}-long": start, f"{init}-r{mid}-exits": f"{start} --exit_loss=aggressive"}
     for size, tokens in (("quarter", model.tokens // 4), ("fourfold", 4 * model.tokens)):
         for name in ("stepwise", f"average-r{top}"):
             runs[f"{name}-{size}"] = f"{runs[name]} --tokens={tokens}"
@@ -202,18 +209,20 @@ def result(config: "ExperimentsConfig", name: str, seed: int, words: list[str], 
     settings = parse_args(TrainConfig, words)
     with torch.device("meta"):
         params = RecursiveTransformer(read_config(out)).num_params()
-    curve = [[line["step"] * settings.batch_tokens, line["val_loss"]] for line in log if "val_loss" in line]
+    underway = [line for line in log if "val_loss" in line]
+    curve = [[line["step"] * settings.batch_tokens, line["val_loss"]] for line in underway]
     return {"what": "experiment", "model": config.model, "name": name, "seed": seed, "command": shlex.join(words),
             "settings": asdict(settings)} | run_info() | {
             "params": params, "valid_tokens": 4 * settings.eval_tokens, "donor_loss": log[0]["donor_loss"],
             "start_loss": log[0]["full_val_loss"], "loss": log[-1]["full_val_loss"], "seconds": log[-1]["seconds"],
-            "curve": curve, "curve_tokens": settings.eval_tokens}
+            "curve": curve, "curve_tokens": settings.eval_tokens,
+            "exit_loss": underway[-1]["exit_val_loss"] if underway else None}
 
 
 @dataclass
 class ExperimentsConfig:
     model: Literal["toy", "smollm2"] = "toy"   # the shipped donor, on one core; SmolLM2-135M, on a GPU
-    only: str = ""                             # conclusions (or loops, zero, tokens) by comma; empty: all
+    only: str = ""                             # conclusions (or loops, zero, tokens, calibrated) by comma; empty: all
     seeds: int | None = None                   # how many; not set: 3, of smollm2 1
     donor: str | None = None                   # another full-size model than --model's: a folder or an id
     data: str | None = None                    # other text to train on

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's conclusions on a real pretrained model, SmolLM2-135M (30 layers) as 2 x 15 and 3 x 10: every init and rank,
 # by SVD and from zero, with and without distillation, the two baselines, then exits; and what lm-evaluation-harness says
-# of each of them after each loop. One GPU; 52 runs of 21 M tokens, then 10 M for the exits. Not measured yet.
+# of each of them after each loop. One GPU; 56 runs of 21 M tokens, then 10 M for the exits. Not measured yet.
 #
 #     bash runs/smollm2.sh BOOKS              BOOKS: the text to train on, whatever data.py --name takes
 #     DRY=1 bash runs/smollm2.sh BOOKS        says what it would run

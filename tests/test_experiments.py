@@ -52,7 +52,7 @@ def driver(home, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_run_has_flags_that_exist_and_a_folder_of_its_own(name, tmp_path):
     runs = experiments.commands(parse_args(experiments.ExperimentsConfig, [f"--model={name}", f"--out={tmp_path}"]))
-    assert len({(run, seed) for run, seed, _ in runs}) == len(runs) == {"toy": 69, "smollm2": 52}[name]
+    assert len({(run, seed) for run, seed, _ in runs}) == len(runs) == {"toy": 81, "smollm2": 56}[name]
     for run, seed, words in runs:
         if seed:
             assert words == [*next(w for r, _, w in runs if r == run)[:-1], f"--seed={seed}"]
