@@ -1,24 +1,24 @@
 """Calibrated conversion: a recursive model whose maps are fitted to what really runs through them.
 
-The paper converts from weights alone, as if all directions of a map's input mattered alike, and all of its output. Here
-the donor first reads some text, forward and backward, and each map is fitted to what entered it, x, and to what its
-output was worth to the loss, g = d loss / d (W x). This is ours, not the paper's. W_l are the donor's weights at the
-depths l that share one stored map W', A_l and B_l the LoRA of that loop; C_l = E[x x^T] E[|g|^2] are second moments of
-what enters there (plus a ridge), as much as it matters there; and G, of trace 1, of what all these depths send back,
-sum_l E[g g^T]. To second order, and with the moments of x and g taken apart (K-FAC, Martens and Grosse 2015), the loss
-rises by half of
+The paper converts from weights alone, as if all directions of a map's input mattered alike, and all of its outputs.
+Here the donor first reads some text, forward and backward, and each map is fitted to what entered it, x, and to how much
+the loss felt of what it put out, g = d loss / d (W x). This is ours, not the paper's. W_l are the donor's weights at the
+depths l that share one stored map W', A_l and B_l the LoRA of that loop. C_l = E[x x^T] E[|g|^2] are the second moments
+of what enters there (plus a ridge), times how much it matters there; and D is diagonal: the mean squares of g over all
+these depths, as shares. To second order, and with the moments of x and of each g taken apart, the loss rises by half of
+(K-FAC, Martens and Grosse 2015, but for D's diagonal: all of E[g g^T] was no better)
 
-    E = sum_l tr G (W_l - W' - B_l A_l) C_l (W_l - W' - B_l A_l)^T                                                 (1)
+    E = sum_l tr D (W_l - W' - B_l A_l) C_l (W_l - W' - B_l A_l)^T                                                 (1)
 
 and it is lowered by turns, each turn an exact minimum:
 
     weighted tying   W' = (sum_l W_l C_l) (sum_l C_l)^-1                              no LoRA yet                  (2)
-    weighted SVD     A_l: first R right singular vectors of G^(1/2) (W_l - W') C_l^(1/2), times C_l^(-1/2)         (3)
+    weighted SVD     B_l A_l = D^(-1/2) [D^(1/2) (W_l - W') C_l^(1/2)]_R C_l^(-1/2),  []_R: the SVD cut at rank R  (3)
     tying again      W' = (sum_l W_l P_l) (sum_l P_l)^-1,  P_l = C_l - C_l A_l^T (A_l C_l A_l^T)^-1 A_l C_l        (4)
                      and with it B_l = (W_l - W') C_l A_l^T (A_l C_l A_l^T)^-1
 
 (4) is the best W' and B together, given A: P_l is what of the input the LoRA cannot see, so W' serves a loop only where
-that loop cannot serve itself. (3) and (4) alternate, loop by loop, until little more is won. With all C_l = G = I, (2)
+that loop cannot serve itself. (3) and (4) alternate, loop by loop, until little more is won. With all C_l = D = I, (2)
 is Average and (3) the SVD of Eq. 4. The code keeps A with A C A^T = I, and then B = (W_l - W') C_l A_l^T in (3) too.
 
 Norm weights are first absorbed into the maps that follow them, else tying them alone costs more than all the rest. A
@@ -49,7 +49,7 @@ class Moments:
     """What ran through a donor, per token, in fp64."""
     # "layers.3.attn.q" -> E[x x^T] (in, in), E[x] (in,); of wide inputs a sketch S (rows, in), with S^T S for the first
     inputs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # "layers.3.attn.k" -> E[g g^T] (out, out); of the MLP's neurons the diagonal (out,), which serves them as well
+    # "layers.3.attn.k" -> E[g^2] (out,)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -139,8 +139,7 @@ def watch(layer: Layer, prefix: str, found: Moments, count: int) -> None:
     def backward(name):
         def hook(_, inputs, outputs):
             g = outputs[0].flatten(0, -2)                                # (tokens, out)
-            new = g.square().sum(0) if name.endswith(("gate", "up")) else g.T @ g
-            found.gradients[name] = found.gradients.get(name, 0.0) + new.double() / count
+            found.gradients[name] = found.gradients.get(name, 0.0) + g.square().sum(0, dtype=torch.float64) / count
         return hook
 
     for entry, kinds in READERS.items():
@@ -225,9 +224,9 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
     B are, so that they have only C less that of the mean to fit.
     """
     biased, own = linear.bias is not None, linear.bias is not None and linear.bias.dim() == 2
-    root = square_root(sum(gradients), ridge)
+    D = sum(gradients) / sum(gradients).mean().clamp_min(1e-30) + ridge
     targets, Cs = [], []
-    for donor, (second, first), G in zip(donors, entering, gradients, strict=True):
+    for donor, (second, first), squares in zip(donors, entering, gradients, strict=True):
         if second.size(0) != second.size(1):                             # a sketch, squared only here: memory
             second = second.T @ second
         W, C = donor.weight.double(), second - first.outer(first) if own else second.clone()
@@ -235,13 +234,12 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
         if biased and not own:
             W = torch.cat([W, donor.bias.double()[:, None]], dim=1)
             C = torch.cat([torch.cat([C, first[:, None]], dim=1), torch.cat([first, first.new_ones(1)])[None]])
-        C *= (G if G.dim() == 1 else G.diagonal()).sum().clamp_min(1e-30)
-        targets, Cs = [*targets, times(root, W)], [*Cs, C]
+        targets, Cs = [*targets, D.sqrt()[:, None] * W], [*Cs, C * squares.sum().clamp_min(1e-30)]
     W, lora, errors = fit(targets, Cs, linear.rank, rounds, stop, biased and not own)
-    W, lora = divide(root, W), [(a, divide(root, b)) for a, b in lora]
+    W = W / D.sqrt()[:, None]
     linear.weight.copy_(W[:, :linear.weight.size(1)])
     for loop, (a, b) in enumerate(lora):
-        a, b = scaled(a, b)
+        a, b = scaled(a, b / D.sqrt()[:, None])
         linear.lora_a[loop], linear.lora_b[loop] = a, b
     if biased:
         linear.bias.copy_(torch.stack([donor.bias.double() + (donor.weight.double() - linear.merged(loop)) @ first
@@ -250,28 +248,13 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
     return errors
 
 
-def square_root(G: Tensor, ridge: float) -> Tensor:
-    """R (out, out), upper triangular, with R^T R = G and a ridge, scaled to a mean of 1; (out,) where G is diagonal."""
-    diagonal = G if G.dim() == 1 else G.diagonal()
-    G = G / diagonal.mean().clamp_min(1e-30)
-    return (G + ridge).sqrt() if G.dim() == 1 else torch.linalg.cholesky(G + ridge * torch.eye(len(G)).to(G)).T
-
-
-def times(root: Tensor, W: Tensor) -> Tensor:
-    return root[:, None] * W if root.dim() == 1 else root @ W
-
-
-def divide(root: Tensor, W: Tensor) -> Tensor:
-    return W / root[:, None] if root.dim() == 1 else torch.linalg.solve_triangular(root, W, upper=True)
-
-
 @torch.no_grad()
 def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: int = 0, vectors: str = "tied",
               rounds: int = 10, stop: float = 0.02, ridge: float = 1e-3,
               report: dict | None = None) -> RecursiveTransformer:
     """The recursive model fitted to a donor and the `moments` of what ran through its maps.
 
-    ridge is added to the diagonals of each C and of G, as a share of their mean; rounds and stop as in `fit`. report,
+    ridge is added to the diagonals of each C and of D, as a share of their mean; rounds and stop as in `fit`. report,
     if given, is filled with kind of matrix -> the errors of `fit`, one list per stored layer.
     """
     biased = full.config.arch == "gpt_neox"                              # see `absorb`
