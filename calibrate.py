@@ -1,12 +1,12 @@
 """Calibrated conversion: a recursive model whose maps are fitted to what really runs through them.
 
 The paper converts from weights alone, as if all directions of a map's input mattered alike, and all of its outputs.
-Here the donor first reads some text, forward and backward, and each map is fitted to what entered it, x, and to how much
-the loss felt of what it put out, g = d loss / d (W x). This is ours, not the paper's. W_l are the donor's weights at the
-depths l that share one stored map W', A_l and B_l the LoRA of that loop. C_l = E[x x^T] E[|g|^2] are the second moments
-of what enters there (plus a ridge), times how much it matters there; and D is diagonal: the mean squares of g over all
-these depths, as shares. To second order, and with the moments of x and of each g taken apart, the loss rises by half of
-(K-FAC, Martens and Grosse 2015, but for D's diagonal: all of E[g g^T] was no better)
+Here the donor first reads some text, forward and backward, and each map is fitted to what entered it, x, and to how
+much the loss felt of what it put out, g = d loss / d (W x). This is ours, not the paper's. W_l are the donor's weights
+at the depths l that share one stored map W', A_l and B_l the LoRA of that loop. C_l = E[x x^T] E[|g|^2] are the second
+moments of what enters there (plus a ridge), times how much it matters there; and D is diagonal: the mean squares of g
+over all these depths, as shares. To second order, and with the moments of x and of each g taken apart (K-FAC, Martens
+and Grosse 2015, but for D's diagonal: all of E[g g^T] was no better), the loss rises by half of
 
     E = sum_l tr D (W_l - W' - B_l A_l) C_l (W_l - W' - B_l A_l)^T                                                 (1)
 
