@@ -18,8 +18,8 @@ and it is lowered by turns, each turn an exact minimum:
                      and with it B_l = (W_l - W') C_l A_l^T (A_l C_l A_l^T)^-1
 
 (4) is the best W' and B together, given A: P_l is what of the input the LoRA cannot see, so W' serves a loop only where
-that loop cannot serve itself. (3) and (4) alternate, loop by loop, until little more is won. With all C_l = D = I, (2)
-is Average and (3) the SVD of Eq. 4. The code keeps A with A C A^T = I, and then B = (W_l - W') C_l A_l^T in (3) too.
+that loop cannot serve itself. (3) and (4) alternate until little more is won. With all C_l = D = I, (2) is Average and
+(3) the SVD of Eq. 4. The code keeps A with A C A^T = I, and then B = (W_l - W') C_l A_l^T in (3) too.
 
 Norm weights are first absorbed into the maps that follow them, else tying them alone costs more than all the rest. A
 bias is one more column of W, over an input that is always 1 and that no LoRA sees.
@@ -172,7 +172,8 @@ def fit(targets: list[Tensor], Cs: list[Tensor], rank: int, rounds: int = 0, sto
     rank = min(rank, targets[0].size(0), d)
     eps = 1e-10 * sum(Cs).diagonal().sum() * torch.eye(len(Cs[0]), dtype=Cs[0].dtype, device=Cs[0].device)
     roots = [torch.linalg.cholesky(C[:d, :d]) for C in Cs] if rank else []
-    As, Ps, wants = [None] * len(Cs), list(Cs), [T @ C for T, C in zip(targets, Cs, strict=True)]   # wants: W_l P_l
+    whole = [T @ C for T, C in zip(targets, Cs, strict=True)]
+    As, Ps, wants = [None] * len(Cs), list(Cs), list(whole)              # wants: W_l P_l
     energy = sum((want * T).sum() for want, T in zip(wants, targets, strict=True)).clamp_min(1e-300)
 
     def tie(W):  # Eq. 2 and 4, with so weak a pull to the W' before that it counts only where no loop needs W'
@@ -189,7 +190,7 @@ def fit(targets: list[Tensor], Cs: list[Tensor], rank: int, rounds: int = 0, sto
         As[loop] = directions(T, roots[loop], rank)
         seen = C[:, :d] @ As[loop].T                                     # (in, R)
         Ps[loop] = C - seen @ seen.T
-        wants[loop] = targets[loop] @ Ps[loop]
+        wants[loop] = whole[loop] - targets[loop] @ seen @ seen.T
 
     W, error = tie(sum(targets) / len(targets))
     errors = [error]
@@ -198,9 +199,9 @@ def fit(targets: list[Tensor], Cs: list[Tensor], rank: int, rounds: int = 0, sto
             relax(W, loop)
         errors = [(sum((((T - W) @ P) * (T - W)).sum() for T, P in zip(targets, Ps, strict=True)) / energy).item()]
     while rank and len(errors) <= rounds and (len(errors) < 2 or errors[-2] - errors[-1] > stop * errors[-2]):
-        for loop in range(len(Cs)):
+        for loop in range(len(Cs) if len(errors) > 1 else 0):            # the first has been relaxed
             relax(W, loop)
-            W, error = tie(W)
+        W, error = tie(W)
         errors.append(error)
     return W, [(a, (T - W) @ C[:, :d] @ a.T) for a, T, C in zip(As, targets, Cs, strict=True) if rank], errors
 
@@ -250,7 +251,7 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
 
 @torch.no_grad()
 def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: int = 0, vectors: str = "tied",
-              rounds: int = 10, stop: float = 0.02, ridge: float = 1e-3,
+              rounds: int = 8, stop: float = 0.02, ridge: float = 1e-3,
               report: dict | None = None) -> RecursiveTransformer:
     """The recursive model fitted to a donor and the `moments` of what ran through its maps.
 

@@ -33,7 +33,7 @@ class CaseConfig:
     loops: str = "2"                       # numbers of loops, by comma
     ranks: str = "0,16,32,64"              # LoRA ranks, by comma
     vectors: str = "tied"                  # norm weights and biases: tied, per_loop, or both by comma
-    rounds: int = 10                       # at most
+    rounds: int = 8                        # at most
     device: str = "auto"                   # auto, cpu, cuda
     save: str | None = None                # file to add the lines to
 
