@@ -149,9 +149,15 @@ def watch(layer: Layer, prefix: str, found: Moments, count: int) -> None:
                 layer.get_submodule(kind).register_full_backward_hook(backward(prefix + kind))
 
 
-def directions(target: Tensor, root: Tensor, rank: int) -> Tensor:
+def directions(target: Tensor, root: Tensor, rank: int, before: Tensor | None = None) -> Tensor:
     """Eq. 3: A (R, in) with A C A^T = I, what a LoRA should read to lower the error of `target` (out, in) most.
-    root: Cholesky's L of C = L L^T."""
+    root: Cholesky's L of C = L L^T. before: an A to start from; then two steps of subspace iteration, which never do
+    worse than it, instead of all singular vectors."""
+    if before is not None:
+        v = root.T @ before.T                                            # of white inputs (in, R)
+        for _ in range(2):
+            v = torch.linalg.qr(root.T @ (target.T @ (target @ (root @ v))))[0]
+        return torch.linalg.solve_triangular(root.T, v, upper=True).T
     seen = target @ root                                                 # the same map, of white inputs
     if target.size(0) <= target.size(1):                                 # decompose whichever side is smaller
         u = torch.linalg.eigh(seen @ seen.T)[1][:, -rank:].flip(1)       # largest first
@@ -187,7 +193,7 @@ def fit(targets: list[Tensor], Cs: list[Tensor], rank: int, rounds: int = 0, sto
         T, C = targets[loop] - W, Cs[loop]
         if biased:                                                       # the bias as far as the inputs tell it
             T = torch.cholesky_solve(C[:d] @ T.T, roots[loop]).T
-        As[loop] = directions(T, roots[loop], rank)
+        As[loop] = directions(T, roots[loop], rank, As[loop] if 4 * rank < min(T.shape) else None)
         seen = C[:, :d] @ As[loop].T                                     # (in, R)
         Ps[loop] = C - seen @ seen.T
         wants[loop] = whole[loop] - targets[loop] @ seen @ seen.T
