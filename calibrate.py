@@ -41,7 +41,7 @@ from runtime import UserError, print0, progress, table
 # The maps that read the same input, by the one whose input is watched.
 READERS = {"attn.q": ("attn.q", "attn.k", "attn.v"), "attn.o": ("attn.o",), "mlp.up": ("mlp.gate", "mlp.up"),
            "mlp.down": ("mlp.down",)}
-WIDEST, SKETCH = 8192, 4096  # inputs wider than the first are kept as a sketch of so many rows, not as width x width
+WIDEST, SKETCH = 8192, 2048  # inputs wider than the first are kept as a sketch of so many rows, not as width x width
 
 
 @dataclass
@@ -231,27 +231,32 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
     B are, so that they have only C less that of the mean to fit.
     """
     biased, own = linear.bias is not None, linear.bias is not None and linear.bias.dim() == 2
+    width = linear.weight.size(1)
     D = sum(gradients) / sum(gradients).mean().clamp_min(1e-30) + ridge
+    Ws, shown, basis = [donor.weight.double() for donor in donors], entering, None
+    if len(entering[0][0]) != width:                                     # sketches: the fit is in what they span
+        basis = torch.linalg.qr(torch.cat([S for S, _ in entering]).T)[0]                         # (in, all their rows)
+        shown = [((S @ basis).T @ (S @ basis), first @ basis) for S, first in entering]
+        rest = sum(Ws) / len(Ws)                                         # and W' is the average elsewhere
+        Ws = [W @ basis for W in Ws]
     targets, Cs = [], []
-    for donor, (second, first), squares in zip(donors, entering, gradients, strict=True):
-        if second.size(0) != second.size(1):                             # a sketch, squared only here: memory
-            second = second.T @ second
-        W, C = donor.weight.double(), second - first.outer(first) if own else second.clone()
-        C.diagonal().add_(ridge * second.diagonal().mean().clamp_min(1e-30))
+    for donor, W, (second, first), squares in zip(donors, Ws, shown, gradients, strict=True):
+        C = second - first.outer(first) if own else second.clone()
+        C.diagonal().add_(ridge * second.trace().clamp_min(1e-30) / width)
         if biased and not own:
             W = torch.cat([W, donor.bias.double()[:, None]], dim=1)
             C = torch.cat([torch.cat([C, first[:, None]], dim=1), torch.cat([first, first.new_ones(1)])[None]])
         targets, Cs = [*targets, D.sqrt()[:, None] * W], [*Cs, C * squares.sum().clamp_min(1e-30)]
     W, lora, errors = fit(targets, Cs, linear.rank, rounds, stop, biased and not own)
-    W = W / D.sqrt()[:, None]
-    linear.weight.copy_(W[:, :linear.weight.size(1)])
+    W, bias = (W / D.sqrt()[:, None]).split([Ws[0].size(1), biased and not own], dim=1)
+    linear.weight.copy_(W if basis is None else rest + (W - rest @ basis) @ basis.T)
     for loop, (a, b) in enumerate(lora):
-        a, b = scaled(a, b / D.sqrt()[:, None])
+        a, b = scaled(a if basis is None else a @ basis.T, b / D.sqrt()[:, None])
         linear.lora_a[loop], linear.lora_b[loop] = a, b
     if biased:
         linear.bias.copy_(torch.stack([donor.bias.double() + (donor.weight.double() - linear.merged(loop)) @ first
                                        for loop, (donor, (_, first)) in enumerate(zip(donors, entering, strict=True))])
-                          if own else W[:, -1])
+                          if own else bias[:, 0])
     return errors
 
 

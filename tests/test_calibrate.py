@@ -265,6 +265,29 @@ def test_wide_inputs_are_sketched(monkeypatch):
     close(near.layers[1].mlp.down.merged(1), exact.layers[1].mlp.down.merged(1), 0.05)
 
 
+@pytest.mark.parametrize("vectors", ["tied", "per_loop"])
+@torch.no_grad()
+def test_a_fit_in_what_sketches_span_is_that_in_all_directions(vectors):
+    """Where nothing but the ridge asks for the others: as by S^T S, on all inputs that were seen."""
+    torch.manual_seed(0)
+    config = Config(n_loop=2, n_layer=2, rank=3, arch="gpt_neox", vectors=vectors)
+    common = torch.randn(14, 40, dtype=torch.float64)
+    sketches = [torch.randn(12, 14, dtype=torch.float64) @ common for _ in range(2)]
+    donors = [RelaxedLinear(40, 20, replace(config, rank=0, vectors="tied"), bias=True).double() for _ in sketches]
+    grads = [torch.rand(20, dtype=torch.float64) + 0.1 for _ in donors]
+    found = []
+    for seconds in (sketches, [S.T @ S for S in sketches]):
+        linear = RelaxedLinear(40, 20, config, bias=True).double()
+        torch.manual_seed(1)
+        errors = fit_map(linear, donors, list(zip(seconds, [S.mean(0) / 4 for S in sketches], strict=True)), grads, 6,
+                         0.0, 1e-7)
+        found.append((errors, torch.cat([linear(S, loop) for loop, S in enumerate(sketches)]), linear.weight.data))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
+    close(found[0][1], found[1][1], 1e-3)
+    away = torch.linalg.qr(torch.cat(sketches).T, mode="complete")[0][:, 24:]    # what no sketch has
+    close(found[0][2] @ away, (donors[0].weight + donors[1].weight) @ away / 2, 1e-8)
+
+
 def test_an_input_that_is_not_finite_is_named():
     full = tiny("llama")
     full.layers[2].attn.v.weight.data[3, 4] = float("nan")
