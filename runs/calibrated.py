@@ -7,6 +7,7 @@ One line of JSON for each case: the loss at each exit on every text, the error (
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from calibrate import calibrate, calibration_windows, mean_errors, moments
 from convert import load_full, to_recursive
 from data import batch, load_tokens
-from exits import observe
 from hf import find_donor
-from runtime import append_line, parse_args, peak_memory, pick_device, print0, run_info, script
+from runtime import Processes, append_line, parse_args, peak_memory, print0, run_info, script, start_processes
 from tokenizer import Tokenizer
+from train import evaluate
 
 
 @dataclass
@@ -38,15 +39,16 @@ class CaseConfig:
     save: str | None = None                # file to add the lines to
 
 
-def losses(model, texts: dict) -> dict[str, list[float]]:
+def losses(model, texts: dict, procs: Processes) -> dict[str, list[float]]:
     """Cross entropy at each exit, on each text."""
-    return {name: observe(model, pairs).ce.mean(1).tolist() for name, pairs in texts.items()}
+    return {name: evaluate(model, pairs, procs, nullcontext(), range(model.config.n_loop))
+            for name, pairs in texts.items()}
 
 
 def main(argv=None) -> None:
     args = parse_args(CaseConfig, argv)
-    device = pick_device(args.device)
-    full = load_full(args.donor, torch.float32).to(device)
+    procs = start_processes(args.device)
+    full = load_full(args.donor, torch.float32).to(procs.device)
     tokenizer, V = Tokenizer.load(find_donor(args.donor), full.config.vocab_size), full.config.vocab_size
     texts = {}
     for name, path in (part.split("=") for part in args.texts.split(",")):
@@ -55,7 +57,7 @@ def main(argv=None) -> None:
         texts[name] = list(zip(idx.split(4), targets.split(4), strict=True))
     calibration = load_tokens(args.calib_text, tokenizer, V)
     numbers = [[int(n) for n in given.split(",")] for given in (args.loops, args.ranks, args.calib_tokens)]
-    common = {"what": "calibrated", "settings": asdict(args), **run_info(), "donor_loss": losses(full, texts)}
+    common = {"what": "calibrated", "settings": asdict(args), **run_info(), "donor_loss": losses(full, texts, procs)}
     print0(f"donor: {common['donor_loss']}")
 
     def report(**line) -> None:
@@ -67,7 +69,7 @@ def main(argv=None) -> None:
         for rank in numbers[1]:
             for vectors in args.vectors.split(","):
                 report(init="average", loops=loops, rank=rank, vectors=vectors,
-                       loss=losses(to_recursive(full, loops, "average", rank, vectors=vectors), texts))
+                       loss=losses(to_recursive(full, loops, "average", rank, vectors=vectors), texts, procs))
     for n in numbers[2]:
         began = time.perf_counter()
         seen = moments(full, calibration_windows(calibration, n, full.config, args.calib_text))
@@ -79,8 +81,9 @@ def main(argv=None) -> None:
                     model = calibrate(full, seen, loops, rank, vectors, args.rounds, report=errors)
                     seconds = time.perf_counter() - began
                     report(init="calibrated", loops=loops, rank=rank, vectors=vectors, calib_tokens=n,
-                           loss=losses(model, texts), errors=mean_errors([e for kind in errors.values() for e in kind]),
-                           reading_s=reading, fitting_s=seconds, peak_gib=peak_memory(device))
+                           loss=losses(model, texts, procs),
+                           errors=mean_errors([e for kind in errors.values() for e in kind]),
+                           reading_s=reading, fitting_s=seconds, peak_gib=peak_memory(procs.device))
 
 
 if __name__ == "__main__":
