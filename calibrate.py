@@ -262,9 +262,9 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
 
 @torch.no_grad()
 def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: int = 0, vectors: str = "tied",
-              rounds: int = 8, stop: float = 0.02, ridge: float = 1e-3,
+              rounds: int = 8, stop: float = 0.02, ridge: float = 1e-3, dtype: torch.dtype | None = None,
               report: dict | None = None) -> RecursiveTransformer:
-    """The recursive model fitted to a donor and the `moments` of what ran through its maps.
+    """The recursive model fitted to a donor and the `moments` of what ran through its maps; dtype None: the donor's.
 
     ridge is added to the diagonals of each C and of D, as a share of their mean; rounds and stop as in `fit`. report,
     if given, is filled with kind of matrix -> the errors of `fit`, one list per stored layer.
@@ -272,7 +272,7 @@ def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: 
     biased = full.config.arch == "gpt_neox"                              # see `absorb`
     model = RecursiveTransformer(replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors, attn_bias=biased,
                                          mlp_bias=biased))
-    model = model.to(full.embed.weight.device, full.embed.weight.dtype)
+    model = model.to(full.embed.weight.device, dtype or full.embed.weight.dtype)
     model.load_state_dict({n: w for n, w in full.state_dict().items() if not n.startswith("layers.")}, strict=False)
     for k, layer in enumerate(progress(model.layers, desc="calibrating", unit="layer")):
         at = range(k, full.config.n_layer, model.config.n_unique)        # of this position, one for each loop
@@ -312,12 +312,12 @@ def mean_errors(lists: list[list[float]]) -> list[float]:
 
 
 def to_calibrated(full: RecursiveTransformer, windows: list[Tensor], n_loop: int = 2, rank: int = 0,
-                  vectors: str = "tied") -> RecursiveTransformer:
+                  vectors: str = "tied", dtype: torch.dtype | None = None) -> RecursiveTransformer:
     """The recursive model of a donor, calibrated on token ids (B, T) from `windows`; says how the error fell."""
     if full.config.n_loop != 1:
         raise UserError("this is a recursive model already; calibrate its donor")
     report = {}
-    model = calibrate(full, moments(full, windows), n_loop, rank, vectors, report=report)
+    model = calibrate(full, moments(full, windows), n_loop, rank, vectors, dtype=dtype, report=report)
     print0("error left, as a share of the outputs' energy, at the start and after each round: "
            + " ".join(f"{e:.4f}" for e in mean_errors([errors for kind in report.values() for errors in kind])))
     print0(table([["map", "start", "end"], *([kind, f"{mean([e[0] for e in errors]):.2%}",

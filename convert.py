@@ -240,8 +240,7 @@ def main(argv=None):
     with replace_folder(args.out) as tmp:
         copy_tokenizer(source.folder, tmp)
         if calibrated:
-            model = to_calibrated(load_full(args.donor, torch.float32), windows, args.loops, args.rank, args.vectors)
-            model = model.to(dtype or source.read("norm.weight").dtype)
+            model = to_calibrated(load_full(args.donor), windows, args.loops, args.rank, args.vectors, dtype)
         else:
             model = loop_layers(c, source.read, target, args.init, args.lora_init, args.rounding, args.norms, dtype,
                                 report)

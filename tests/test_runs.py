@@ -14,7 +14,7 @@ from runtime import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ["tied", "relaxed", "distill", "long", "exits"]
-TOY = [(experiment, "toy") for experiment in [*EXPERIMENTS, "exits_seeds", "calibrated"]]
+TOY = [(experiment, "toy") for experiment in [*EXPERIMENTS, "exits_seeds"]]
 LARGE = [(experiment, model) for experiment in EXPERIMENTS for model in ("gemma", "tinyllama", "pythia")]
 SMALL = ["--tokens=512", "--batch_tokens=512", "--micro_batch=8", "--seq_len=64", "--eval_tokens=256", "--device=cpu"]
 
