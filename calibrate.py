@@ -46,7 +46,7 @@ WIDEST, SKETCH = 8192, 2048  # inputs wider than the first are kept as a sketch 
 
 @dataclass
 class Moments:
-    """What ran through a donor, per token, in fp64."""
+    """What ran through a donor, per token, in fp64 (a sketch in fp32: few tokens share a row)."""
     # "layers.3.attn.q" -> E[x x^T] (in, in), E[x] (in,); of wide inputs a sketch S (rows, in), with S^T S for the first
     inputs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # "layers.3.attn.k" -> E[g^2] (out,)
@@ -79,7 +79,7 @@ def moments(full: RecursiveTransformer, windows: list[Tensor]) -> Moments:
     """What runs through each map of a full-size model as it reads token ids (B, T) from `windows` and predicts them.
 
     One layer at a time, forward and then backward, so that beside the model there are only the states (tokens, C) that
-    enter each layer, and one layer's graph. Sums in fp64. An input wider than WIDEST is kept as a sketch: every token
+    enter each layer, and one layer's graph. An input wider than WIDEST is kept as a sketch: every token
     is added to one of SKETCH rows with a random sign, so that its square has E[x x^T] as its mean. UserError where an
     input is not finite.
     """
@@ -124,13 +124,13 @@ def watch(layer: Layer, prefix: str, found: Moments, count: int) -> None:
             width = x.size(1)
             rows = SKETCH if width > WIDEST else width
             if name not in found.inputs:
-                found.inputs[name] = (x.new_zeros(rows, width, dtype=torch.float64),
+                found.inputs[name] = (x.new_zeros(rows, width, dtype=x.dtype if width > WIDEST else torch.float64),
                                       x.new_zeros(width, dtype=torch.float64))
             second, first = found.inputs[name]
             if width > WIDEST:
                 row = torch.randint(SKETCH, (len(x),), generator=draw).to(x.device)
                 sign = (torch.randint(2, (len(x), 1), generator=draw) * 2 - 1).to(x.device)
-                second.index_add_(0, row, (x * sign).double() / count**0.5)
+                second.index_add_(0, row, x * sign / count**0.5)
             else:
                 second += (x.T @ x).double() / count
             first += x.sum(0, dtype=torch.float64) / count
@@ -235,6 +235,7 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
     D = sum(gradients) / sum(gradients).mean().clamp_min(1e-30) + ridge
     Ws, shown, basis = [donor.weight.double() for donor in donors], entering, None
     if len(entering[0][0]) != width:                                     # sketches: the fit is in what they span
+        entering = [(S.double(), first) for S, first in entering]
         basis = torch.linalg.qr(torch.cat([S for S, _ in entering]).T)[0]                         # (in, all their rows)
         shown = [((S @ basis).T @ (S @ basis), first @ basis) for S, first in entering]
         rest = sum(Ws) / len(Ws)                                         # and W' is the average elsewhere
@@ -270,9 +271,10 @@ def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: 
     if given, is filled with kind of matrix -> the errors of `fit`, one list per stored layer.
     """
     biased = full.config.arch == "gpt_neox"                              # see `absorb`
-    model = RecursiveTransformer(replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors, attn_bias=biased,
-                                         mlp_bias=biased))
-    model = model.to(full.embed.weight.device, dtype or full.embed.weight.dtype)
+    with torch.device("meta"):                                           # the weights of another size are never there
+        model = RecursiveTransformer(replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors, attn_bias=biased,
+                                             mlp_bias=biased))
+    model = model.to(dtype or full.embed.weight.dtype).to_empty(device=full.embed.weight.device)
     model.load_state_dict({n: w for n, w in full.state_dict().items() if not n.startswith("layers.")}, strict=False)
     for k, layer in enumerate(progress(model.layers, desc="calibrating", unit="layer")):
         at = range(k, full.config.n_layer, model.config.n_unique)        # of this position, one for each loop

@@ -209,6 +209,37 @@ def block_calibrated(results: Path) -> str:
     return markdown(rows)
 
 
+def read_starts(results: Path, donor: str) -> dict[tuple, dict]:
+    """(init, loops, rank, tokens calibrated on) -> its line of calibrated.jsonl."""
+    return {(line["init"], line["loops"], line["rank"], line.get("calib_tokens")): line
+            for line in read_lines(results / "calibrated.jsonl") if line["settings"]["donor"] == donor}
+
+
+def block_start(results: Path) -> str:
+    """The loss right after conversion, on two texts: the paper's start beside the calibrated one."""
+    starts = read_starts(results, "SmolLM2-135M")
+    ranks, loops = (sorted({key[i] for key in starts}) for i in (2, 1))
+    rows = [["LoRA rank", *(f"{n} loops: {init}" for n in loops for init in ("average + SVD", "calibrated"))]]
+    for rank in ranks:
+        cells = [starts.get((init, n, rank, tokens)) for n in loops
+                 for init, tokens in (("average", None), ("calibrated", 20_480))]
+        rows.append([str(rank), *(" / ".join(f"{text[-1]:.2f}" for text in line["loss"].values()) if line else ""
+                                  for line in cells)])
+    return markdown(rows)
+
+
+def block_saved(results: Path) -> str:
+    """Uptraining from both starts."""
+    runs, mid = read_runs(results, "toy"), MODELS["toy"].ranks[1]
+    rows = [[f"rank {mid}", "start", "after {:,} tokens".format(
+        next(iter(runs[f"average-r{mid}-long"].values()))["settings"]["tokens"]), "with exit losses: loop 1 / 2"]]
+    for init, says in (("average", "average + SVD"), ("calibrated", "calibrated")):
+        lines, exits = (list(runs[f"{init}-r{mid}-{how}"].values()) for how in ("long", "exits"))
+        rows.append([says, *(spread(line[key] for line in lines) for key in ("start_loss", "loss")),
+                     " / ".join(spread(line["exit_loss"][loop] for line in exits) for loop in (0, 1))])
+    return markdown(rows)
+
+
 def served(results: Path, line: int, name: str, exits: str = "never", keys: str = "exact") -> dict:
     """What this way to batch came to in that line of batching.jsonl."""
     case, = read_lines(results / "batching.jsonl")[line]["cases"]
@@ -233,7 +264,7 @@ def block_batching(results: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "stepwise": block_stepwise, "conclusions": block_conclusions, "exits": block_exits,
-    "calibrated": block_calibrated, "batching": block_batching}
+    "calibrated": block_calibrated, "batching": block_batching, "start": block_start, "saved": block_saved}
 
 
 def fill(text: str, results: Path) -> str:
@@ -368,6 +399,22 @@ def plot_rank(axes, runs, ranks) -> None:
     axes.set(xlabel="LoRA rank (0: tied)", ylabel="validation loss")
 
 
+def plot_calibrated(start, saved, results: Path) -> None:
+    """Both starts right after conversion, by rank, and in uptraining (mean of the seeds there are)."""
+    starts, runs, mid = read_starts(results, "SmolLM2-135M"), read_runs(results, "toy"), MODELS["toy"].ranks[1]
+    for init, says, tokens in (("average", "average + SVD", None), ("calibrated", "calibrated (ours)", 20_480)):
+        points = sorted((rank, line["loss"]["books"][-1]) for (how, loops, rank, n), line in starts.items()
+                        if (how, loops, n) == (init, 2, tokens))
+        start.plot(*zip(*points, strict=True), "o-", markersize=4, label=says)
+        lines = list(runs[f"{init}-r{mid}-long"].values())
+        curve = [[statistics.mean(point) for point in zip(*points, strict=True)]
+                 for points in zip(*(line["curve"] for line in lines), strict=True)]
+        saved.plot(*zip(*curve, strict=True), label=says)
+    start.axhline(next(iter(starts.values()))["donor_loss"]["books"][0], color="k", linewidth=0.8, label="donor")
+    start.set(title="SmolLM2-135M, 2 loops: right after conversion", xlabel="LoRA rank", ylabel="loss, other books")
+    saved.set(title=f"shipped donor, rank {mid}: in uptraining", xlabel="tokens", ylabel="validation loss")
+
+
 def save_plots(results: Path, model: str) -> None:
     try:
         from matplotlib.figure import Figure
@@ -387,6 +434,13 @@ def save_plots(results: Path, model: str) -> None:
     if model == "toy":
         plot_batching(read_lines(results / "batching.jsonl")[0], str(results / "batching.png"))
         print0(f"wrote {results / 'batching.png'}")
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        plot_calibrated(*figure.subplots(1, 2), results)
+        for axes in figure.axes:
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.savefig(results / "calibrated.png", dpi=120)
+        print0(f"wrote {results / 'calibrated.png'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

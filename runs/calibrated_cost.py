@@ -24,7 +24,7 @@ class CostConfig:
     loops: int = 2
     rank: int = 64
     read: int = 2048                       # tokens read to measure it
-    tokens: int = 10_240                   # tokens that would be read
+    tokens: int = 4096                     # tokens that would be read
     save: str | None = None                # file to add the line to
 
 
@@ -40,28 +40,32 @@ def main(argv=None) -> None:
     torch.manual_seed(0)
     windows, seconds = torch.randint(shape.vocab_size, (args.read // 512, 512)).split(4), []
     for n_layer in (1, args.loops):
-        full = RecursiveTransformer(replace(shape, n_layer=n_layer)).bfloat16().eval()
+        with torch.device("meta"):
+            full = RecursiveTransformer(replace(shape, n_layer=n_layer)).bfloat16().eval()
+        full.to_empty(device=cpu)
+        for p in full.parameters():
+            p.data.normal_(std=0.02)
         began = time.perf_counter()
         seen = moments(full, windows)
         seconds.append(time.perf_counter() - began)
         print0(f"reading, {n_layer} of the layers: {seconds[-1]:.0f} s, peak {peak_memory(cpu):.1f} GiB")
-    began = time.perf_counter()
+    reading_peak, began = peak_memory(cpu), time.perf_counter()
     calibrate(full, seen, args.loops, args.rank)
     fitting, peak = time.perf_counter() - began, peak_memory(cpu)
     print0(f"fitting one position: {fitting:.0f} s, peak {peak:.1f} GiB")
 
     layer = (seconds[1] - seconds[0]) / (args.loops - 1)
     reading = (seconds[0] + (shape.n_layer - 1) * layer) * args.tokens / args.read
-    # What grows with the layers, beside what was there at the peak: weights of donor and result in bf16, moments, and
-    # (before the result is there) the states that enter each layer.
+    # What the other layers add to either peak: weights in bf16, moments, and the states that enter each.
     more = (shape.n_layer - args.loops) / args.loops
-    weights = gib(full.layers.parameters(), more) * (1 + 1 / args.loops)
-    kept = gib([t for pair in seen.inputs.values() for t in pair], more)
+    weights, kept = gib(full.layers.parameters(), more), gib([t for pair in seen.inputs.values() for t in pair], more)
     states = args.tokens * shape.n_embd * 4 * shape.n_layer / 2**30
+    memory = max(reading_peak + weights + kept + states, peak + weights * (1 + 1 / args.loops) + kept)
     line = {"what": "calibrated_cost", "settings": asdict(args)} | run_info() | {
-        "reading_1_s": seconds[0], "reading_all_s": seconds[1], "fitting_one_s": fitting, "peak_gib": peak,
+        "reading_1_s": seconds[0], "reading_all_s": seconds[1], "fitting_one_s": fitting,
+        "reading_peak_gib": reading_peak, "peak_gib": peak,
         "reading_s": reading, "fitting_s": fitting * shape.n_layer / args.loops,
-        "memory_gib": peak + weights + kept + states}
+        "memory_gib": memory}
     print0(f"the whole: reading {args.tokens:,} tokens {reading / 60:.1f} min, fitting "
            f"{line['fitting_s'] / 60:.1f} min, at most {line['memory_gib']:.1f} GiB")
     if args.save:
