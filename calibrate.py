@@ -81,7 +81,7 @@ def moments(full: RecursiveTransformer, windows: list[Tensor]) -> Moments:
     One layer at a time, forward and then backward, so that beside the model there are only the states (tokens, C) that
     enter each layer, and one layer's graph. An input wider than WIDEST is kept as a sketch: every token
     is added to one of SKETCH rows with a random sign, so that its square has E[x x^T] as its mean. UserError where an
-    input is not finite.
+    input or a gradient is not finite.
     """
     windows = [idx.to(full.embed.weight.device) for idx in windows]
     ropes = [rope_angles(torch.arange(idx.size(1), device=idx.device), full.config) for idx in windows]
@@ -103,6 +103,9 @@ def moments(full: RecursiveTransformer, windows: list[Tensor]) -> Moments:
         if not all(part.isfinite().all() for part in found.inputs[name]):
             raise UserError(f"what enters {name} of the donor is not finite on the calibration text: its weights are "
                             "damaged, or they overflow in this dtype")
+    if not all(squares.isfinite().all() for squares in found.gradients.values()):
+        raise UserError("the donor's loss on the calibration text has gradients that are not finite: its final norm or "
+                        "head is damaged, or they overflow in this dtype")
     return found
 
 

@@ -297,6 +297,10 @@ def test_an_input_that_is_not_finite_is_named():
     full.layers[2].attn.v.weight.data[3, 4] = float("nan")
     with pytest.raises(UserError, match=r"what enters layers\.2\.attn\.o .* not finite"):
         moments(full, [tokens(1, 9)])
+    full = tiny("llama")
+    full.norm.weight.data[3] = float("nan")
+    with pytest.raises(UserError, match="gradients that are not finite: its final norm or head"):
+        moments(full, [tokens(1, 9)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

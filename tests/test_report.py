@@ -124,6 +124,8 @@ def test_the_readmes_sentences_say_what_the_files_have():
 def test_another_result_changes_the_readme(tmp_path):
     for path in (ROOT / "results").glob("*.jsonl"):
         other = re.sub(r'((?:loss": \[?|"loops": )(?=\d\.)|tokens_per_s": )\d', r"\g<1>7", path.read_text())
+        if path.name == "calibrated.jsonl":
+            other = re.sub(r", \d(?=\.\d+\])", ", 7", other)           # the last loop's
         (tmp_path / path.name).write_text(other)
     for name, block in report.BLOCKS.items():
         assert block(tmp_path) != block(ROOT / "results"), name
