@@ -325,13 +325,15 @@ def phrases(results: Path) -> list[str]:
     def ends(lines: list[dict], key: str) -> float:
         return statistics.mean(line[key] for line in lines)
     first = next(iter(read_starts(results, "SmolLM2-135M").values()))["donor_loss"]
-    cost, = (line for line in read_lines(results / "calibrated_cost.jsonl") if line["settings"]["shape"] == "gemma-2b")
+    cost, small_cost = read_lines(results / "calibrated_cost.jsonl")     # Gemma 2B's, SmolLM2's
     return [
         f"of another kind (donor {first['books'][0]:.2f} / {first['other'][0]:.2f})",
         f"three seeds, donor {ends(paper, 'donor_loss'):.3f}), the paper's start ends at {ends(paper, 'loss'):.3f}, "
         f"the calibrated one begins at {ends(ours_long, 'start_loss'):.3f} and ends at {ends(ours_long, 'loss'):.3f}:",
         f"reading {cost['settings']['tokens']:,} tokens would take {cost['reading_s'] / 60:.0f} minutes, fitting "
-        f"{cost['fitting_s'] / 60:.0f}, in at most {cost['memory_gib']:.0f} GiB",
+        f"{cost['fitting_s'] / 60:.0f}, in {cost['memory_gib']:.1f} GiB",
+        f"reading {small_cost['calib_tokens']:,} tokens {small_cost['reading_s']:.0f} s, fitting rank "
+        f"{small_cost['rank']} {small_cost['fitting_s']:.0f} s, {small_cost['peak_gib']:.1f} GiB",
         f"take {shapes['seconds']:.0f} s and {shapes['peak_gib']:.1f} GiB on two CPU cores",
         f"differ by as much as {percent(apart_by)} (",
         f"V3 came to {served(results, 2, 'V3')['of_v1']:.2f} of V1 ({min(alone):.2f} to {max(alone):.2f}, round by",
