@@ -10,7 +10,7 @@ and Grosse 2015, but for D's diagonal: all of E[g g^T] was no better), the loss 
 
     E = sum_l tr D (W_l - W' - B_l A_l) C_l (W_l - W' - B_l A_l)^T                                                 (1)
 
-and it is lowered by turns, each turn an exact minimum:
+and it is lowered by turns, each an exact minimum (but that (3), after its first time, goes only a step or two):
 
     weighted tying   W' = (sum_l W_l C_l) (sum_l C_l)^-1                              no LoRA yet                  (2)
     weighted SVD     B_l A_l = D^(-1/2) [D^(1/2) (W_l - W') C_l^(1/2)]_R C_l^(-1/2),  []_R: the SVD cut at rank R  (3)

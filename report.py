@@ -326,7 +326,10 @@ def phrases(results: Path) -> list[str]:
         return statistics.mean(line[key] for line in lines)
     first = next(iter(read_starts(results, "SmolLM2-135M").values()))["donor_loss"]
     cost, small_cost = read_lines(results / "calibrated_cost.jsonl")     # Gemma 2B's, SmolLM2's
+    short = read_lines(results / "calibrated_smollm2.jsonl")             # average, calibrated, at a smaller rate
     return [
+        f"came from {short[0]['start_loss']:.2f} to {short[0]['loss']:.2f}, the calibrated one rose from "
+        f"{short[1]['start_loss']:.2f} to {short[1]['loss']:.2f}; at 3e-5 it fell to {short[2]['loss']:.2f} in 6,144",
         f"of another kind (donor {first['books'][0]:.2f} / {first['other'][0]:.2f})",
         f"three seeds, donor {ends(paper, 'donor_loss'):.3f}), the paper's start ends at {ends(paper, 'loss'):.3f}, "
         f"the calibrated one begins at {ends(ours_long, 'start_loss'):.3f} and ends at {ends(ours_long, 'loss'):.3f}:",
@@ -425,6 +428,7 @@ def plot_calibrated(start, saved, results: Path) -> None:
                  for points in zip(*(line["curve"] for line in lines), strict=True)]
         saved.plot(*zip(*curve, strict=True), label=says)
     start.axhline(next(iter(starts.values()))["donor_loss"]["books"][0], color="k", linewidth=0.8, label="donor")
+    saved.axhline(next(iter(runs["donor"].values()))["loss"], color="k", linewidth=0.8, label="donor")
     start.set(title="SmolLM2-135M, 2 loops: right after conversion", xlabel="LoRA rank", ylabel="loss, other books")
     saved.set(title=f"shipped donor, rank {mid}: in uptraining", xlabel="tokens", ylabel="validation loss")
 
