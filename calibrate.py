@@ -74,14 +74,15 @@ def absorb(layer: Layer) -> Layer:
             norm.bias.zero_()
     return layer
 
+
 @torch.no_grad()
 def moments(full: RecursiveTransformer, windows: list[Tensor]) -> Moments:
     """What runs through each map of a full-size model as it reads token ids (B, T) from `windows` and predicts them.
 
     One layer at a time, forward and then backward, so that beside the model there are only the states (tokens, C) that
-    enter each layer, and one layer's graph. An input wider than WIDEST is kept as a sketch: every token
-    is added to one of SKETCH rows with a random sign, so that its square has E[x x^T] as its mean. UserError where an
-    input or a gradient is not finite.
+    enter each layer, and one layer's graph. An input wider than WIDEST is kept as a sketch: every token is added to one
+    of SKETCH rows with a random sign, so that its square has E[x x^T] as its mean. UserError where an input or a
+    gradient is not finite.
     """
     windows = [idx.to(full.embed.weight.device) for idx in windows]
     ropes = [rope_angles(torch.arange(idx.size(1), device=idx.device), full.config) for idx in windows]

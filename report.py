@@ -322,15 +322,15 @@ def phrases(results: Path) -> list[str]:
     mid, after = MODELS["toy"].ranks[1], read_runs(results, "toy")
     paper, ours_long = (list(after[f"{init}-r{mid}-long"].values()) for init in ("average", "calibrated"))
 
-    def ends(lines: list[dict], key: str) -> float:
-        return statistics.mean(line[key] for line in lines)
-    first = next(iter(read_starts(results, "SmolLM2-135M").values()))["donor_loss"]
-    cost, small_cost = read_lines(results / "calibrated_cost.jsonl")     # Gemma 2B's, SmolLM2's
-    short = read_lines(results / "calibrated_smollm2.jsonl")             # average, calibrated, at a smaller rate
+    def ends(runs: list[dict], key: str) -> float:
+        return statistics.mean(run[key] for run in runs)
+    unconverted = next(iter(read_starts(results, "SmolLM2-135M").values()))["donor_loss"]
+    cost, small_cost = lines("calibrated_cost")                          # Gemma 2B's, SmolLM2's
+    short = lines("calibrated_smollm2")                                  # average, calibrated, at a smaller rate
     return [
         f"came from {short[0]['start_loss']:.2f} to {short[0]['loss']:.2f}, the calibrated one rose from "
         f"{short[1]['start_loss']:.2f} to {short[1]['loss']:.2f}; at 3e-5 it fell to {short[2]['loss']:.2f} in 6,144",
-        f"of another kind (donor {first['books'][0]:.2f} / {first['other'][0]:.2f})",
+        f"of another kind (donor {unconverted['books'][0]:.2f} / {unconverted['other'][0]:.2f})",
         f"three seeds, donor {ends(paper, 'donor_loss'):.3f}), the paper's start ends at {ends(paper, 'loss'):.3f}, "
         f"the calibrated one begins at {ends(ours_long, 'start_loss'):.3f} and ends at {ends(ours_long, 'loss'):.3f}:",
         f"reading {cost['settings']['tokens']:,} tokens would take {cost['reading_s'] / 60:.0f} minutes, fitting "
