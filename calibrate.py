@@ -46,7 +46,7 @@ WIDEST, SKETCH = 8192, 2048  # inputs wider than the first are kept as a sketch 
 
 @dataclass
 class Moments:
-    """What ran through a donor, per token, in fp64 (a sketch in fp32: few tokens share a row)."""
+    """What ran through a donor, per token. Summed in fp64; second moments are kept in the dtype of what they are of."""
     # "layers.3.attn.q" -> E[x x^T] (in, in), E[x] (in,); of wide inputs a sketch S (rows, in), with S^T S for the first
     inputs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # "layers.3.attn.k" -> E[g^2] (out,)
@@ -100,6 +100,9 @@ def moments(full: RecursiveTransformer, windows: list[Tensor]) -> Moments:
             with torch.enable_grad():
                 y = layer(x.requires_grad_(), ropes[j], 0, 0, None)
             grads[j], = torch.autograd.grad(y, x, grads[j])
+        for name in (f"layers.{i}.{entry}" for entry in READERS):
+            second, first = found.inputs[name]
+            found.inputs[name] = second.to(x.dtype), first
     for name in (f"layers.{i}.{entry}" for i in range(len(full.layers)) for entry in READERS):   # the first that fails
         if not all(part.isfinite().all() for part in found.inputs[name]):
             raise UserError(f"what enters {name} of the donor is not finite on the calibration text: its weights are "
@@ -180,40 +183,47 @@ def fit(targets: list[Tensor], Cs: list[Tensor], rank: int, rounds: int = 0, sto
     """
     d = targets[0].size(1) - biased                                      # what a LoRA sees
     rank = min(rank, targets[0].size(0), d)
-    eps = 1e-10 * sum(Cs).diagonal().sum() * torch.eye(len(Cs[0]), dtype=Cs[0].dtype, device=Cs[0].device)
     roots = [torch.linalg.cholesky(C[:d, :d]) for C in Cs] if rank else []
-    whole = [T @ C for T, C in zip(targets, Cs, strict=True)]
-    As, Ps, wants = [None] * len(Cs), list(Cs), list(whole)              # wants: W_l P_l
-    energy = sum((want * T).sum() for want, T in zip(wants, targets, strict=True)).clamp_min(1e-300)
+    C_sum, whole, energy = sum(Cs), 0.0, 1e-300                          # whole: sum_l W_l C_l
+    for T, C in zip(targets, Cs, strict=True):
+        TC = T @ C
+        whole, energy = whole + TC, energy + (TC * T).sum()
+    root = torch.linalg.cholesky(C_sum)
+    tied = torch.cholesky_solve(whole.T, root).T                         # Eq. 2
+    As = [None] * len(Cs)
+    seen, read = [C[:, :0] for C in Cs], [T[:, :0] for T in targets]     # C_l A_l^T (in, R), W_l C_l A_l^T (out, R)
 
-    def tie(W):  # Eq. 2 and 4, with so weak a pull to the W' before that it counts only where no loop needs W'
-        want, root = sum(wants), torch.linalg.cholesky(sum(Ps) + eps)
-        new = torch.cholesky_solve((want + eps[0, 0] * W).T, root).T
-        left = sum((w * T).sum() for w, T in zip(wants, targets, strict=True))
-        left -= (new * (want + eps[0, 0] * (new - W))).sum()             # Eq. 1, as it is at this minimum
-        return new, (left / energy).item()
+    def tie():  # Eq. 4, where P_l = C_l - seen_l seen_l^T, as a change of low rank to Eq. 2 (Woodbury)
+        S = torch.cat(seen, dim=1)
+        reach = torch.cholesky_solve(S, root)
+        share, v = torch.linalg.eigh(torch.eye(S.size(1)).to(S) - S.T @ reach)
+        needed = share > 1e-10                                           # else every loop's LoRA sees it: leave W'
+        change = (tied @ S - torch.cat(read, dim=1)) @ v[:, needed] / share[needed] @ v[:, needed].T
+        return tied + change @ reach.T, change
 
-    def relax(W, loop):  # A of this loop, and what W' is still asked for there
+    def error(W, change):  # Eq. 1, with the best B; W C_sum is whole + change S^T
+        WS = W @ torch.cat(seen, dim=1)
+        left = energy - (W * whole).sum() + (WS * change).sum() - (torch.cat(read, dim=1) - WS).square().sum()
+        return (left / energy).item()
+
+    def relax(W, loop):  # A of this loop, from Eq. 3
         T, C = targets[loop] - W, Cs[loop]
         if biased:                                                       # the bias as far as the inputs tell it
             T = torch.cholesky_solve(C[:d] @ T.T, roots[loop]).T
         As[loop] = directions(T, roots[loop], rank, As[loop] if 4 * rank < min(T.shape) else None)
-        seen = C[:, :d] @ As[loop].T                                     # (in, R)
-        Ps[loop] = C - seen @ seen.T
-        wants[loop] = whole[loop] - targets[loop] @ seen @ seen.T
+        seen[loop] = C[:, :d] @ As[loop].T
+        read[loop] = targets[loop] @ seen[loop]
 
-    W, error = tie(sum(targets) / len(targets))
-    errors = [error]
-    if rank:
-        for loop in range(len(Cs)):
-            relax(W, loop)
-        errors = [(sum((((T - W) @ P) * (T - W)).sum() for T, P in zip(targets, Ps, strict=True)) / energy).item()]
+    W = tied
+    for loop in range(len(Cs) if rank else 0):
+        relax(W, loop)
+    errors = [error(W, 0.0)]
     while rank and len(errors) <= rounds and (len(errors) < 2 or errors[-2] - errors[-1] > stop * errors[-2]):
         for loop in range(len(Cs) if len(errors) > 1 else 0):            # the first has been relaxed
             relax(W, loop)
-        W, error = tie(W)
-        errors.append(error)
-    return W, [(a, (T - W) @ C[:, :d] @ a.T) for a, T, C in zip(As, targets, Cs, strict=True) if rank], errors
+        W, change = tie()
+        errors.append(error(W, change))
+    return W, [(a, (T - W) @ s) for a, T, s in zip(As, targets, seen, strict=True) if rank], errors
 
 
 def scaled(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,26 +247,27 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
     biased, own = linear.bias is not None, linear.bias is not None and linear.bias.dim() == 2
     width = linear.weight.size(1)
     D = sum(gradients) / sum(gradients).mean().clamp_min(1e-30) + ridge
-    Ws, shown, basis = [donor.weight.double() for donor in donors], entering, None
+    weights, shown, basis = [donor.weight for donor in donors], entering, None
     if len(entering[0][0]) != width:                                     # sketches: the fit is in what they span
-        entering = [(S.double(), first) for S, first in entering]
-        basis = torch.linalg.qr(torch.cat([S for S, _ in entering]).T)[0]                         # (in, all their rows)
-        shown = [((S @ basis).T @ (S @ basis), first @ basis) for S, first in entering]
-        rest = sum(Ws) / len(Ws)                                         # and W' is the average elsewhere
-        Ws = [W @ basis for W in Ws]
-    targets, Cs = [], []
-    for donor, W, (second, first), squares in zip(donors, Ws, shown, gradients, strict=True):
-        C = second - first.outer(first) if own else second.clone()
+        basis, r = torch.linalg.qr(torch.cat([S for S, _ in entering]).T)                         # (in, all their rows)
+        shown = [(part @ part.T, (first.to(basis) @ basis).double())
+                 for part, (_, first) in zip(r.double().split(len(entering[0][0]), dim=1), entering, strict=True)]
+        weights = [W @ basis for W in weights]
+    targets, Cs = [D.sqrt()[:, None] * W for W in weights], []
+    for loop, ((second, first), squares) in enumerate(zip(shown, gradients, strict=True)):
+        C = second.double() - first.outer(first) * own
         C.diagonal().add_(ridge * second.trace().clamp_min(1e-30) / width)
         if biased and not own:
-            W = torch.cat([W, donor.bias.double()[:, None]], dim=1)
+            targets[loop] = torch.cat([targets[loop], (D.sqrt() * donors[loop].bias)[:, None]], dim=1)
             C = torch.cat([torch.cat([C, first[:, None]], dim=1), torch.cat([first, first.new_ones(1)])[None]])
-        targets, Cs = [*targets, D.sqrt()[:, None] * W], [*Cs, C * squares.sum().clamp_min(1e-30)]
+        Cs.append(C * squares.sum().clamp_min(1e-30))
     W, lora, errors = fit(targets, Cs, linear.rank, rounds, stop, biased and not own)
-    W, bias = (W / D.sqrt()[:, None]).split([Ws[0].size(1), biased and not own], dim=1)
-    linear.weight.copy_(W if basis is None else rest + (W - rest @ basis) @ basis.T)
+    W, bias = (W / D.sqrt()[:, None]).split([weights[0].size(1), biased and not own], dim=1)
+    if basis is not None:                                                # elsewhere W' is the average
+        W = sum(donor.weight for donor in donors) / len(donors) + (W - sum(weights) / len(weights)).to(basis) @ basis.T
+    linear.weight.copy_(W)
     for loop, (a, b) in enumerate(lora):
-        a, b = scaled(a if basis is None else a @ basis.T, b / D.sqrt()[:, None])
+        a, b = scaled(a if basis is None else (a.to(basis) @ basis.T).double(), b / D.sqrt()[:, None])
         linear.lora_a[loop], linear.lora_b[loop] = a, b
     if biased:
         linear.bias.copy_(torch.stack([donor.bias.double() + (donor.weight.double() - linear.merged(loop)) @ first
