@@ -22,7 +22,9 @@ that loop cannot serve itself. (3) and (4) alternate until little more is won. W
 (3) the SVD of Eq. 4. The code keeps A with A C A^T = I, and then B = (W_l - W') C_l A_l^T in (3) too.
 
 Norm weights are first absorbed into the maps that follow them, else tying them alone costs more than all the rest. A
-bias is one more column of W, over an input that is always 1 and that no LoRA sees.
+bias is one more column of W, over an input that is always 1 and that no LoRA sees. What is stored in the end does the
+same in other scales: the shared norms multiply by what the donor's do on average, and B and A have half of S each. It
+is what lets a good start survive AdamW, whose steps are of one size for all weights.
 """
 
 from copy import deepcopy
@@ -53,6 +55,11 @@ class Moments:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
+def gain(norm: Norm) -> Tensor:
+    """What a norm multiplies by, in fp32 or wider."""
+    return widen(norm.weight.detach()) + (1.0 if norm.arch == "gemma" else 0.0)
+
+
 @torch.no_grad()
 def absorb(layer: Layer) -> Layer:
     """The same function, in fp32 or wider, with norm weights one and norm biases zero: the maps that follow have them.
@@ -63,7 +70,7 @@ def absorb(layer: Layer) -> Layer:
     for p in layer.parameters():
         p.data = widen(p.data)
     for norm, part, names in ((layer.norm1, layer.attn, "qkv"), (layer.norm2, layer.mlp, ("gate", "up"))):
-        scale = norm.weight + 1.0 if norm.arch == "gemma" else norm.weight
+        scale = gain(norm)
         for linear in filter(None, (getattr(part, name) for name in names)):
             if norm.bias is not None:
                 bias = linear.weight @ norm.bias
@@ -226,20 +233,20 @@ def fit(targets: list[Tensor], Cs: list[Tensor], rank: int, rounds: int = 0, sto
     return W, [(a, (T - W) @ s) for a, T, s in zip(As, targets, seen, strict=True) if rank], errors
 
 
-def scaled(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The same B A with the rows of A orthonormal and all of S in B, as the paper's SVD leaves them: AdamW's steps, all
-    of one size, suit that and not the scales of C. Directions without residual: A Gaussian, B zero (App. C)."""
+def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same B A with half of S in each: the paper's SVD leaves all of S in B, and then a step of AdamW on A moves
+    the map much more than one on W' does. Directions without residual: A Gaussian, B zero (App. C)."""
     (qb, rb), (qa, ra) = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(rb @ ra.T)
-    a, b, dead = vh @ qa.T, qb @ (u * s), s <= 1e-6 * s.max().clamp_min(1e-30)
+    a, b, dead = s.sqrt()[:, None] * (vh @ qa.T), qb @ (u * s.sqrt()), s <= 1e-6 * s.max().clamp_min(1e-30)
     a[dead] = torch.randn(int(dead.sum()), a.size(1)).to(a) / a.size(1) ** 0.5
     return a, b.masked_fill(dead, 0.0)
 
 
 def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[tuple[Tensor, Tensor]],
-            gradients: list[Tensor], rounds: int, stop: float, ridge: float) -> list[float]:
+            gradients: list[Tensor], gains: Tensor | float, rounds: int, stop: float, ridge: float) -> list[float]:
     """Fill `linear` with what fits best the donors' maps, one for each loop, on what ran through them; the errors of
-    `fit`.
+    `fit`. gains: by how much more enters `linear` than entered the donors' (in,).
 
     A tied bias is fitted with W' as a column more. One per loop takes up the mean error of its loop, whatever W', A and
     B are, so that they have only C less that of the mean to fit.
@@ -265,15 +272,26 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
     W, bias = (W / D.sqrt()[:, None]).split([weights[0].size(1), biased and not own], dim=1)
     if basis is not None:                                                # elsewhere W' is the average
         W = sum(donor.weight for donor in donors) / len(donors) + (W - sum(weights) / len(weights)).to(basis) @ basis.T
-    linear.weight.copy_(W)
+    linear.weight.copy_(W / gains)
     for loop, (a, b) in enumerate(lora):
-        a, b = scaled(a if basis is None else (a.to(basis) @ basis.T).double(), b / D.sqrt()[:, None])
-        linear.lora_a[loop], linear.lora_b[loop] = a, b
+        a = a if basis is None else (a.to(basis) @ basis.T).double()
+        linear.lora_a[loop], linear.lora_b[loop] = balanced(a / gains, b / D.sqrt()[:, None])
     if biased:
-        linear.bias.copy_(torch.stack([donor.bias.double() + (donor.weight.double() - linear.merged(loop)) @ first
-                                       for loop, (donor, (_, first)) in enumerate(zip(donors, entering, strict=True))])
-                          if own else bias[:, 0])
+        linear.bias.copy_(torch.stack([
+            donor.bias + donor.weight.double() @ first - linear.merged(loop).double() @ (first * gains)
+            for loop, (donor, (_, first)) in enumerate(zip(donors, entering, strict=True))]) if own else bias[:, 0])
     return errors
+
+
+def share_gain(norm: Norm, donors: list[Norm]) -> Tensor:
+    """Fill a norm with the donors' root mean square, channel by channel, and return what it multiplies by (C,). Kept
+    from zero, since the maps that read it are divided by it. Its bias is zero: they have absorbed the donors'."""
+    rms = torch.stack([gain(donor) for donor in donors]).square().mean(0).sqrt()
+    rms = rms.clamp_min(0.1 * rms.square().mean().sqrt() + 1e-6)
+    norm.weight.copy_(rms - (1.0 if norm.arch == "gemma" else 0.0))
+    if norm.bias is not None:
+        norm.bias.zero_()
+    return gain(norm).view(-1, norm.weight.size(-1))[0]                  # as it is after rounding
 
 
 @torch.no_grad()
@@ -294,15 +312,15 @@ def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: 
     for k, layer in enumerate(progress(model.layers, desc="calibrating", unit="layer")):
         at = range(k, full.config.n_layer, model.config.n_unique)        # of this position, one for each loop
         donors = [absorb(full.layers[i]) for i in at]
-        for ours, donor in ((layer.norm1, donors[0].norm1), (layer.norm2, donors[0].norm2)):
-            for name, vector in ours.named_parameters():
-                vector.copy_(donor.get_parameter(name))                  # the same for all: absorbed
+        gains = {"attn.q": share_gain(layer.norm1, [full.layers[i].norm1 for i in at]),
+                 "mlp.up": share_gain(layer.norm2, [full.layers[i].norm2 for i in at])}
         for entry, kinds in READERS.items():
             for kind in kinds:
                 if kind != "mlp.gate" or layer.mlp.gate is not None:
                     errors = fit_map(layer.get_submodule(kind), [d.get_submodule(kind) for d in donors],
                                      [seen.inputs[f"layers.{i}.{entry}"] for i in at],
-                                     [seen.gradients[f"layers.{i}.{kind}"] for i in at], rounds, stop, ridge)
+                                     [seen.gradients[f"layers.{i}.{kind}"] for i in at], gains.get(entry, 1.0),
+                                     rounds, stop, ridge)
                     if report is not None:
                         report.setdefault(kind, []).append(errors)
     return model.eval()

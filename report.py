@@ -228,6 +228,20 @@ def block_start(results: Path) -> str:
     return markdown(rows)
 
 
+def block_read(results: Path) -> str:
+    """The loss right after calibrated conversion into 2 loops, by how much text was read."""
+    starts = {name: read_starts(results, donor) for name, donor in (("SmolLM2-135M", "SmolLM2-135M"),
+                                                                    ("shipped donor", "assets/donor"))}
+    counts = sorted({n for found in starts.values() for *_, n in found if n})
+    cases = [(name, rank) for name, found in starts.items() for rank in sorted({rank for _, _, rank, _ in found})
+             if rank and all(("calibrated", 2, rank, n) in found for n in counts)]
+    rows = [["tokens read", *(f"{name}, rank {rank}" for name, rank in cases)]]
+    for n in counts:
+        lines = [starts[name]["calibrated", 2, rank, n] for name, rank in cases]
+        rows.append([f"{n:,}", *(" / ".join(f"{text[-1]:.3f}" for text in line["loss"].values()) for line in lines)])
+    return markdown(rows)
+
+
 def block_saved(results: Path) -> str:
     """Uptraining from both starts."""
     runs, mid = read_runs(results, "toy"), MODELS["toy"].ranks[1]
@@ -264,7 +278,8 @@ def block_batching(results: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "stepwise": block_stepwise, "conclusions": block_conclusions, "exits": block_exits,
-    "calibrated": block_calibrated, "batching": block_batching, "start": block_start, "saved": block_saved}
+    "calibrated": block_calibrated, "batching": block_batching, "start": block_start, "read": block_read,
+    "saved": block_saved}
 
 
 def fill(text: str, results: Path) -> str:

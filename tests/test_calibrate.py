@@ -18,10 +18,10 @@ from tiny import home, run, story  # noqa: F401 (a fixture)
 
 import calibrate
 import convert
-from calibrate import absorb, calibration_windows, fit, fit_map, moments, scaled, to_calibrated
+from calibrate import absorb, balanced, calibration_windows, fit, fit_map, gain, moments, to_calibrated
 from convert import load_full, svd_factors, unroll
 from data import Tokens, batch, load_tokens, write_shards
-from model import Config, RecursiveTransformer, RelaxedLinear
+from model import Config, RecursiveTransformer, RelaxedLinear, rope_angles
 from runtime import UserError
 from tokenizer import Tokenizer
 
@@ -119,15 +119,16 @@ def test_white_inputs_give_average_and_the_plain_svd(shape):
     close(W, (Ws[0] + Ws[1]) / 2, 1e-9)
     for V, factor in zip(Ws, factors, strict=True):
         want_a, want_b = svd_factors(V - W, 3)
-        a, b = scaled(*factor)
+        a, b = balanced(*factor)
         close(b @ a, (want_b @ want_a).double(), 1e-5)
-        close(b.norm(dim=0), want_b.norm(dim=0).double(), 1e-5)          # and in the paper's scale: S in B
-        close(a @ a.T, torch.eye(3, dtype=torch.float64), 1e-9)
+        S = want_b.norm(dim=0).double()                                  # the paper has it in B, here each has half
+        close(b.T @ b, S.diag(), 1e-5)
+        close(a @ a.T, S.diag(), 1e-5)
 
 
 def test_a_direction_without_residual_can_still_learn():
     torch.manual_seed(0)
-    a, b = scaled(torch.cat([torch.randn(2, 9), torch.zeros(2, 9)]), torch.randn(7, 4))
+    a, b = balanced(torch.cat([torch.randn(2, 9), torch.zeros(2, 9)]), torch.randn(7, 4))
     assert (b[:, 2:] == 0).all() and (b[:, :2] != 0).any() and (a != 0).all()
     assert 0.5 < a[2:].norm(dim=1).mean() < 2
 
@@ -151,7 +152,7 @@ def test_outputs_count_by_their_gradients(shape):
         donors = [RelaxedLinear(shape[1], shape[0], replace(config, rank=0)).double() for _ in Ws]
         for donor, W in zip(donors, Ws, strict=True):
             donor.weight.copy_(W)
-        errors = fit_map(linear, donors, [(C, C[0]) for C in Cs], Gs, rounds, 0.0, 0.0)
+        errors = fit_map(linear, donors, [(C, C[0]) for C in Cs], Gs, 1.0, rounds, 0.0, 0.0)
         return linear.weight.data, [(linear.lora_a[i], linear.lora_b[i]) for i in range(2)] if rank else None, errors
     tied, _, _ = fitted(0, rank=0)
     C = [w * C for C, w in zip(Cs, weights, strict=True)]
@@ -278,14 +279,15 @@ def test_a_fit_in_what_sketches_span_is_that_in_all_directions(vectors):
     common = torch.randn(14, 40, dtype=torch.float64)
     sketches = [torch.randn(12, 14, dtype=torch.float64) @ common for _ in range(2)]
     donors = [RelaxedLinear(40, 20, replace(config, rank=0, vectors="tied"), bias=True).double() for _ in sketches]
-    grads = [torch.rand(20, dtype=torch.float64) + 0.1 for _ in donors]
-    found = []
+    grads, gains = ([torch.rand(n, dtype=torch.float64) + 0.1 for _ in donors] for n in (20, 40))
+    gains, found = gains[0], []
     for seconds in (sketches, [S.T @ S for S in sketches]):
         linear = RelaxedLinear(40, 20, config, bias=True).double()
         torch.manual_seed(1)
-        errors = fit_map(linear, donors, list(zip(seconds, [S.mean(0) / 4 for S in sketches], strict=True)), grads, 6,
-                         0.0, 1e-7)
-        found.append((errors, torch.cat([linear(S, loop) for loop, S in enumerate(sketches)]), linear.weight.data))
+        errors = fit_map(linear, donors, list(zip(seconds, [S.mean(0) / 4 for S in sketches], strict=True)), grads,
+                         gains, 6, 0.0, 1e-7)
+        found.append((errors, torch.cat([linear(S * gains, loop) for loop, S in enumerate(sketches)]),
+                      linear.weight * gains))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
     close(found[0][1], found[1][1], 1e-3)
     away = torch.linalg.qr(torch.cat(sketches).T, mode="complete")[0][:, 24:]    # what no sketch has
@@ -344,8 +346,10 @@ def test_every_map_fits_the_donors_better_than_the_papers_start(arch, vectors, r
             for i in range(3):
                 at = [f"layers.{i + 3 * loop}.{kind}" for loop in range(2)]
                 G = sum(seen.gradients[name] for name in at)
+                norm = model.layers[i].norm1 if kind[5:] in "qkv" else model.layers[i].norm2
+                gains = 1.0 if kind in ("attn.o", "mlp.down") else gain(norm).view(-1, norm.weight.size(-1))[0]
                 for loop, name in enumerate(at):
-                    y = (model.layers[i].get_submodule(kind)(inputs[name], loop)
+                    y = (model.layers[i].get_submodule(kind)(inputs[name] * gains, loop)
                          - donor.layers[i + 3 * loop].get_submodule(kind)(inputs[name], 0))
                     wrong[which] += seen.gradients[name].sum() * (y.square() @ G).sum()           # Eq. 1
                     if model is ours and vectors == "per_loop" and arch == "gpt_neox":
@@ -360,6 +364,26 @@ def test_what_is_not_a_linear_map_is_the_donors():
         assert name.startswith("layers.") or torch.equal(w, full.state_dict()[name]), name
     assert all(p.requires_grad and p.dtype == torch.float32 for p in ours.parameters())
     assert not ours.training and ours.config.rank == 3
+
+
+@each_arch
+@torch.no_grad()
+def test_shared_norms_have_the_donors_root_mean_square(arch):
+    full = tiny(arch).double()
+    shut, open_ = (full.layers[i].norm1.weight for i in (1, 4))
+    shut[3], open_[3], shut[4] = (-1.0, -1.0, -1.0) if arch == "gemma" else (0.0, 0.0, 0.0)
+    ours = calibrated(full)
+    for name in ("norm1", "norm2"):
+        one, two = (gain(full.layers[i].get_submodule(name)) for i in (1, 4))
+        want, norm = ((one.square() + two.square()) / 2).sqrt(), ours.layers[1].get_submodule(name)
+        least = 0.1 * want.square().mean().sqrt()
+        close(gain(norm), want.clamp_min(least + 1e-6), 1e-12)
+        assert (norm.bias == 0).all() if arch == "gpt_neox" else norm.bias is None
+    assert (want[4] > least) and gain(ours.layers[1].norm1)[3] > 0
+    x = torch.randn(7, full.config.n_embd, dtype=torch.float64)
+    rope = rope_angles(torch.arange(7), full.config)
+    layer, exact = full.layers[1], calibrated(full, 2, 1000, "per_loop").layers[1]
+    close(exact(x, rope, 0, 0, None), layer(x, rope, 0, 0, None), 1e-5)
 
 
 def test_the_donor_stays_as_it_is():
@@ -410,10 +434,10 @@ def test_main_writes_what_the_function_makes(donor, capsys, dtype):
     printed = capsys.readouterr().out
     full, saved = load_full(donor), RecursiveTransformer.load(donor.parent / "out")
     text = load_tokens(str(donor.parent / "text.jsonl"), Tokenizer.load(donor), 53)
-    want = to_calibrated(full, calibration_windows(text, 256, full.config, "it"), 2, 3, "per_loop")
+    dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    want = to_calibrated(full, calibration_windows(text, 256, full.config, "it"), 2, 3, "per_loop", dtype)
     for name, w in saved.state_dict().items():
-        assert w.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-        assert torch.equal(w, want.state_dict()[name].to(w.dtype)), name
+        assert w.dtype == dtype and torch.equal(w, want.state_dict()[name]), name
     assert re.search(r"start and after each round: 0\.\d+ 0\.\d+", printed) and "mlp.down" in printed
 
 
