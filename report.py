@@ -431,7 +431,7 @@ def plot_rank(axes, runs, ranks) -> None:
     axes.set(xlabel="LoRA rank (0: tied)", ylabel="validation loss")
 
 
-def plot_calibrated(start, saved, results: Path) -> None:
+def plot_calibrated(start, saved, large, results: Path) -> None:
     """Both starts right after conversion, by rank, and in uptraining (mean of the seeds there are)."""
     starts, runs, mid = read_starts(results, "SmolLM2-135M"), read_runs(results, "toy"), MODELS["toy"].ranks[1]
     for init, says, tokens in (("average", "average + SVD", None), ("calibrated", "calibrated (ours)", 20_480)):
@@ -442,8 +442,12 @@ def plot_calibrated(start, saved, results: Path) -> None:
         curve = [[statistics.mean(point) for point in zip(*points, strict=True)]
                  for points in zip(*(line["curve"] for line in lines), strict=True)]
         saved.plot(*zip(*curve, strict=True), label=says)
+        line = next(line for line in read_lines(results / "calibrated_smollm2.jsonl") if line["init"] == init)
+        large.plot(*zip(*line["curve"], strict=True), label=says)
     start.axhline(next(iter(starts.values()))["donor_loss"]["books"][0], color="k", linewidth=0.8, label="donor")
     saved.axhline(next(iter(runs["donor"].values()))["loss"], color="k", linewidth=0.8, label="donor")
+    large.axhline(line["donor_loss"], color="k", linewidth=0.8, label="donor")
+    large.set(title=f"SmolLM2-135M, rank {line['rank']}: in uptraining", xlabel="tokens", ylabel="validation loss")
     start.set(title="SmolLM2-135M, 2 loops: right after conversion", xlabel="LoRA rank", ylabel="loss, other books")
     saved.set(title=f"shipped donor, rank {mid}: in uptraining", xlabel="tokens", ylabel="validation loss")
 
@@ -467,8 +471,8 @@ def save_plots(results: Path, model: str) -> None:
     if model == "toy":
         plot_batching(read_lines(results / "batching.jsonl")[0], str(results / "batching.png"))
         print0(f"wrote {results / 'batching.png'}")
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        plot_calibrated(*figure.subplots(1, 2), results)
+        figure = Figure(figsize=(14, 4), layout="constrained")
+        plot_calibrated(*figure.subplots(1, 3), results)
         for axes in figure.axes:
             axes.grid(alpha=0.3)
             axes.legend()
