@@ -341,10 +341,14 @@ def phrases(results: Path) -> list[str]:
         return statistics.mean(run[key] for run in runs)
     unconverted = next(iter(read_starts(results, "SmolLM2-135M").values()))["donor_loss"]
     cost, small_cost = lines("calibrated_cost")                          # Gemma 2B's, SmolLM2's
-    short = lines("calibrated_smollm2")                                  # average, calibrated, at a smaller rate
+    from_paper, from_ours = lines("calibrated_smollm2")
+    scales = next(line for line in lines("calibrated_tried") if "in other scales" in line["tried"])
     return [
-        f"came from {short[0]['start_loss']:.2f} to {short[0]['loss']:.2f}, the calibrated one rose from "
-        f"{short[1]['start_loss']:.2f} to {short[1]['loss']:.2f}; at 3e-5 it fell to {short[2]['loss']:.2f} in 6,144",
+        f"in {from_ours['tokens']:,} tokens the paper's start came from {from_paper['start_loss']:.2f} to "
+        f"{from_paper['loss']:.2f}, the calibrated one from {from_ours['start_loss']:.2f} to {from_ours['loss']:.2f} "
+        f"(donor {from_ours['donor_loss']:.2f})",
+        f"four such steps led from {scales['loss'][0]:.2f} to {scales['loss'][1]:.2f} instead of "
+        f"{scales['beside_loss'][1]:.2f}",
         f"of another kind (donor {unconverted['books'][0]:.2f} / {unconverted['other'][0]:.2f})",
         f"three seeds, donor {ends(paper, 'donor_loss'):.3f}), the paper's start ends at {ends(paper, 'loss'):.3f}, "
         f"the calibrated one begins at {ends(ours_long, 'start_loss'):.3f} and ends at {ends(ours_long, 'loss'):.3f}:",
