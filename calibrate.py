@@ -48,8 +48,10 @@ WIDEST, SKETCH = 8192, 2048  # inputs wider than the first are kept as a sketch 
 
 @dataclass
 class Moments:
-    """What ran through a donor, per token. Summed in fp64; second moments are kept in the dtype of what they are of."""
-    # "layers.3.attn.q" -> E[x x^T] (in, in), E[x] (in,); of wide inputs a sketch S (rows, in), with S^T S for the first
+    """What ran through a donor, per token. Summed in fp64 (sketches, few tokens to a row, in fp32 or wider); second
+    moments are kept in the dtype of what they are of."""
+    # "layers.3.attn.q" -> E[x x^T] (in, in), E[x] (in,); of wide inputs a sketch S (rows, in + 1), with S^T S for the
+    # first of x and a 1 beside it
     inputs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # "layers.3.attn.k" -> E[g^2] (out,)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -136,15 +138,15 @@ def watch(layer: Layer, prefix: str, found: Moments, count: int) -> None:
         def hook(_, inputs):
             x = inputs[0].detach().flatten(0, -2)                        # (tokens, in)
             width = x.size(1)
-            rows = SKETCH if width > WIDEST else width
             if name not in found.inputs:
-                found.inputs[name] = (x.new_zeros(rows, width, dtype=x.dtype if width > WIDEST else torch.float64),
+                found.inputs[name] = (x.new_zeros(SKETCH, width + 1) if width > WIDEST else
+                                      x.new_zeros(width, width, dtype=torch.float64),
                                       x.new_zeros(width, dtype=torch.float64))
             second, first = found.inputs[name]
             if width > WIDEST:
                 row = torch.randint(SKETCH, (len(x),), generator=draw).to(x.device)
                 sign = (torch.randint(2, (len(x), 1), generator=draw) * 2 - 1).to(x.device)
-                second.index_add_(0, row, x * sign / count**0.5)
+                second.index_add_(0, row, F.pad(x, (0, 1), value=1.0) * sign / count**0.5)
             else:
                 second += (x.T @ x).double() / count
             first += x.sum(0, dtype=torch.float64) / count
@@ -191,11 +193,11 @@ def fit(targets: list[Tensor], Cs: list[Tensor], rank: int, rounds: int = 0, sto
     d = targets[0].size(1) - biased                                      # what a LoRA sees
     rank = min(rank, targets[0].size(0), d)
     roots = [torch.linalg.cholesky(C[:d, :d]) for C in Cs] if rank else []
-    C_sum, whole, energy = sum(Cs), 0.0, 1e-300                          # whole: sum_l W_l C_l
+    whole, energy = 0.0, 1e-300                                          # whole: sum_l W_l C_l
     for T, C in zip(targets, Cs, strict=True):
         TC = T @ C
         whole, energy = whole + TC, energy + (TC * T).sum()
-    root = torch.linalg.cholesky(C_sum)
+    root = torch.linalg.cholesky(sum(Cs))
     tied = torch.cholesky_solve(whole.T, root).T                         # Eq. 2
     As = [None] * len(Cs)
     seen, read = [C[:, :0] for C in Cs], [T[:, :0] for T in targets]     # C_l A_l^T (in, R), W_l C_l A_l^T (out, R)
@@ -204,11 +206,11 @@ def fit(targets: list[Tensor], Cs: list[Tensor], rank: int, rounds: int = 0, sto
         S = torch.cat(seen, dim=1)
         reach = torch.cholesky_solve(S, root)
         share, v = torch.linalg.eigh(torch.eye(S.size(1)).to(S) - S.T @ reach)
-        needed = share > 1e-10                                           # else every loop's LoRA sees it: leave W'
+        needed = share > 1e-10                                           # else every loop's LoRA sees it: as in Eq. 2
         change = (tied @ S - torch.cat(read, dim=1)) @ v[:, needed] / share[needed] @ v[:, needed].T
         return tied + change @ reach.T, change
 
-    def error(W, change):  # Eq. 1, with the best B; W C_sum is whole + change S^T
+    def error(W, change):  # Eq. 1, with the best B; W sum(Cs) is whole + change S^T
         WS = W @ torch.cat(seen, dim=1)
         left = energy - (W * whole).sum() + (WS * change).sum() - (torch.cat(read, dim=1) - WS).square().sum()
         return (left / energy).item()
@@ -254,19 +256,21 @@ def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[t
     biased, own = linear.bias is not None, linear.bias is not None and linear.bias.dim() == 2
     width = linear.weight.size(1)
     D = sum(gradients) / sum(gradients).mean().clamp_min(1e-30) + ridge
-    weights, shown, basis = [donor.weight for donor in donors], entering, None
-    if len(entering[0][0]) != width:                                     # sketches: the fit is in what they span
-        basis, r = torch.linalg.qr(torch.cat([S for S, _ in entering]).T)                         # (in, all their rows)
-        shown = [(part @ part.T, (first.to(basis) @ basis).double())
-                 for part, (_, first) in zip(r.double().split(len(entering[0][0]), dim=1), entering, strict=True)]
+    weights, basis = [donor.weight for donor in donors], None
+    if entering[0][0].size(1) == width:
+        shown = [(second.double(), first, first.new_ones(1)) for second, first in entering]       # means of x x^T, x, 1
+    else:                                                                # sketches: the fit is in what they span
+        basis, r = torch.linalg.qr(torch.cat([S[:, :-1] for S, _ in entering]).T)                 # (in, all their rows)
+        shown = [(part @ part.T, part @ S[:, -1].double(), S[:, -1:].double().square().sum(0))
+                 for part, (S, _) in zip(r.double().split(len(entering[0][0]), dim=1), entering, strict=True)]
         weights = [W @ basis for W in weights]
     targets, Cs = [D.sqrt()[:, None] * W for W in weights], []
-    for loop, ((second, first), squares) in enumerate(zip(shown, gradients, strict=True)):
-        C = second.double() - first.outer(first) * own
+    for loop, ((second, first, one), squares) in enumerate(zip(shown, gradients, strict=True)):
+        C = second - (first.outer(first) / one if own else 0.0)
         C.diagonal().add_(ridge * second.trace().clamp_min(1e-30) / width)
         if biased and not own:
             targets[loop] = torch.cat([targets[loop], (D.sqrt() * donors[loop].bias)[:, None]], dim=1)
-            C = torch.cat([torch.cat([C, first[:, None]], dim=1), torch.cat([first, first.new_ones(1)])[None]])
+            C = torch.cat([torch.cat([C, first[:, None]], dim=1), torch.cat([first, one])[None]])
         Cs.append(C * squares.sum().clamp_min(1e-30))
     W, lora, errors = fit(targets, Cs, linear.rank, rounds, stop, biased and not own)
     W, bias = (W / D.sqrt()[:, None]).split([weights[0].size(1), biased and not own], dim=1)
@@ -287,7 +291,7 @@ def share_gain(norm: Norm, donors: list[Norm]) -> Tensor:
     """Fill a norm with the donors' root mean square, channel by channel, and return what it multiplies by (C,). Kept
     from zero, since the maps that read it are divided by it. Its bias is zero: they have absorbed the donors'."""
     rms = torch.stack([gain(donor) for donor in donors]).square().mean(0).sqrt()
-    rms = rms.clamp_min(0.1 * rms.square().mean().sqrt() + 1e-6)
+    rms = rms.clamp_min(0.1 * rms.square().mean().sqrt() + max(1e-6, torch.finfo(norm.weight.dtype).eps))
     norm.weight.copy_(rms - (1.0 if norm.arch == "gemma" else 0.0))
     if norm.bias is not None:
         norm.bias.zero_()

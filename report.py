@@ -347,8 +347,8 @@ def phrases(results: Path) -> list[str]:
         f"in {from_ours['tokens']:,} tokens the paper's start came from {from_paper['start_loss']:.2f} to "
         f"{from_paper['loss']:.2f}, the calibrated one from {from_ours['start_loss']:.2f} to {from_ours['loss']:.2f} "
         f"(donor {from_ours['donor_loss']:.2f})",
-        f"four such steps led from {scales['loss'][0]:.2f} to {scales['loss'][1]:.2f} instead of "
-        f"{scales['beside_loss'][1]:.2f}",
+        f"eight such steps led from {scales['loss'][0]:.2f} to {scales['loss'][-1]:.2f} instead of "
+        f"{scales['beside_loss'][-1]:.2f}",
         f"of another kind (donor {unconverted['books'][0]:.2f} / {unconverted['other'][0]:.2f})",
         f"three seeds, donor {ends(paper, 'donor_loss'):.3f}), the paper's start ends at {ends(paper, 'loss'):.3f}, "
         f"the calibrated one begins at {ends(ours_long, 'start_loss'):.3f} and ends at {ends(ours_long, 'loss'):.3f}:",

@@ -50,7 +50,7 @@ def main(argv=None) -> None:
         seconds.append(time.perf_counter() - began)
         print0(f"reading, {n_layer} of the layers: {seconds[-1]:.0f} s, peak {peak_memory(cpu):.1f} GiB")
     reading_peak, began = peak_memory(cpu), time.perf_counter()
-    calibrate(full, seen, args.loops, args.rank, stop=0.0)   # on real weights most maps take all rounds
+    calibrate(full, seen, args.loops, args.rank, stop=0.0)   # all rounds: what it can cost at most
     fitting, peak = time.perf_counter() - began, peak_memory(cpu)
     print0(f"fitting one position: {fitting:.0f} s, peak {peak:.1f} GiB")
 

@@ -18,7 +18,7 @@ from tiny import home, run, story  # noqa: F401 (a fixture)
 
 import calibrate
 import convert
-from calibrate import absorb, balanced, calibration_windows, fit, fit_map, gain, moments, to_calibrated
+from calibrate import absorb, balanced, calibration_windows, fit, fit_map, gain, moments, share_gain, to_calibrated
 from convert import load_full, svd_factors, unroll
 from data import Tokens, batch, load_tokens, write_shards
 from model import Config, RecursiveTransformer, RelaxedLinear, rope_angles
@@ -117,6 +117,8 @@ def test_white_inputs_give_average_and_the_plain_svd(shape):
     Ws, _, _ = problem(shape)
     W, factors, _ = fit(Ws, [torch.eye(shape[1], dtype=torch.float64)] * 2, 3)
     close(W, (Ws[0] + Ws[1]) / 2, 1e-9)
+    again = fit(Ws, [torch.eye(shape[1], dtype=torch.float64)] * 2, 3, rounds=2)[0]
+    close(again, W, 1e-9)                                                # both LoRAs see the same: nothing to tie anew
     for V, factor in zip(Ws, factors, strict=True):
         want_a, want_b = svd_factors(V - W, 3)
         a, b = balanced(*factor)
@@ -247,6 +249,7 @@ def test_weights_in_half_precision_are_read_in_full():
     seen, want = moments(full, [idx]), moments(copy.deepcopy(full).float(), [idx])
     for name, (second, _) in seen.inputs.items():
         close(second, want.inputs[name][0], 1e-2 if "layers.0" in name else 2e-2)
+        assert second.dtype == torch.float32
 
 
 @torch.no_grad()
@@ -262,12 +265,31 @@ def test_wide_inputs_are_sketched(monkeypatch):
         assert {len(s) for n, (s, _) in seen.items() if n.endswith(("attn.o", "down"))} == {rows}
         assert all(torch.allclose(s, want.inputs[n][0]) for n, (s, _) in seen.items()
                    if not n.endswith(("attn.o", "down")))
-        return max(((s.T @ s) / want.inputs[n][0].norm() - want.inputs[n][0] / want.inputs[n][0].norm()).norm().item()
-                   for n, (s, _) in seen.items() if len(s) == rows)
+        found = {n: (s.T @ s, *want.inputs[n]) for n, (s, _) in seen.items() if len(s) == rows}
+        assert all((s[:-1, -1] - first).norm() < first.norm() for s, _, first in found.values())
+        return max(((s[:-1, :-1] - second).norm() / second.norm()).item() for s, second, _ in found.values())
     assert 0 < far(20_000) < 0.1 < far(400) < 0.6
     monkeypatch.setattr(calibrate, "SKETCH", 20_000)
     near = calibrate.calibrate(full, moments(full, [idx]), 2, 3)
     close(near.layers[1].mlp.down.merged(1), exact.layers[1].mlp.down.merged(1), 0.05)
+
+
+@pytest.mark.parametrize("rows", [8, 30, 2000])
+@pytest.mark.parametrize("vectors", ["tied", "per_loop"])
+@torch.no_grad()
+def test_wide_inputs_with_biases(monkeypatch, vectors, rows):
+    """The mean of a sketched input comes from the sketch as well: with the exact one, C would not be a covariance."""
+    full, idx = tiny("gpt_neox").double(), tokens(12, 60)
+    full.layers[1].mlp.down.weight.data *= 5
+    exact = calibrate.calibrate(full, moments(full, [idx]), 2, 3, vectors)
+    monkeypatch.setattr(calibrate, "WIDEST", 39)
+    monkeypatch.setattr(calibrate, "SKETCH", rows)
+    report = {}
+    near = calibrate.calibrate(full, moments(full, [idx]), 2, 3, vectors, report=report)
+    assert all(-1e-9 < e < 1 for errors in report["mlp.down"] for e in errors)
+    if rows == 2000:
+        close(near.layers[1].mlp.down.merged(1), exact.layers[1].mlp.down.merged(1), 0.2)
+        close(near.layers[1].mlp.down.bias, exact.layers[1].mlp.down.bias, 0.1)
 
 
 @pytest.mark.parametrize("vectors", ["tied", "per_loop"])
@@ -279,13 +301,15 @@ def test_a_fit_in_what_sketches_span_is_that_in_all_directions(vectors):
     common = torch.randn(14, 40, dtype=torch.float64)
     sketches = [torch.randn(12, 14, dtype=torch.float64) @ common for _ in range(2)]
     donors = [RelaxedLinear(40, 20, replace(config, rank=0, vectors="tied"), bias=True).double() for _ in sketches]
-    grads, gains = ([torch.rand(n, dtype=torch.float64) + 0.1 for _ in donors] for n in (20, 40))
-    gains, found = gains[0], []
-    for seconds in (sketches, [S.T @ S for S in sketches]):
+    ones = [F.normalize(torch.rand(12, dtype=torch.float64), dim=0) for _ in sketches]             # of an input of 1
+    grads = [torch.rand(20, dtype=torch.float64) + 0.1 for _ in donors]
+    gains, found = torch.rand(40, dtype=torch.float64) + 0.1, []
+    for seconds in ([torch.cat([S, one[:, None]], dim=1) for S, one in zip(sketches, ones, strict=True)],
+                    [S.T @ S for S in sketches]):
         linear = RelaxedLinear(40, 20, config, bias=True).double()
         torch.manual_seed(1)
-        errors = fit_map(linear, donors, list(zip(seconds, [S.mean(0) / 4 for S in sketches], strict=True)), grads,
-                         gains, 6, 0.0, 1e-7)
+        means = [one @ S for S, one in zip(sketches, ones, strict=True)]
+        errors = fit_map(linear, donors, list(zip(seconds, means, strict=True)), grads, gains, 6, 0.0, 1e-7)
         found.append((errors, torch.cat([linear(S * gains, loop) for loop, S in enumerate(sketches)]),
                       linear.weight * gains))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
@@ -380,6 +404,10 @@ def test_shared_norms_have_the_donors_root_mean_square(arch):
         close(gain(norm), want.clamp_min(least + 1e-6), 1e-12)
         assert (norm.bias == 0).all() if arch == "gpt_neox" else norm.bias is None
     assert (want[4] > least) and gain(ours.layers[1].norm1)[3] > 0
+    half = copy.deepcopy(full.layers[1].norm1).bfloat16()
+    half.weight.fill_(-0.999 if arch == "gemma" else 0.001)
+    shared = copy.deepcopy(half)
+    assert torch.equal(share_gain(shared, [half, half]), gain(shared)) and (gain(shared) > 0).all()
     x = torch.randn(7, full.config.n_embd, dtype=torch.float64)
     rope = rope_angles(torch.arange(7), full.config)
     layer, exact = full.layers[1], calibrated(full, 2, 1000, "per_loop").layers[1]
