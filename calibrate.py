@@ -62,6 +62,13 @@ def gain(norm: Norm) -> Tensor:
     return widen(norm.weight.detach()) + (1.0 if norm.arch == "gemma" else 0.0)
 
 
+def set_gain(norm: Norm, gains: Tensor | float) -> None:
+    """Have a norm multiply by this, and add nothing."""
+    norm.weight[:] = gains - (1.0 if norm.arch == "gemma" else 0.0)
+    if norm.bias is not None:
+        norm.bias.zero_()
+
+
 @torch.no_grad()
 def absorb(layer: Layer) -> Layer:
     """The same function, in fp32 or wider, with norm weights one and norm biases zero: the maps that follow have them.
@@ -78,9 +85,7 @@ def absorb(layer: Layer) -> Layer:
                 bias = linear.weight @ norm.bias
                 linear.bias = nn.Parameter(bias if linear.bias is None else linear.bias + bias)
             linear.weight *= scale
-        norm.weight.fill_(0.0 if norm.arch == "gemma" else 1.0)
-        if norm.bias is not None:
-            norm.bias.zero_()
+        set_gain(norm, 1.0)
     return layer
 
 
@@ -292,9 +297,7 @@ def share_gain(norm: Norm, donors: list[Norm]) -> Tensor:
     from zero, since the maps that read it are divided by it. Its bias is zero: they have absorbed the donors'."""
     rms = torch.stack([gain(donor) for donor in donors]).square().mean(0).sqrt()
     rms = rms.clamp_min(0.1 * rms.square().mean().sqrt() + max(1e-6, torch.finfo(norm.weight.dtype).eps))
-    norm.weight.copy_(rms - (1.0 if norm.arch == "gemma" else 0.0))
-    if norm.bias is not None:
-        norm.bias.zero_()
+    set_gain(norm, rms)
     return gain(norm).view(-1, norm.weight.size(-1))[0]                  # as it is after rounding
 
 

@@ -8,7 +8,7 @@
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -402,14 +402,19 @@ def line_of(axes, runs, names: list[str], label: str, xs: list[float] | None = N
         axes.errorbar(x, y, error, fmt=style, markersize=4, capsize=2, label=label)
 
 
+def mean_curve(lines: Iterable[dict]) -> list[list[float]]:
+    """[tokens, loss on the way] of several seeds."""
+    return [[statistics.mean(point) for point in zip(*points, strict=True)]
+            for points in zip(*(line["curve"] for line in lines), strict=True)]
+
+
 def plot_inits(axes, runs, ranks) -> None:
     """Above the donor's loss on the same text: on the way it is a shorter one than at the ends."""
     short = next(iter(runs.get("donor", {}).values()), None)
     for name in ("stepwise", "average", "lower", "random"):
         lines = list(runs.get(name, {}).values())
         if lines:
-            curve = [[statistics.mean(point) for point in zip(*points, strict=True)]
-                     for points in zip(*(line["curve"] for line in lines), strict=True) if short]
+            curve = mean_curve(lines) if short else []
             ends = [[tokens, statistics.mean(line[loss] - line["donor_loss"] for line in lines)]
                     for tokens, loss in ((0, "start_loss"), (lines[0]["settings"]["tokens"], "loss"))]
             points = [ends[0], *([tokens, loss - short["loss"]] for tokens, loss in curve), ends[1]]
@@ -442,10 +447,7 @@ def plot_calibrated(start, saved, large, results: Path) -> None:
         points = sorted((rank, line["loss"]["books"][-1]) for (how, loops, rank, n), line in starts.items()
                         if (how, loops, n) == (init, 2, tokens))
         start.plot(*zip(*points, strict=True), "o-", markersize=4, label=says)
-        lines = list(runs[f"{init}-r{mid}-long"].values())
-        curve = [[statistics.mean(point) for point in zip(*points, strict=True)]
-                 for points in zip(*(line["curve"] for line in lines), strict=True)]
-        saved.plot(*zip(*curve, strict=True), label=says)
+        saved.plot(*zip(*mean_curve(runs[f"{init}-r{mid}-long"].values()), strict=True), label=says)
         line = next(line for line in read_lines(results / "calibrated_smollm2.jsonl") if line["init"] == init)
         large.plot(*zip(*line["curve"], strict=True), label=says)
     start.axhline(next(iter(starts.values()))["donor_loss"]["books"][0], color="k", linewidth=0.8, label="donor")
@@ -463,25 +465,25 @@ def save_plots(results: Path, model: str) -> None:
         raise UserError('--plots needs matplotlib: pip install -e ".[plot]"') from None
     runs, ranks = read_runs(results, model), MODELS[model].ranks
     prefix = "" if model == "toy" else f"{model}_"
-    for name, draw in (("inits", plot_inits), ("pareto", plot_pareto), ("rank", plot_rank)):
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        draw(axes, runs, ranks)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend()
+
+    def save(name: str, figure: Figure) -> None:
+        for axes in figure.axes:
+            axes.grid(alpha=0.3)
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend()
         figure.savefig(results / f"{prefix}{name}.png", dpi=120)
         print0(f"wrote {results / f'{prefix}{name}.png'}")
+
+    for name, draw in (("inits", plot_inits), ("pareto", plot_pareto), ("rank", plot_rank)):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        draw(figure.subplots(), runs, ranks)
+        save(name, figure)
     if model == "toy":
         plot_batching(read_lines(results / "batching.jsonl")[0], str(results / "batching.png"))
         print0(f"wrote {results / 'batching.png'}")
         figure = Figure(figsize=(14, 4), layout="constrained")
         plot_calibrated(*figure.subplots(1, 3), results)
-        for axes in figure.axes:
-            axes.grid(alpha=0.3)
-            axes.legend()
-        figure.savefig(results / "calibrated.png", dpi=120)
-        print0(f"wrote {results / 'calibrated.png'}")
+        save("calibrated", figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
