@@ -36,8 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Tokens, batch, count_windows
+from hf import refuse_looped
 from losses import IGNORE, chunked_loss
-from model import Config, Layer, Norm, RecursiveTransformer, RelaxedLinear, rope_angles, widen
+from model import Config, Layer, Norm, RecursiveTransformer, RelaxedLinear, cast, rope_angles, widen
 from runtime import UserError, print0, progress, table
 
 # The maps that read the same input, by the one whose input is watched.
@@ -96,8 +97,9 @@ def moments(full: RecursiveTransformer, windows: list[Tensor]) -> Moments:
     One layer at a time, forward and then backward, so that beside the model there are only the states (tokens, C) that
     enter each layer, and one layer's graph. An input wider than WIDEST is kept as a sketch: every token is added to one
     of SKETCH rows with a random sign, so that its square has E[x x^T] as its mean. UserError where an input or a
-    gradient is not finite.
+    gradient is not finite, or for a model that loops.
     """
+    refuse_looped(full.config, "calibrate its donor")
     windows = [idx.to(full.embed.weight.device) for idx in windows]
     ropes = [rope_angles(torch.arange(idx.size(1), device=idx.device), full.config) for idx in windows]
     entering = [[widen(full.first_state(idx)).flatten(0, 1) for idx in windows]]
@@ -310,6 +312,7 @@ def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: 
     ridge is added to the diagonals of each C and of D, as a share of their mean; rounds and stop as in `fit`. report,
     if given, is filled with kind of matrix -> the errors of `fit`, one list per stored layer.
     """
+    refuse_looped(full.config, "calibrate its donor")
     biased = full.config.arch == "gpt_neox"                              # see `absorb`
     with torch.device("meta"):                                           # the weights of another size are never there
         model = RecursiveTransformer(replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors, attn_bias=biased,
@@ -330,6 +333,8 @@ def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: 
                                      rounds, stop, ridge)
                     if report is not None:
                         report.setdefault(kind, []).append(errors)
+    for name, w in model.state_dict().items():                           # a narrow dtype may overflow
+        cast(w, w.dtype, f"{name} of the calibrated model")
     return model.eval()
 
 
@@ -356,8 +361,6 @@ def mean_errors(lists: list[list[float]]) -> list[float]:
 def to_calibrated(full: RecursiveTransformer, windows: list[Tensor], n_loop: int = 2, rank: int = 0,
                   vectors: str = "tied", dtype: torch.dtype | None = None) -> RecursiveTransformer:
     """The recursive model of a donor, calibrated on token ids (B, T) from `windows`; says how the error fell."""
-    if full.config.n_loop != 1:
-        raise UserError("this is a recursive model already; calibrate its donor")
     report = {}
     model = calibrate(full, moments(full, windows), n_loop, rank, vectors, dtype=dtype, report=report)
     print0("error left, as a share of the outputs' energy, at the start and after each round: "

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from hf import copy_papers
 from model import RecursiveTransformer
 from runtime import UserError, is_main, json_line, parse_args, print0, recover_folder, replace_folder
 from tokenizer import copy_tokenizer
@@ -34,6 +35,7 @@ def save_checkpoint(out: str, model: RecursiveTransformer, optimizer: torch.opti
         with replace_folder(out, keep="previous") as tmp:
             model.write(tmp)
             copy_tokenizer(state["history"]["tokenizer"], tmp)
+            copy_papers(Path(state["history"]["tokenizer"]), tmp)
             sums = {path.name: checksum(path) for path in tmp.iterdir()}
             try:
                 torch.save(state | {"sums": sums, "optimizer": optimizer.state_dict()}, tmp / "train.pt")

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from calibrate import calibration_windows, to_calibrated
 from checkpoint import drop_log_after, find_state, load_optimizer, resumed_settings, save_checkpoint, write_log
-from convert import AnyInit, LoraInit, Norms, Rounding, Vectors, check_calibrated, to_recursive
+from convert import AnyInit, LoraInit, Norms, Rounding, Vectors, check_ignored, to_recursive
 from data import Tokens, batches, load_tokens, validation
 from hf import config_from_hf, find_donor, load_any, read_json, refuse_looped
 from losses import chunked_loss, exit_weights
@@ -178,7 +178,7 @@ def check_settings(args: TrainConfig, resumed: bool) -> None:
             if getattr(args, name) != getattr(TrainConfig, name):
                 raise UserError(f"--{name}={getattr(args, name)} says how a donor is converted, and {given} converts "
                                 "none: drop one of the two")
-    check_calibrated(args)
+    check_ignored(args)
     if args.tokens < args.batch_tokens:
         raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
     if not resumed and any((Path(args.out) / name / "train.pt").exists() for name in ("", "previous")):
@@ -209,8 +209,8 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
             raise UserError(f"--seq_len={args.seq_len} is longer than the {its.n_ctx} tokens that {name} was made for; "
                             f"use --seq_len={its.n_ctx} or less")
     if state:
-        before = state["history"]["donor_config"]
-        changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in asdict(config).items() if v != before.get(k))
+        before, now = state["history"]["donor_config"], config.architecture()
+        changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in now.items() if v != before.get(k))
         if changed or state["history"]["tokenizer_hash"] != tokenizer.hash:
             raise UserError(f"the donor {args.donor} is of another architecture or tokenizer than when the run in "
                             f"{args.out} started: {changed or 'tokenizer'}; resume with the donor it was made from")
