@@ -231,7 +231,8 @@ def check_ignored(args) -> None:
     """Raise UserError for settings, of convert.py or train.py, that would change nothing beside the others."""
     weights = "lora_init norms rounding"                                 # how weights alone are converted
     ignored = (  # where, that is, what is ignored then, why
-        (getattr(args, "unroll", False), "--unroll", f"loops init rank vectors {weights} calib_text calib_tokens seed",
+        (getattr(args, "unroll", False), "--unroll",
+         f"{weights} loops init rank vectors calib_text calib_tokens seed",
          "says how a donor is converted", "writes out what is converted already"),
         (args.init == "calibrated", "--init=calibrated", weights, "says how weights alone are converted",
          "fits them to text"),

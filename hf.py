@@ -59,6 +59,7 @@ NEOX_NAMES = {
 }
 NAMES = {"gemma": LLAMA_NAMES, "llama": LLAMA_NAMES, "gpt_neox": NEOX_NAMES}
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
 DONOR_README = "README_donor.md"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|attention\.(bias|masked_bias)$")  # buffers that old checkpoints carry
@@ -215,7 +216,7 @@ def find_donor(donor: str) -> Path:
     folder = Path(donor).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(donor)):
+    if not re.fullmatch(HUB_ID, str(donor)):
         raise UserError(f"donor {donor} does not exist; give a folder with config.json and model.safetensors, "
                         "or a Hugging Face id like EleutherAI/pythia-160m")
     from huggingface_hub import snapshot_download
@@ -417,9 +418,9 @@ def model_card(c: Config, folder: Path) -> str:
     readme = (folder / DONOR_README).read_text(encoding="utf-8", errors="replace") if DONOR_README in papers else ""
     front = re.match(r"---\n(.*?\n)---\n", readme, re.S)
     lines = re.findall(r"^license(?:_name|_link)?:.*$", front[1] if front else "", re.M)
-    lines += [f"base_model: {donor}"] * ("/" in donor)
-    what = (f"A Relaxed Recursive Transformer ({looped['n_loop']} loops, LoRA rank {looped['rank']}) of {donor}, written "
-            "out at full size" if looped else f"{donor}, written out")
+    lines += [f"base_model: {donor}"] * bool(re.fullmatch(HUB_ID, donor))
+    what = (f"A Relaxed Recursive Transformer of {looped['n_loop']} loops and LoRA rank {looped['rank']}, made from "
+            f"{donor} and written out at full size" if looped else donor)
     return "".join(f"{line}\n" for line in ["---", *lines, "---", ""] if lines) + (
         f"# {what}\n\nnanoRRT wrote this folder: {c.n_layer} layers, which transformers loads like any other {c.arch} "
         f"model. The donor's licence holds for it; {', '.join(papers) or 'no file of the donor'} came along.\n")
