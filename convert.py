@@ -230,16 +230,15 @@ class ConvertConfig:
 def check_ignored(args) -> None:
     """Raise UserError for settings, of convert.py or train.py, that would change nothing beside the others."""
     weights = "lora_init norms rounding"                                 # how weights alone are converted
-    ignored = (  # where, that is, what is ignored then, why
-        (getattr(args, "unroll", False), "--unroll",
-         f"{weights} loops init rank vectors calib_text calib_tokens seed",
-         "says how a donor is converted", "writes out what is converted already"),
+    how = f"loops init rank vectors calib_text calib_tokens seed {weights}"
+    ignored = (  # if so, with this flag, these are ignored, which say that, since the flag does this
+        (getattr(args, "unroll", False), "--unroll", how, "says how to convert", "writes out what is converted"),
         (args.init == "calibrated", "--init=calibrated", weights, "says how weights alone are converted",
          "fits them to text"),
         (args.init != "calibrated", f"--init={args.init}", "calib_text calib_tokens",
          "says what is read for --init=calibrated", "reads nothing"),
-        (args.init == "random", "--init=random", weights, "says what is made of the donor's weights", "takes none"),
-        (args.init != "stepwise", f"--init={args.init}", "rounding", "says where a step falls", "takes no steps"),
+        (args.init == "random", "--init=random", weights, "says what to make of the donor's weights", "takes none"),
+        (args.init != "stepwise", f"--init={args.init}", "rounding", "says where a step falls", "takes none"),
         (args.rank == 0, "--rank=0", "lora_init", "says how LoRA starts", "has none"),
         (args.vectors == "per_loop", "--vectors=per_loop", "norms", "says how the loops' norm weights become one",
          "keeps them all"))
@@ -266,7 +265,7 @@ def main(argv=None):
         print0(f"{args.donor} unrolled -> {args.out}: {model.config.n_layer} layers, for transformers")
         if report["rounding"]:
             size, added = ((report["rounding"] / report[key]) ** 0.5 for key in ("merged", "added"))
-            print0(f"rounding the merged weights to {str(full.embed.weight.dtype).removeprefix('torch.')} moves them by "
+            print0(f"rounding to {str(full.embed.weight.dtype).removeprefix('torch.')} moves the merged weights by "
                    f"{size:.2%} of their size, {added:.1%} of what LoRA adds to them; --dtype=float32 does not round")
         return
     source, report = Donor(args.donor), {}

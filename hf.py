@@ -111,8 +111,8 @@ HARMLESS = re.compile(  # of training, generation, and what transformers writes 
     r"|output_(attentions|hidden_states|scores)|return_dict.*|torchscript|is_(encoder_)?decoder|chunk_size_feed_forward"
     r"|max_window_layers|is_llama_config|exported_by|recursive|repetition_penalty|do_sample|temperature|top_[kp]")
 COMPARED = {"num_key_value_heads", "head_dim", "rope_theta", "rotary_emb_base", "rotary_pct", "partial_rotary_factor"}
-DROPPED = {"model_type", "architectures", "dtype", "torch_dtype", "exported_by", "auto_map", "rope_scaling",
-           "rope_parameters", *COMPARED}  # exports have their own
+DROPPED = {"model_type", "architectures", "dtype", "torch_dtype", "exported_by", "auto_map", "hidden_act",
+           "hidden_activation", "rope_scaling", "rope_parameters", *COMPARED}  # exports have their own
 
 
 def config_from_hf(hf: dict, where="config.json") -> Config:
@@ -126,6 +126,9 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
     neox, keys = arch == "gpt_neox", KEYS[arch]
     refuse_unsupported(hf, arch, where)
     values = DEFAULTS[arch] | {ours: hf[theirs] for ours, theirs in keys.items() if theirs in hf}
+    for name in ("n_embd", "n_head", "n_layer", "n_hidden", "vocab_size"):
+        if name not in values:
+            raise UserError(f"{where}: setting '{keys[name]}' is missing; is it the config.json of a {arch} model?")
     values["rope_theta"] = one_of(hf, keys["rope_theta"], "rope_theta", 10000.0, where)
     if neox:
         values["rotary_pct"] = one_of(hf, "rotary_pct", "partial_rotary_factor", 0.25, where)
@@ -137,9 +140,6 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
         values |= {name: value for name, value in derived.items() if values.get(name) is None}
         config = Config(arch=arch, **values, extra={key: value for key, value in hf.items()
                                                     if key not in DROPPED and key not in keys.values()})
-    except KeyError as e:
-        raise UserError(f"{where}: setting '{keys[e.args[0]]}' is missing; is this the config.json of a {arch} "
-                        "checkpoint?") from None
     except UserError as e:                                               # it begins with our name of the setting
         name, *rest = str(e).partition("=")
         raise UserError(f"{where}: {keys.get(name, name)}{''.join(rest)}") from None
@@ -363,9 +363,9 @@ def refuse_looped(config: Config, instead: str) -> None:
 def hf_config(c: Config, dtype: torch.dtype) -> dict:
     """The config.json that transformers reads for a full-size model: the donor's, with what is true of this one."""
     family = "GPTNeoX" if c.arch == "gpt_neox" else c.arch.capitalize()
-    return {"pad_token_id": None, "hidden_act": ACTIVATIONS[c.arch][0], "attention_bias": False} | c.extra | {
+    return {"pad_token_id": None, "attention_bias": False} | c.extra | {
         "exported_by": "nanoRRT", "model_type": c.arch, "architectures": [family + "ForCausalLM"],
-        "torch_dtype": str(dtype).removeprefix("torch.")} | {
+        "hidden_act": ACTIVATIONS[c.arch][0], "torch_dtype": str(dtype).removeprefix("torch.")} | {
         theirs: getattr(c, ours) for ours, theirs in KEYS[c.arch].items()}
 
 
@@ -419,6 +419,7 @@ def model_card(c: Config, folder: Path) -> str:
     front = re.match(r"---\n(.*?\n)---\n", readme, re.S)
     lines = re.findall(r"^license(?:_name|_link)?:.*$", front[1] if front else "", re.M)
     lines += [f"base_model: {donor}"] * bool(re.fullmatch(HUB_ID, donor))
+    donor = donor if re.fullmatch(HUB_ID, donor) else Path(donor).name
     what = (f"A Relaxed Recursive Transformer of {looped['n_loop']} loops and LoRA rank {looped['rank']}, made from "
             f"{donor} and written out at full size" if looped else donor)
     return "".join(f"{line}\n" for line in ["---", *lines, "---", ""] if lines) + (

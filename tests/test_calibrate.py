@@ -332,6 +332,22 @@ def test_an_input_that_is_not_finite_is_named():
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole model
 
+@pytest.mark.parametrize("changes", [{"n_loop": 2}, {"rank": 2}, {"vectors": "per_loop"}], ids=str)
+def test_a_recursive_model_is_not_calibrated_again(changes):
+    model, full = tiny("llama", **changes), tiny("llama")
+    with pytest.raises(UserError, match="recursive model already.*calibrate its donor"):
+        moments(model, [tokens(1, 9)])
+    with pytest.raises(UserError, match="recursive model already.*calibrate its donor"):
+        calibrate(model, moments(full, [tokens(1, 9)]))
+
+
+def test_calibrated_weights_that_overflow_are_refused_by_name():
+    full = tiny("llama")
+    full.layers[1].mlp.down.weight.data *= 1e6
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down\.\S+ of the calibrated model is not finite.*float16"):
+        calibrate(full, moments(full, [tokens(4, 40)]), 2, dtype=torch.float16)
+
+
 def calibrated(full, n_loop=2, rank=3, vectors="tied", idx=None):
     return to_calibrated(full, list((tokens(12, 60) if idx is None else idx).split(4)), n_loop, rank, vectors)
 
