@@ -380,8 +380,9 @@ def test_neox_settings_that_contradict_each_other(changes, tmp_path):
 
 
 def test_settings_that_nobody_knows_are_named_once_and_go_along(donor, tmp_path, capsys):
-    own = {"unsloth_version": "2025.1", "model_name": "mine", "auto_map": {"AutoModel": "x.Y"}, "initializer_range": 0.5,
-           "_attn_implementation": "sdpa", "max_window_layers": 3, "attention_dropout": 0.1, "pad_token_id": 8,
+    own = {"unsloth_version": "2025.1", "model_name": "mine", "auto_map": {"AutoModel": "x.Y"},
+           "initializer_range": 0.5, "_attn_implementation": "sdpa", "max_window_layers": 3,
+           "attention_dropout": 0.1, "pad_token_id": 8,
            "eos_token_id": [7, 8]}
     edit_config(donor / "config.json", **own)
     run(donor=donor, out=tmp_path / "looped")
