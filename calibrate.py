@@ -112,8 +112,10 @@ def collect_stats(full: RecursiveTransformer, windows: list[Tensor]) -> Activati
     """The inputs and gradients of every linear layer of a full-size model as it predicts token ids (B, T) of `windows`.
 
     One layer at a time, forward and then backward, so that memory holds the model, the states (tokens, C) before each
-    layer, and the graph of one layer. UserError where an input or a gradient is not finite.
+    layer, and the graph of one layer. UserError where an input or a gradient is not finite, and for a
+    model that loops.
     """
+    refuse_looped(full.config, "calibrate its donor")
     windows = [idx.to(full.embed.weight.device) for idx in windows]
     ropes = [rope_angles(torch.arange(idx.size(1), device=idx.device), full.config) for idx in windows]
     states = [[upcast(full.first_state(idx)).flatten(0, 1) for idx in windows]]      # before each layer, per window

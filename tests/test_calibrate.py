@@ -346,16 +346,16 @@ def test_an_input_that_is_not_finite_is_named():
 def test_a_recursive_model_is_not_calibrated_again(changes):
     model, full = tiny("llama", **changes), tiny("llama")
     with pytest.raises(UserError, match="recursive model already.*calibrate its donor"):
-        moments(model, [tokens(1, 9)])
+        collect_stats(model, [tokens(1, 9)])
     with pytest.raises(UserError, match="recursive model already.*calibrate its donor"):
-        calibrate.calibrate(model, moments(full, [tokens(1, 9)]))
+        calibrate.calibrate(model, collect_stats(full, [tokens(1, 9)]))
 
 
 def test_calibrated_weights_that_overflow_are_refused_by_name():
     full = tiny("llama")
     full.layers[1].mlp.down.weight.data *= 1e6
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.down\.\S+ of the calibrated model is not finite.*float16"):
-        calibrate.calibrate(full, moments(full, [tokens(4, 40)]), 2, dtype=torch.float16)
+        calibrate.calibrate(full, collect_stats(full, [tokens(4, 40)]), 2, dtype=torch.float16)
 
 
 def calibrated(full, n_loop=2, rank=3, vectors="tied", idx=None):
