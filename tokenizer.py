@@ -275,9 +275,10 @@ def check_ids(folder: Path, vocab_size: int, ids: list[int], added: dict) -> Non
     """Raise UserError if some ids are not in the model's vocabulary. added: {id: AddedToken} of the added tokens."""
     beyond = {i for i in ids if i >= vocab_size}
     if beyond and beyond <= added.keys():
+        names = ", ".join(f"{added[i].content!r} ({i})" for i in sorted(beyond)[:5])
         raise UserError(f"the tokenizer in {folder} has added tokens that lie beyond the model's vocabulary of "
-                        f"{vocab_size}: {', '.join(f'{added[i].content!r} ({i})' for i in sorted(beyond)[:5])}; take them out "
-                        "of its added_tokens, or copy the tokenizer of the original checkpoint")
+                        f"{vocab_size}: {names}; remove them from its added_tokens, or copy the tokenizer of the "
+                        "original checkpoint")
     if beyond:
         raise UserError(f"the tokenizer in {folder} has {max(beyond) + 1} ids but the model's vocabulary is "
                         f"{vocab_size}: it belongs to another model; copy the tokenizer of the original checkpoint")
@@ -307,9 +308,13 @@ def well_formed(text: str) -> str:
 def copy_tokenizer(src, dst) -> None:
     """Copy the tokenizer files of folder `src` into folder `dst`. UserError if there is no tokenizer in `src`."""
     find_tokenizer(Path(src))
+    if Path(src).resolve() == Path(dst).resolve():
+        return
     for path in (Path(src) / name for name in TOKENIZER_FILES):
-        if path.is_file() and Path(src).resolve() != Path(dst).resolve():
+        if path.is_file():
             shutil.copy2(path, dst)
+        elif path.is_dir():                                  # additional_chat_templates
+            shutil.copytree(path, Path(dst) / path.name, dirs_exist_ok=True)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder) -> None:
@@ -336,11 +341,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder) -> None:
     to_byte = byte_of_character()
     lines = [base64.b64encode(bytes(to_byte[c] for c in token)) + f" {rank}\n".encode()
              for token, rank in sorted(vocab.items(), key=lambda item: item[1])]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
     config = {"tokenizer_class": "tiktoken", "pat_str": SPLIT_PATTERN,
               "special_tokens": {END_OF_TEXT: vocab_size - 1}, "eos_token": END_OF_TEXT}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    # The ranks come last: what a kill leaves without them is no tokenizer yet, and the same command writes it anew.
+    replace_file(folder / "tokenizer_config.json",
+                 (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    replace_file(folder / "tokenizer.tiktoken", b"".join(lines))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that under its name there is never half of it, whatever is killed or unplugged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.tmp")
+    with open(tmp, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
 
 
 def byte_of_character() -> dict[str, int]:
