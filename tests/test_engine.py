@@ -13,9 +13,8 @@ from test_exits import draw_gate, scores
 from test_model import ARCHS, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import Engine, Request
+from engine import Engine, Request, SlotCache
 from exits import decode, likeliest
-from model import SlotCache
 from rules import SCORED, Rule
 from runtime import UserError
 
@@ -147,14 +146,14 @@ def test_each_place_of_the_cache_is_written_once_before_it_is_read(i, monkeypatc
     """Cells are NaN when a slot is given away. Writing finds NaN there, reading does not."""
     case, real, state = draw_case(i), SlotCache.attend, {}
 
-    def attend(cache, layer, loop, q, k, v):
+    def attend(cache, loop, layer, q, k, v):
         engine, places = state["engine"], list(zip(cache.slot.tolist(), loop.tolist(), cache.pos.tolist(), strict=True))
         places = [(slot, loop, pos) for slot, loop, pos in places if slot < engine.slots]
         assert len({(slot, loop) for slot, loop, _ in places}) == len(places)     # nor two tokens at the same loop
         for slot, loop_, pos in places:
             assert engine.owner[slot] is not None and loop_ >= 0
             assert cache.k[layer, slot, loop_, pos:].isnan().all() and cache.v[layer, slot, loop_, pos:].isnan().all()
-        y = real(cache, layer, loop, q, k, v)
+        y = real(cache, loop, layer, q, k, v)
         for slot, loop_, pos in places:
             seen = cache.k[layer, slot, loop_, :pos + 1], cache.v[layer, slot, loop_, :pos + 1]
             assert not any(kept.isnan().any() for kept in seen)
