@@ -235,7 +235,7 @@ def check_vocabulary(name: str, folder, its: Config, other: str, config: Config,
                      padded: bool = False) -> None:
     """Raise UserError unless `its` tokenizer is the same, and its vocabulary as large, or padded as it likes."""
     if ((its.vocab_size != config.vocab_size and not padded)
-            or Tokenizer.load(folder, its.vocab_size).hash != tokenizer.hash):
+            or not Tokenizer.load(folder, its.vocab_size).understands(tokenizer)):
         raise UserError(f"{name} has a vocabulary of {its.vocab_size}, {other} one of {config.vocab_size}, or another "
                         "tokenizer: their words must be the same (--donor names the donor of --ckpt)")
 
