@@ -21,10 +21,10 @@ from runtime import TOKENIZER_FILES, UserError, print0
 SPLIT_PATTERN = (r"['’](?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                  r"|\s*[\r\n]|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
-# Text on which tokenizers differ that prepare or cut it differently: case, accents, digits, spaces, scripts, marks.
-PROBE = ("  It's THE_end's na\u00efve e\u0301clair, don\u2019t I'LL \ufb01ne \u0130stanbul \u1e9e 1 12 123 1234567 3.14e-5"
+# What tokenizers prepare or cut differently: case, accents, digits, spaces, scripts. Shards know them by it: it stays.
+PROBE = ("  It's THE_end's na\u00efve e\u0301clair, don\u2019t I'LL \ufb01ne \u0130stanbul \u1e9e 1 12 123 123456 3e-5"
          "\n\n \n\u216b \u00bd \u0663\u0664 \uff26\uff55\uff4c\u3000 \u4f60\u597d\uff0c\u4e16\u754c\u3002 \u3053\u3093 "
-         "\ud55c\uad6d \u05e9\u05b8 \u0939\u093f \u0e44\u0e17 \U0001f469\u200d\U0001f467 \u2620\ufe0f\n\tif (a!=b)  {c;} "
+         "\ud55c\uad6d \u05e9\u05b8 \u0939\u093f \u0e44\u0e17 \U0001f469\u200d\U0001f467 \u2620\ufe0f\n\tif (a!=b) {c;}"
          "   // --== \r\n  https://a.b/c?d=e&f#g x@y.org \0\a\u00a0\u200b\ufeff\u2028\ufffd ... !!! \"\u201cq\u201d\" "
          "\u00abr\u00bb \u2014\u2013- CamelCaseABC snake_case   \n")
 
@@ -76,7 +76,7 @@ class Tokenizer:
                 ranks = tiktoken.Encoding(file.name, pat_str=config["pat_str"], mergeable_ranks=merges,
                                           special_tokens=control)
                 content += (folder / "tokenizer_config.json").read_bytes()
-                ids = control | dict(zip(map(repr, merges), merges.values(), strict=True))
+                ids = control | merges
             if not ids:
                 raise ValueError("it has no tokens")
             eos, bos = (special_ids(folder, config, name, ids) for name in ("eos", "bos"))
@@ -99,7 +99,8 @@ class Tokenizer:
         digest = hashlib.sha256(repr(words).encode())
         with suppress(UserError):                            # some refuse text that they have no word for
             text = PROBE + "\n".join(word.decode("utf-8", "ignore") for _, word in words)
-            digest.update(self.encode_rows([text])[0].astype(np.uint32).tobytes())
+            for row in self.encode_rows([text, PROBE.lstrip()]):           # some put a space before a text without
+                digest.update(row.astype(np.uint32).tobytes())
         return digest.hexdigest()
 
     @property
@@ -335,6 +336,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder) -> None:
         raise UserError(f"{folder} has a tokenizer already; give a new folder")
     if vocab_size < 257:
         raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{folder} cannot be written: give a new folder in one that is there and yours")
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
@@ -353,9 +357,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder) -> None:
     config = {"tokenizer_class": "tiktoken", "pat_str": SPLIT_PATTERN,
               "special_tokens": {END_OF_TEXT: vocab_size - 1}, "eos_token": END_OF_TEXT}
     # The ranks come last: what a kill leaves without them is no tokenizer yet, and the same command writes it anew.
-    replace_file(folder / "tokenizer_config.json",
-                 (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    replace_file(folder / "tokenizer.tiktoken", b"".join(lines))
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    try:
+        replace_file(folder / "tokenizer_config.json", text.encode())
+        replace_file(folder / "tokenizer.tiktoken", b"".join(lines))
+    except OSError as e:
+        raise UserError(f"cannot write {folder} ({e.strerror or e}); set it right and train again") from e
 
 
 def replace_file(path: Path, content: bytes) -> None:
