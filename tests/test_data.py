@@ -864,6 +864,40 @@ def test_several_sources_go_on_in_the_middle(tmp_path):
     assert n == 6 and list(Texts(name, texts.position())) == []
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet"])
+def test_what_an_older_version_began_goes_on(ranks, tmp_path, documents, monkeypatch, kind):
+    """It read local files with datasets, whose state counts the same rows, and knew the tokenizer by its bytes."""
+    tokenizer, name = Tokenizer.load(ranks), str(tmp_path / f"a.{kind}")
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in documents)
+    if kind == "parquet":
+        write_parquet(name, *documents)
+    else:
+        content = json.dumps([{"text": t} for t in documents]) if kind == "json" else lines
+        Path(name).write_bytes(gzip.compress(content.encode()) if kind == "jsonl.gz" else content.encode())
+    data.write_shards(name, tokenizer, tmp_path / "whole", 300, **SETTINGS)
+    stop_early(monkeypatch, name, tokenizer, tmp_path / "out", 300, commits=5, **SETTINGS)
+    path = tmp_path / "out" / shards.UNFINISHED
+    with shards.safe_open(path, framework="numpy") as f:
+        state, held = json.loads(f.metadata()["state"]), {name: f.get_tensor(name) for name in ("train", "valid")}
+    assert 0 < state["position"][1] < len(documents)
+    state["position"][2] = {"examples_iterable": {"shard_idx": 0, "type": "ArrowExamplesIterable"}, "epoch": 0}
+    state["settings"]["tokenizer"] = tokenizer.file_hash[:16]
+    path.write_bytes(shards.save(held, {"state": json.dumps(state)}))
+    data.write_shards(name, tokenizer, tmp_path / "out", 300, **SETTINGS)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_rows_without_a_text_are_counted_when_work_goes_on(tmp_path):
+    rows = [None, "a", None, None, "b", None, "c", None]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) + "\n" for row in rows))
+    write_parquet(tmp_path / "b.parquet", *rows)
+    for name in (tmp_path / "a.jsonl", tmp_path / "b.parquet"):
+        texts, expected = Texts(str(name)), ["a", "b", "c"]
+        for n, _ in enumerate(texts, 1):
+            assert list(Texts(str(name), texts.position())) == expected[n:]
+        assert n == 3
+
+
 def test_what_was_begun_goes_on_only_as_it_was(ranks, byte_level, tmp_path, documents, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
     tokenizer, name, out = Tokenizer.load(ranks), str(tmp_path / "a.jsonl"), tmp_path / "out"
@@ -1070,6 +1104,14 @@ def test_stream_goes_on_from_a_prompt(metaspace):
     assert "".join(stream.push(i) for i in ids[1:]) == " the"
 
 
+@pytest.mark.parametrize("prompt", [[], [2], [1], [1, 2]])
+def test_a_new_text_begins_as_the_decoder_begins_one(metaspace, prompt):
+    """Behind nothing but control tokens the first word's space is stripped, as it is of the whole text."""
+    tokenizer = Tokenizer.load(metaspace)
+    stream = TextStream(tokenizer, prompt)
+    assert "".join(stream.push(i) for i in tokenizer.encode("a the")) + stream.flush() == "a the"
+
+
 @pytest.mark.parametrize("flag", ["--tokens=0", "--shard_tokens=0", "--valid_share=-0.1", "--valid_share=1"])
 def test_counts_and_shares_out_of_range_are_refused(flag):
     with pytest.raises(UserError, match=f"{flag.rstrip('0')}.* must be at least"):
@@ -1088,6 +1130,51 @@ def test_counts_may_be_written_short(capsys):
 def test_a_tokenizer_is_never_replaced(ranks):
     with pytest.raises(UserError, match="has a tokenizer already"):
         train_tokenizer([PLAIN], 300, ranks)
+
+
+def test_a_tokenizer_trained_in_another_locale(tmp_path):
+    (tmp_path / "a.txt").write_text(PLAIN + "naïve ’ 你", encoding="utf-8")
+    train_tokenizer(Texts(str(tmp_path / "a.txt")), 300, tmp_path / "here")
+    subprocess.run([sys.executable, "data.py", f"--name={tmp_path / 'a.txt'}", "--train_tokenizer=300",
+                    f"--out={tmp_path / 'there'}"], cwd=Path(data.__file__).parent, check=True,
+                   env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert files(tmp_path / "there") == files(tmp_path / "here")
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_half_a_tokenizer_bars_no_way(ranks, tmp_path, monkeypatch, call, at):
+    real, calls = getattr(shards.os, call), []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == at:
+            raise OSError("disk full")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.os, call, fail)
+        with pytest.raises(UserError, match="cannot write .*disk full"):
+            train_tokenizer([PLAIN, "?👩?😀?🚀" * 20], 300, tmp_path)
+    with pytest.raises(UserError, match="no tokenizer in"):
+        Tokenizer.load(tmp_path)
+    train_tokenizer([PLAIN, "?👩?😀?🚀" * 20], 300, tmp_path)
+    assert files(tmp_path) == files(ranks)
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UserError, match="cannot be written"):
+            train_tokenizer(interrupted([], 0), 300, out)
+
+
+@pytest.mark.parametrize("flag", ["--tokens=9", "--valid_share=0.1", "--shard_tokens=9", "--tokenizer=x",
+                                  "--vocab_size=9"])
+def test_settings_of_shards_are_refused_where_a_tokenizer_is_trained(tmp_path, flag):
+    with pytest.raises(UserError, match=f"{flag.partition('=')[0]}.* --train_tokenizer writes none"):
+        data.main(["--train_tokenizer=300", f"--out={tmp_path / 'out'}", flag])
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_reads_no_hub_dataset_into_memory(ranks):
