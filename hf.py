@@ -8,6 +8,7 @@ import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -409,6 +410,14 @@ def copy_papers(src: Path, dst: Path) -> None:
     for path in (*(path for name in LICENCES for path in src.glob(name)), readme):
         if path.is_file():
             shutil.copyfile(path, dst / (DONOR_README if path == readme else path.name))
+
+
+def donor_files(folder: Path) -> dict[str, bytes]:
+    """What goes along with a donor's weights, by name, held in memory: a donor may be moved while a run goes on."""
+    with TemporaryDirectory() as tmp:
+        copy_tokenizer(folder, tmp)
+        copy_papers(folder, Path(tmp))
+        return {str(path.relative_to(tmp)): path.read_bytes() for path in Path(tmp).rglob("*") if path.is_file()}
 
 
 def model_card(c: Config, folder: Path) -> str:
