@@ -50,7 +50,8 @@ def driver(home, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_run_has_flags_that_exist_and_a_folder_of_its_own(name, tmp_path):
+def test_every_run_has_flags_that_exist_and_a_folder_of_its_own(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                              # where no run lies
     runs = experiments.commands(parse_args(experiments.ExperimentsConfig, [f"--model={name}", f"--out={tmp_path}"]))
     assert len({(run, seed) for run, seed, _ in runs}) == len(runs) == {"toy": 81, "smollm2": 56}[name]
     for run, seed, words in runs:
@@ -144,11 +145,12 @@ def test_unknown_names_and_failures_are_told(driver, monkeypatch):
         driver("--only=distill")
 
 
-def test_the_large_matrix_is_ready():
+def test_the_large_matrix_is_ready(tmp_path, monkeypatch):
     """Its commands have flags that exist: those of the harness where it is."""
     done = subprocess.run(["bash", "runs/smollm2.sh", "books.txt"], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"DRY": "1", "TASKS": "tasks"})
     assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
     words = [shlex.split(x[2:]) for x in done.stdout.splitlines()]
     assert words[1][:3] == ["python", "experiments.py", "--model=smollm2"]
     for w in words:

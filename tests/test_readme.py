@@ -95,8 +95,7 @@ def test_what_the_exits_left_is_served(clone, monkeypatch):
     assert [(r.state, len(r.tokens)) for r in names["requests"]] == 2 * [("done", 20)]
 
 
-def test_python_block_runs(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_python_block_runs():
     block = BLOCKS["unroll"]
     names = {"idx": torch.randint(0, 4096, (1, 8))}
     with torch.no_grad():
