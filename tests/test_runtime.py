@@ -184,6 +184,37 @@ def test_peaks_of_this_machine_are_measured():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Files of one JSON object a line
+
+WHOLE = b'{"a": 1}\n'
+
+
+@pytest.mark.parametrize("held, read, appended", [
+    (b"", [], b""),
+    (WHOLE, [{"a": 1}], WHOLE),
+    (b"\n" + WHOLE + b"  \n" + WHOLE, [{"a": 1}] * 2, b"\n" + WHOLE + b"  \n" + WHOLE),
+    (WHOLE + b'{"a": 2}', [{"a": 1}, {"a": 2}], WHOLE + b'{"a": 2}\n'),       # an editor left out the newline
+    (WHOLE + b'{"a": 2, "b": "\xc3', [{"a": 1}], WHOLE), (b'{"a"', [], b""),   # a kill cut the line short
+])
+def test_lines_are_read_and_added_whatever_ends_the_file(tmp_path, capsys, held, read, appended):
+    path = tmp_path / "lines.jsonl"
+    assert runtime.read_lines(path) == []
+    path.write_bytes(held)
+    assert runtime.read_lines(path) == read
+    assert ("line" in capsys.readouterr().err) == (appended not in (held, held + b"\n"))
+    runtime.append_line(path, {"new": float("nan")})
+    assert path.read_bytes() == appended + b'{"new": null}\n'
+    assert runtime.read_lines(path) == [*read, {"new": None}]
+
+
+@pytest.mark.parametrize("line", [b'{"a": 1', b"[1]", b"\x00\x00", b"\xff"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "lines.jsonl").write_bytes(WHOLE + line + b"\n" + WHOLE)
+    with pytest.raises(UserError, match=r"lines.jsonl, line 2, is damaged"):
+        runtime.read_lines(tmp_path / "lines.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Folders that are replaced whole
 
 def write(folder, version: int, extra: str = "") -> None:
