@@ -92,7 +92,7 @@ def test_what_the_exits_left_is_served(clone, monkeypatch):
     """The block about the engine, on what the commands above it made."""
     monkeypatch.chdir(clone)
     exec(BLOCKS["Engine"], names := {})
-    assert [(r.state, len(r.tokens)) for r in names["requests"]] == 2 * [("done", 20)]
+    assert [(r.status, len(r.tokens)) for r in names["requests"]] == 2 * [("done", 20)]
 
 
 def test_python_block_runs():
