@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf import find_donor, hf_config
 from losses import chunked_loss, distill_loss
-from model import Config, Layer, RecursiveTransformer, RelaxedLinear, of_loop, rope_angles, widen
+from model import Config, Layer, RecursiveTransformer, RelaxedLinear, rope_angles, select_loop, upcast
 from runtime import UserError, peak_flops, peak_memory, pick_device, progress, table
 from train import Objective, TrainConfig, donor_config, make_optimizer
 
@@ -118,7 +118,7 @@ class NaiveObjective(Objective):
 
     def forward(self, idx, targets, teacher):
         logits = self.model.logits(self.model(idx)[-1])
-        return naive_loss(logits, targets, teacher and widen(F.linear(*teacher)))
+        return naive_loss(logits, targets, teacher and upcast(F.linear(*teacher)))
 
 
 class TransformersObjective(torch.nn.Module):
@@ -138,7 +138,8 @@ class TransformersObjective(torch.nn.Module):
         if teacher is None:
             loss = self.model(input_ids=idx, labels=targets, shift_labels=targets, use_cache=False).loss
             return loss, loss.detach()[None]
-        return naive_loss(widen(self.model(input_ids=idx, use_cache=False).logits), targets, widen(F.linear(*teacher)))
+        logits = self.model(input_ids=idx, use_cache=False).logits
+        return naive_loss(upcast(logits), targets, upcast(F.linear(*teacher)))
 
 
 def naive_loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -225,7 +226,7 @@ def measure_loss(config, shape: Config, case: dict) -> dict:
             if case["code"] == "chunked":
                 loss, _ = chunked_loss([x], w, targets[:n], teacher=given)
             else:
-                loss, _ = naive_loss(widen(F.linear(x, w)), targets[:n], given and widen(F.linear(*given)))
+                loss, _ = naive_loss(upcast(F.linear(x, w)), targets[:n], given and upcast(F.linear(*given)))
         loss.backward()
         return loss.detach()
     step(8)                                                                  # what libraries take once is not the loss'
@@ -258,7 +259,7 @@ def bench_loss(config) -> dict:
 
 def separate(linear: RelaxedLinear, x: Tensor, loop: int) -> Tensor:
     """What `RelaxedLinear` computes, with the LoRA as a path of its own however many tokens there are."""
-    bias = None if linear.bias is None else of_loop(linear.bias, loop)
+    bias = None if linear.bias is None else select_loop(linear.bias, loop)
     return F.linear(x, linear.weight, bias) + F.linear(F.linear(x, linear.lora_a[loop]), linear.lora_b[loop])
 
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from data import Tokens, batch, count_windows
 from losses import IGNORE, chunked_loss
-from model import Config, Layer, Norm, RecursiveTransformer, RelaxedLinear, rope_angles, widen
+from model import Config, Layer, LayerNorm, RecursiveTransformer, RelaxedLinear, RMSNorm, rope_angles, upcast
 from runtime import UserError, print0, progress, table
 
 # The maps that read the same input, by the one whose input is watched.
@@ -57,14 +57,21 @@ class Moments:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
+Norm = RMSNorm | LayerNorm
+
+
+def is_gemma(norm: Norm) -> bool:
+    return isinstance(norm, RMSNorm) and norm.gemma
+
+
 def gain(norm: Norm) -> Tensor:
     """What a norm multiplies by, in fp32 or wider."""
-    return widen(norm.weight.detach()) + (1.0 if norm.arch == "gemma" else 0.0)
+    return upcast(norm.weight.detach()) + (1.0 if is_gemma(norm) else 0.0)
 
 
 def set_gain(norm: Norm, gains: Tensor | float) -> None:
     """Have a norm multiply by this, and add nothing."""
-    norm.weight[:] = gains - (1.0 if norm.arch == "gemma" else 0.0)
+    norm.weight[:] = gains - (1.0 if is_gemma(norm) else 0.0)
     if norm.bias is not None:
         norm.bias.zero_()
 
@@ -77,7 +84,7 @@ def absorb(layer: Layer) -> Layer:
     """
     layer = deepcopy(layer)
     for p in layer.parameters():
-        p.data = widen(p.data)
+        p.data = upcast(p.data)
     for norm, part, names in ((layer.norm1, layer.attn, "qkv"), (layer.norm2, layer.mlp, ("gate", "up"))):
         scale = gain(norm)
         for linear in filter(None, (getattr(part, name) for name in names)):
@@ -100,11 +107,11 @@ def moments(full: RecursiveTransformer, windows: list[Tensor]) -> Moments:
     """
     windows = [idx.to(full.embed.weight.device) for idx in windows]
     ropes = [rope_angles(torch.arange(idx.size(1), device=idx.device), full.config) for idx in windows]
-    entering = [[widen(full.first_state(idx)).flatten(0, 1) for idx in windows]]
+    entering = [[upcast(full.first_state(idx)).flatten(0, 1) for idx in windows]]
     for layer in progress(full.layers, desc="reading the calibration text", unit="layer"):
         layer = absorb(layer)
         entering.append([layer(x, rope, 0, 0, None) for x, rope in zip(entering[-1], ropes, strict=True)])
-    head = widen(full.head_weight.detach())
+    head = upcast(full.head_weight.detach())
     grads = [gradient(full.norm, head, x, idx) for x, idx in zip(entering.pop(), windows, strict=True)]
     found, count = Moments(), sum(idx.numel() for idx in windows)
     for i in progress(reversed(range(len(full.layers))), desc="and back", unit="layer", total=len(full.layers)):

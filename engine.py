@@ -25,9 +25,38 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from exits import NOT_FINITE, end_ids, likeliest, whole
-from model import KVCache, RecursiveTransformer, SlotCache
+from kernels import decode_attention
+from model import Config, KVCache, RecursiveTransformer, rope_angles
 from rules import Keys, Rule
 from runtime import UserError
+
+
+class SlotCache:
+    """Keys and values of sequences at different loops and positions, one sequence in each slot.
+
+    Per stored layer (slots + 1, n_loop, max_len, K, D): a row finds its own part by slot and loop. The slot beyond the
+    last takes what idle rows write.
+    """
+
+    def __init__(self, config: Config, slots: int, max_len: int, device="cpu", dtype=torch.float32):
+        shape = (config.n_unique, slots + 1, config.n_loop, max_len, config.n_kv_head, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.rope = rope_angles(torch.arange(max_len, device=device), config)
+        self.slot = self.pos = torch.zeros(0, dtype=torch.long, device=device)  # (M,) of the rows in the coming pass
+        self.max_kv_len = max_len  # positions that attention reads: all of them, unless the host knows better
+
+    def extend(self, loop: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """The rotary angles of the n rows of the coming pass, which count as one sequence of n tokens."""
+        return self.rope[0][self.pos], self.rope[1][self.pos]
+
+    def attend(self, loop: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k, v (1, K, M, D) of M rows; returns what q (1, H, M, D) attends to, each in its own slot and loop."""
+        q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))             # (M, heads, D)
+        self.k[layer].index_put_((self.slot, loop, self.pos), k)
+        self.v[layer].index_put_((self.slot, loop, self.pos), v)
+        k, v = self.k[layer, :, :, :self.max_kv_len], self.v[layer, :, :, :self.max_kv_len]
+        return decode_attention(q, k, v, self.slot, loop, self.pos + 1).transpose(0, 1)[None]
 
 
 @dataclass(eq=False)                                         # two that say the same are two
@@ -275,7 +304,7 @@ class Engine:
             return
         rows = indices(loop >= 0)
         if len(rows):
-            self.cache.slot, self.cache.pos, self.cache.span = slot[rows], pos[rows], int(pos[rows].max()) + 1
+            self.cache.slot, self.cache.pos, self.cache.max_kv_len = slot[rows], pos[rows], int(pos[rows].max()) + 1
             self.y[rows] = self.model.block(x[rows], loop[rows], self.cache)
 
     def part(self) -> None:

@@ -127,7 +127,7 @@ def run_exits(model: RecursiveTransformer, idx: Tensor, rule: Rule, keys: Keys =
             if left.all():
                 break
             if cache is not None:
-                cache.left = left
+                cache.exited = left
     return out, loops
 
 
@@ -244,8 +244,8 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
                 logits, loops, left = torch.where(now[:, None], seen, logits), torch.where(now, loop, loops), left | now
             if left.all() and (B == 1 or keys == "copy"):    # nobody goes on
                 break
-            cache.left = left[:, None] if keys == "copy" else None
-        cache.left = None
+            cache.exited = left[:, None] if keys == "copy" else None
+        cache.exited = None
         if not left.all():
             logits = torch.where(left[:, None], logits, model.logits(x[:, 0]))
         if keys == "copy":

@@ -104,7 +104,7 @@ class HarnessLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Ids, behind BOS where the tokenizer's template has it (Gemma, Llama) and the text does not say it itself."""
-        ids, first = self.words.encode(string), self.words.first_id
+        ids, first = self.words.encode(string, special=True), self.words.first_id
         if first is None or add_special_tokens is False or (add_special_tokens is None and ids[:1] == [first]):
             return ids
         return [first, *ids]

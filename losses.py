@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import widen
+from model import upcast
 
 Kind = Literal["fkl", "rkl", "jsd", "tvd"]
 IGNORE = -100                                                # a target that counts for nothing
@@ -98,7 +98,7 @@ class ChunkedLoss(torch.autograd.Function):
         count = (targets != IGNORE).sum().clamp(min=1).double()
         sums = torch.zeros(2, len(states), device=head.device, dtype=torch.float64)
         learns = [learn and needs for needs in ctx.needs_input_grad[5:]]      # head, states: a frozen one costs nothing
-        d_head = torch.zeros_like(head, dtype=widen(head).dtype) if learns[0] else None
+        d_head = torch.zeros_like(head, dtype=upcast(head).dtype) if learns[0] else None
         d_states = [torch.empty_like(x) if needs else None for x, needs in zip(states, learns[1:], strict=True)]
         for rows in (slice(i, i + chunk) for i in range(0, len(targets), chunk)):
             teacher = None                                                   # (n, V) log-probabilities
@@ -120,7 +120,7 @@ class ChunkedLoss(torch.autograd.Function):
                 if self_distill and e == len(states) - 1:    # the earlier exits, which come next, learn from the last
                     teacher = log_probs(x, w, temperature)
         ctx.grads = (None if d_head is None else d_head.to(head.dtype), *d_states)
-        ce, kd = (sums / count).to(widen(head).dtype)
+        ce, kd = (sums / count).to(upcast(head).dtype)
         ctx.mark_non_differentiable(ce)
         return ((ce + distill_weight * temperature**2 * kd) * ce.new_tensor(weights)).sum(), ce
 
@@ -143,7 +143,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def log_probs(x: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(head x / T) (n, V) in fp32, of hidden states x (n, C)."""
-    logits = widen(F.linear(x, head))
+    logits = upcast(F.linear(x, head))
     return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 

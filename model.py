@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import decode_attention, linear_rows
 from runtime import UserError, recover_folder, replace_folder
 
 
@@ -70,58 +69,84 @@ class Config:
         """Stored layers, the paper's K = L / B."""
         return self.n_layer // self.n_loop
 
+    @property
+    def vector_loops(self) -> int | None:
+        """How many of each norm weight and bias there are: one per loop, or None where the loops share one."""
+        return self.n_loop if self.vectors == "per_loop" else None
+
 
 def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def widen(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """`x` in at least fp32, for the few places where half precision is not enough; fp64 stays fp64."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def loop_vector(size: int, fill: float, config: Config) -> nn.Parameter:
-    """A norm weight or a bias: (C,) shared by all loops as in the paper, or (n_loop, C), one for each."""
-    shape = (config.n_loop, size) if config.vectors == "per_loop" else (size,)
-    return nn.Parameter(torch.full(shape, fill))
+def per_loop_param(size: int, fill: float, n_loop: int | None) -> nn.Parameter:
+    """A norm weight or a bias: (size,) shared by all loops as in the paper, or (n_loop, size), one for each."""
+    return nn.Parameter(torch.full((size,) if n_loop is None else (n_loop, size), fill))
 
 
-def of_loop(p: Tensor, loop: int | Tensor) -> Tensor:
-    """The vector (C,) that `loop` uses, or (M, C) where rows stand at loops (M,) of their own."""
+def select_loop(p: Tensor, loop: int | Tensor) -> Tensor:
+    """The vector (C,) that `loop` uses, or (M, C) where M rows are at loops (M,) of their own."""
     return p if p.dim() == 1 else p[loop]
 
 
-class Norm(nn.Module):
-    """LayerNorm (Pythia) or RMSNorm (Gemma, Llama), in fp32 inside. Tied over the loops like all else in the block."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms. They are tied over the loops like everything else in the block, or with n_loop one per loop.
 
-    def __init__(self, config: Config):
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x²) + eps) * scale, in fp32 inside (Gemma, Llama)."""
+
+    def __init__(self, size: int, eps: float, gemma: bool, n_loop: int | None = None):
         super().__init__()
-        self.arch, self.eps, self.size = config.arch, config.norm_eps, (config.n_embd,)
-        # hypot takes no Python number; a 0-dim tensor on the CPU changes neither dtype nor device of what it meets.
-        self.least = torch.tensor((config.norm_eps * config.n_embd) ** 0.5, dtype=torch.float64, device="cpu")
-        self.weight = loop_vector(config.n_embd, 0.0 if config.arch == "gemma" else 1.0, config)
-        self.bias = loop_vector(config.n_embd, 0.0, config) if config.arch == "gpt_neox" else None
+        self.eps, self.gemma = eps, gemma
+        self.scaled_eps = torch.tensor((size * eps) ** 0.5, dtype=torch.float64, device="cpu")  # hypot takes no number
+        self.weight = per_loop_param(size, 0.0 if gemma else 1.0, n_loop)    # Gemma stores scale - 1
+        self.bias = None
 
-    def forward(self, x: Tensor, loop: int | Tensor) -> Tensor:
-        w = of_loop(self.weight, loop)
-        if self.arch == "gpt_neox":
-            bias = of_loop(self.bias, loop)
-            if w.dim() == 1:
-                return F.layer_norm(x, self.size, w, bias, self.eps)
-            return F.layer_norm(x, self.size, eps=self.eps) * w + bias
-        y = self.rms_norm(widen(x))
-        if self.arch == "gemma":  # Gemma stores w - 1, multiplies in fp32 and casts last
-            return torch.addcmul(y, y, widen(w)).to(x.dtype)
-        return y.to(x.dtype) * w  # Llama casts first
+    def forward(self, x: Tensor, loop: int | Tensor = 0) -> Tensor:
+        weight = select_loop(self.weight, loop)
+        y = self.normalise(upcast(x))
+        if self.gemma:                                                   # Gemma multiplies in fp32 and casts last
+            return torch.addcmul(y, y, upcast(weight)).to(x.dtype)       # y * (1 + weight)
+        return y.to(x.dtype) * weight                                    # Llama casts first
 
-    def rms_norm(self, x: Tensor) -> Tensor:
-        """x / sqrt(mean(x²) + eps)."""
-        if x.is_cuda:  # one kernel
-            return F.rms_norm(x, self.size, eps=self.eps)
-        # On CPUs torch makes nine small operations of it, an eighth of a small model's time when decoding; these are
-        # four: sqrt(C) x / sqrt(|x|² + C eps).
-        length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.least)
-        return x / (length * self.size[0] ** -0.5)
+    def normalise(self, x: Tensor) -> Tensor:
+        """x * rsqrt(mean(x²) + eps)."""
+        if x.device.type == "cpu":
+            return rms_norm_cpu(x, self.scaled_eps)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with weight and bias (GPT-NeoX)."""
+
+    def __init__(self, size: int, eps: float, n_loop: int | None = None):
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = per_loop_param(size, 1.0, n_loop), per_loop_param(size, 0.0, n_loop)
+
+    def forward(self, x: Tensor, loop: int | Tensor = 0) -> Tensor:
+        weight, bias = select_loop(self.weight, loop), select_loop(self.bias, loop)
+        if weight.dim() == 1:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * weight + bias
+
+
+def make_norm(config: "Config", n_loop: int | None = None) -> RMSNorm | LayerNorm:
+    if config.arch == "gpt_neox":
+        return LayerNorm(config.n_embd, config.norm_eps, n_loop)
+    return RMSNorm(config.n_embd, config.norm_eps, config.arch == "gemma", n_loop)
+
+
+def rms_norm_cpu(x: Tensor, scaled_eps: Tensor) -> Tensor:
+    """x * rsqrt(mean(x²) + eps) as sqrt(C) x / sqrt(|x|² + C eps), with scaled_eps = sqrt(C eps): four small operations
+    instead of nine, which saves an eighth of the time of decoding with a small model."""
+    length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), scaled_eps)
+    return x / (length * x.size(-1)**-0.5)
 
 
 class RelaxedLinear(nn.Module):
@@ -130,7 +155,7 @@ class RelaxedLinear(nn.Module):
     def __init__(self, d_in: int, d_out: int, config: Config, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in).normal_(std=0.02))
-        self.bias = loop_vector(d_out, 0.0, config) if bias else None
+        self.bias = per_loop_param(d_out, 0.0, config.vector_loops) if bias else None
         self.rank = min(config.rank, d_in, d_out)  # a narrow map (multi-query keys) is full rank sooner
         if self.rank:
             self.lora_a = nn.Parameter(torch.randn(config.n_loop, self.rank, d_in) / d_in**0.5)
@@ -140,15 +165,16 @@ class RelaxedLinear(nn.Module):
         """W' + B_l A_l (d_out, d_in), summed in fp32 and rounded once (under autocast, B_l A_l is a bf16 product)."""
         if not self.rank:
             return self.weight
-        delta = widen(self.lora_b[loop]) @ widen(self.lora_a[loop])
-        return (widen(self.weight) + delta).type_as(self.weight)
+        delta = upcast(self.lora_b[loop]) @ upcast(self.lora_a[loop])
+        return (upcast(self.weight) + delta).type_as(self.weight)
 
     def forward(self, x: Tensor, loop: int | Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out), all of it at one loop, or rows x (M, d_in) each at its own (M,)."""
         if isinstance(loop, Tensor):
+            from kernels import linear_rows  # for serving alone: the model itself needs no kernel
             a, b = (self.lora_a, self.lora_b) if self.rank else (None, None)
             return linear_rows(x, self.weight, a, b, loop, self.bias)
-        weight, bias = self.weight, None if self.bias is None else of_loop(self.bias, loop)
+        weight, bias = self.weight, None if self.bias is None else select_loop(self.bias, loop)
         if not self.rank:
             return F.linear(x, weight, bias)
         d_out, d_in = weight.shape
@@ -177,13 +203,22 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     rotated = cos.size(-1)
     if rotated < x.size(-1):
         return torch.cat([rotate(x[..., :rotated], rope), x[..., rotated:]], -1)
-    wide = widen(x)
+    wide = upcast(x)
     return torch.addcmul(wide * cos, wide.roll(rotated // 2, -1), sin).type_as(x)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v of the last T of n positions: q (B, H, T, D), k and v (B, K, n, D) -> (B, H, T, D)."""
+    T, n, mask = q.size(2), k.size(2), None
+    if 1 < T < n:                                                        # is_causal aligns its mask to the first key
+        mask = torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and mask is None,
+                                          enable_gqa=q.size(1) != k.size(1))
 
 
 class KVCache:
     """Keys and values of every depth: a looped layer runs at n_loop depths, so the cache belongs to the depth
-    (loop * n_unique + i), never to the (shared) layer. All memory is taken at the start."""
+    (loop * n_unique + layer), never to the (shared) layer. All memory is allocated at the start."""
 
     def __init__(self, config: Config, batch: int, max_len: int, device="cpu", dtype=torch.float32):
         shape = (config.n_layer, batch, config.n_kv_head, max_len, config.head_dim)
@@ -192,62 +227,35 @@ class KVCache:
         self.depths = list(zip(self.k, self.v, strict=True))
         self.rope = rope_angles(torch.arange(max_len, device=device), config)
         self.n_unique = config.n_unique
-        self.lengths = [0] * config.n_loop  # tokens held, per loop: one that left early is missing in the later ones
-        self.left: Tensor | None = None     # (B, T) new tokens that take over the keys of the loop before (exits.py)
+        self.lengths = [0] * config.n_loop    # positions held per loop: a token that exited early lacks the later ones
+        self.exited: Tensor | None = None     # (B, T) new tokens that take over the KV of the loop before (exits.py)
 
-    def angles(self, loop: int, n: int) -> tuple[Tensor, Tensor]:
-        """The rotary embedding's of the next n tokens at `loop`. UserError if they do not fit."""
-        start = self.lengths[loop]
-        end = start + n
+    def extend(self, loop: int, T: int) -> tuple[Tensor, Tensor]:
+        """Make room for T more tokens at `loop`; returns their rotary angles. UserError if they do not fit."""
+        start, end = self.lengths[loop], self.lengths[loop] + T
         if end > self.k.size(3):
             raise UserError(f"{end} tokens do not fit a cache made for {self.k.size(3)}")
+        self.lengths[loop] = end
         return self.rope[0][start:end], self.rope[1][start:end]
 
-    def append(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k, v (B, K, T, D) of the new tokens; returns all of this depth so far, (B, K, length + T, D) each."""
-        start = self.lengths[depth // self.n_unique]
-        end = start + k.size(2)
-        if self.left is not None:
-            left, before = self.left[:, None, :, None], depth - self.n_unique
-            k = torch.where(left, self.k[before, :, :, start:end], k)
-            v = torch.where(left, self.v[before, :, :, start:end], v)
+    def attend(self, loop: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k, v (B, K, T, D) of the new tokens at this depth; returns what q (B, H, T, D) attends to."""
+        depth, end = loop * self.n_unique + layer, self.lengths[loop]
+        new = slice(end - k.size(2), end)
+        if self.exited is not None:
+            exited, before = self.exited[:, None, :, None], depth - self.n_unique
+            k = torch.where(exited, self.k[before, :, :, new], k)
+            v = torch.where(exited, self.v[before, :, :, new], v)
         keys, values = self.depths[depth]
-        keys[:, :, start:end], values[:, :, start:end] = k, v
-        return keys[:, :, :end], values[:, :, :end]
+        keys[:, :, new], values[:, :, new] = k, v
+        return causal_attention(q, keys[:, :, :end], values[:, :, :end])
 
     def copy_loop(self, loop: int) -> None:
-        """Let the keys and values of the loop before stand in for those that `loop` does not have yet."""
+        """Copy the keys and values that `loop` lacks from the loop before (copied KV; CALM's state propagation)."""
         start, end, n = self.lengths[loop], self.lengths[loop - 1], self.n_unique
-        for kept in (self.k, self.v):
-            kept[loop * n:(loop + 1) * n, :, :, start:end] = kept[(loop - 1) * n:loop * n, :, :, start:end]
+        for cache in (self.k, self.v):
+            cache[loop * n:(loop + 1) * n, :, :, start:end] = cache[(loop - 1) * n:loop * n, :, :, start:end]
         self.lengths[loop] = end
-
-
-class SlotCache:
-    """Keys and values of sequences that stand at different loops and positions, one in each slot (engine.py).
-
-    Of every stored layer (slots + 1, n_loop, max_len, K, D): a row finds its own by slot and loop. The slot beyond the
-    last takes what idle rows write.
-    """
-
-    def __init__(self, config: Config, slots: int, max_len: int, device="cpu", dtype=torch.float32):
-        shape = (config.n_unique, slots + 1, config.n_loop, max_len, config.n_kv_head, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-        self.rope = rope_angles(torch.arange(max_len, device=device), config)
-        self.slot = self.pos = torch.zeros(0, dtype=torch.long, device=device)  # (M,) of the rows in the coming pass
-        self.span = max_len      # positions that attention goes through: all of them, if the host does not know better
-
-    def angles(self, loop: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """The rotary embedding's of the n rows in the coming pass."""
-        return self.rope[0][self.pos], self.rope[1][self.pos]
-
-    def attend(self, i: int, loop: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep k, v (M, K, D) of the rows in layer i; returns what q (M, H, D) finds in their slots and loops."""
-        self.k[i].index_put_((self.slot, loop, self.pos), k)
-        self.v[i].index_put_((self.slot, loop, self.pos), v)
-        k, v = self.k[i, :, :, :self.span], self.v[i, :, :, :self.span]
-        return decode_attention(q, k, v, self.slot, loop, self.pos + 1)
 
 
 class Attention(nn.Module):
@@ -260,22 +268,13 @@ class Attention(nn.Module):
         self.v = RelaxedLinear(C, K * D, config, config.attn_bias)
         self.o = RelaxedLinear(H * D, C, config, config.attn_bias)
 
-    def forward(self, x: Tensor, rope, loop: int | Tensor, depth: int, cache) -> Tensor:
-        T, D = len(rope[0]), self.head_dim                               # x (B T, C), or (M, C): M rows as one sequence
+    def forward(self, x: Tensor, rope, loop: int | Tensor, layer: int, cache) -> Tensor:
+        T, D = len(rope[0]), self.head_dim                               # x (B T, C)
         q = rotate(self.q(x, loop).view(-1, T, self.n_head, D), rope)    # (B, T, H, D)
         k = rotate(self.k(x, loop).view(-1, T, self.n_kv_head, D), rope) # (B, T, K, D)
         v = self.v(x, loop).view(-1, T, self.n_kv_head, D)               # (B, T, K, D)
-        if isinstance(loop, Tensor):
-            return self.o(cache.attend(depth, loop, q[0], k[0], v[0]).flatten(1), loop)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-        mask, past = None, 0
-        if cache is not None:
-            past = cache.lengths[loop]
-            k, v = cache.append(depth, k, v)                             # (B, K, past + T, D)
-        if past and T > 1:  # is_causal would align the mask to the wrong corner
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and not past,
-                                           enable_gqa=self.n_head != self.n_kv_head)
+        y = causal_attention(q, k, v) if cache is None else cache.attend(loop, layer, q, k, v)
         return self.o(y.transpose(1, 2).reshape(x.size(0), -1), loop)    # (B T, C)
 
 
@@ -302,13 +301,14 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.parallel = config.parallel
-        self.norm1, self.attn = Norm(config), Attention(config)
-        self.norm2, self.mlp = Norm(config), MLP(config)
+        self.parallel, n_loop = config.parallel, config.vector_loops
+        self.norm1, self.attn = make_norm(config, n_loop), Attention(config)
+        self.norm2, self.mlp = make_norm(config, n_loop), MLP(config)
 
-    def forward(self, x: Tensor, rope, loop: int | Tensor, depth: int, cache=None) -> Tensor:
-        """States x (B T, C) of sequences in turn, T = len(rope[0]); or rows of their own: see `block`."""
-        y = x + self.attn(self.norm1(x, loop), rope, loop, depth, cache)
+    def forward(self, x: Tensor, rope, loop: int | Tensor, layer: int, cache=None) -> Tensor:
+        """States x (B T, C) of B sequences of T = len(rope[0]) tokens, one step deeper. `layer` is the layer's index
+        in the block: the same layer runs at a depth of its own in every loop."""
+        y = x + self.attn(self.norm1(x, loop), rope, loop, layer, cache)
         return y + self.mlp(self.norm2(x if self.parallel else y, loop), loop)
 
 
@@ -319,7 +319,7 @@ class RecursiveTransformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         nn.init.normal_(self.embed.weight, std=0.02)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_unique))
-        self.norm = Norm(Config(**asdict(config) | {"n_loop": 1, "vectors": "tied"}))  # one, whatever the exit
+        self.norm = make_norm(config)                                    # one, whatever the exit
         self.head = None if config.tie_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for layer in self.layers:  # GPT-2's start: what adds to the residual stream is scaled down with its depth
             for linear in (layer.attn.o, layer.mlp.down):
@@ -343,25 +343,23 @@ class RecursiveTransformer(nn.Module):
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
         return x
 
-    def block(self, x: Tensor, loop: int | Tensor, cache: "KVCache | SlotCache | None" = None) -> Tensor:
-        """The stored layers, run once as loop number `loop`, on states x (B, T, C); or on rows x (M, C) which stand at
-        loops (M,) of their own, with a SlotCache that knows their slots and positions."""
-        mixed, shape, T = isinstance(loop, Tensor), x.shape, x.size(-2)
-        rope = cache.angles(loop, T) if cache is not None else rope_angles(torch.arange(T, device=x.device),
-                                                                           self.config)
-        x = x.flatten(0, -2)                                             # (B T, C): all but attention knows only rows
+    def block(self, x: Tensor, loop: int | Tensor, cache=None) -> Tensor:
+        """The stored layers, run once as loop number `loop` on states x (B, T, C). With a cache that knows their slots
+        and positions (engine.py), on rows x (M, C) at loops (M,) of their own."""
+        shape, T = x.shape, x.size(-2)
+        rope = rope_angles(torch.arange(T, device=x.device), self.config) if cache is None else cache.extend(loop, T)
+        x = x.flatten(0, -2)                                             # (B T, C): only attention knows of sequences
         for i, layer in enumerate(self.layers):
-            at = i if mixed else loop * self.config.n_unique + i         # of a SlotCache the layer, else the depth
-            place = rope, loop, at, cache
-            # The reentrant kind would hand a shared weight's gradient to DDP once per loop, and DDP refuses that.
-            x = checkpoint(layer, x, *place, use_reentrant=False) if self.checkpointing else layer(x, *place)
-        if cache is not None and not mixed:
-            cache.lengths[loop] += T
+            if self.checkpointing:
+                # The reentrant kind hands a shared weight's gradient to DDP once per loop, which DDP refuses.
+                x = checkpoint(layer, x, rope, loop, i, cache, use_reentrant=False)
+            else:
+                x = layer(x, rope, loop, i, cache)
         return x.view(shape)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) in fp32 of any loop's hidden state (B, T, C): all exits share final norm and head (§2.4)."""
-        return widen(F.linear(self.norm(x, 0), self.head_weight))
+        return upcast(F.linear(self.norm(x), self.head_weight))
 
     @property
     def head_weight(self) -> Tensor:

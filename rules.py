@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import RecursiveTransformer, widen
+from model import RecursiveTransformer, upcast
 from runtime import GATE_FILE, THRESHOLDS_FILE, UserError
 
 RuleName = Literal["never", "fixed", "max_prob", "margin", "entropy", "gate"]
@@ -45,7 +45,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, loop: int | Tensor) -> Tensor:
         """Logit (...) of "the last loop would say the same" for states x (..., C) after `loop`, an int or int64 (...).
         """
-        x = F.rms_norm(widen(x), x.shape[-1:])                # deep states are large, and all exits alike to the probe
+        x = F.rms_norm(upcast(x), x.shape[-1:])                # deep states are large, and all exits alike to the probe
         if isinstance(loop, int):
             return F.gelu(F.linear(x, self.w1[loop], self.b1[loop])) @ self.w2[loop] + self.b2[loop]
         every = F.gelu(torch.einsum("...c,ehc->...eh", x, self.w1) + self.b1)

@@ -322,7 +322,8 @@ class StopFlag:
 # Folders that are replaced whole
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.tiktoken", "tokenizer.model", "tokenizer_config.json",
-                   "special_tokens_map.json", "generation_config.json")
+                   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+                   "chat_template.jinja", "chat_template.json", "additional_chat_templates", "generation_config.json")
 GATE_FILE, THRESHOLDS_FILE = "gate.safetensors", "exits.json"  # made for the weights beside them (rules.py)
 
 

@@ -9,13 +9,12 @@ import shutil
 from array import array
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-from runtime import TOKENIZER_FILES, UserError
+from runtime import TOKENIZER_FILES, UserError, print0
 
 # GPT-4's way of cutting text into words before byte pairs are merged, with the typographic apostrophe that books use.
 SPLIT_PATTERN = (r"['’](?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -26,15 +25,18 @@ END_OF_TEXT = "<|endoftext|>"
 class Tokenizer:
     """A checkpoint's own tokenizer: `tokenizer.json` through tokenizers, `tokenizer.tiktoken` through tiktoken.
 
-    vocab_size: its largest id + 1 (a model's may be larger, padded). eos_id, bos_id: int or None. first_id: the BOS
-    that its template puts before every text, or None.
-    hash: SHA-256 of the files that decide the ids; token shards carry it.
+    vocab_size: its largest id + 1 (a model's may be larger, padded). eos_ids: all ids that end a text, eos_id the first
+    of them; bos_id: int; both None where there is none. first_id: the BOS that its template puts before every text, or
+    None. hash: SHA-256 of what decides the ids of a text; token shards carry it. hashes: also that of the files' bytes,
+    which older shards and runs carry.
     """
 
-    def __init__(self, fast, ranks, vocab_size: int, special: dict[str, int], hash: str):
+    def __init__(self, fast, ranks, known: set[int], control: dict[str, int], eos: list[int], bos: list[int],
+                 hashes: tuple[str, str]):
         self.fast, self.ranks = fast, ranks                  # one of the two is None
-        self.vocab_size, self.hash = vocab_size, hash
-        self.eos_id, self.bos_id = special.get("eos"), special.get("bos")
+        self.known, self.control = known, control            # all ids that are tokens; {spelling: id} of control tokens
+        self.vocab_size, self.hash, self.hashes = max(known) + 1, hashes[0], hashes
+        self.eos_ids, self.eos_id, self.bos_id = tuple(eos), next(iter(eos), None), next(iter(bos), None)
         # Gemma and Llama put BOS before every text, and Gemma is lost without it; Pythia and SmolLM2 do not.
         template = fast.encode("", add_special_tokens=True).ids if fast else []
         self.first_id = template[0] if template[:1] == [self.bos_id] else None
@@ -46,66 +48,116 @@ class Tokenizer:
         file = find_tokenizer(folder)
         try:
             config = read_json(folder / "tokenizer_config.json")
-            digest = hashlib.sha256(file.read_bytes())
+            content = file.read_bytes()
             fast = ranks = None
             if file.suffix == ".json":
                 from tokenizers import Tokenizer as Fast
                 fast = Fast.from_file(str(file))
                 fast.no_truncation()                         # some are saved with the limits of their last user
                 fast.no_padding()
+                added = fast.get_added_tokens_decoder()
                 ids = fast.get_vocab(with_added_tokens=True)
+                identity = describe_fast(fast)
+                model = identity["model"]
+                unknown = {model.get("unk_id"), ids.get(model.get("unk_token"))}  # what unknown text becomes
+                control = {token.content: i for i, token in added.items() if token.special and i not in unknown}
             else:
                 import tiktoken
-                pairs = [line.split() for line in file.read_bytes().splitlines() if line]
+                pairs = [line.split() for line in content.splitlines() if line.strip()]
                 merges = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
                 if sum(len(token) == 1 for token in merges) != 256:
                     raise ValueError("single bytes are missing, so some texts could not be encoded")
+                added, control = {}, config["special_tokens"]
                 ranks = tiktoken.Encoding(file.name, pat_str=config["pat_str"], mergeable_ranks=merges,
-                                          special_tokens=config["special_tokens"])
-                digest.update((folder / "tokenizer_config.json").read_bytes())
-                ids = config["special_tokens"] | {"": max(merges.values())}
-            special = {name: special_id(folder, config, name, ids) for name in ("eos", "bos")}
+                                          special_tokens=control)
+                content += (folder / "tokenizer_config.json").read_bytes()
+                ids = control | dict(zip(map(repr, merges), merges.values(), strict=True))
+                identity = [sorted((rank, token.hex()) for token, rank in merges.items()), config["pat_str"], control]
+            if not ids:
+                raise ValueError("it has no tokens")
+            eos, bos = (special_ids(folder, config, name, ids) for name in ("eos", "bos"))
         except (KeyboardInterrupt, SystemExit, ImportError):
             raise
         except BaseException as e:                           # tokenizers raises Exception, a panic in Rust even less
             raise UserError(f"the tokenizer in {folder} cannot be read ({type(e).__name__}: {str(e)[:200]}); "
                             "copy its files again from the original checkpoint") from e
-        size = max(ids.values()) + 1
-        needed = max(size, *(i + 1 for i in special.values() if i is not None), 0)
-        if vocab_size is not None and needed > vocab_size:
-            raise UserError(f"the tokenizer in {folder} has {needed} ids but the model's vocabulary is {vocab_size}: "
-                            "it belongs to another model; copy the tokenizer of the original checkpoint")
-        return cls(fast, ranks, size, special, digest.hexdigest())
+        if vocab_size is not None:
+            check_ids(folder, vocab_size, [*ids.values(), *eos[:1], *bos[:1]], added)
+            eos = [i for i in eos if i < vocab_size]         # no model says the others
+        digests = (json.dumps(identity, sort_keys=True).encode(), content)
+        return cls(fast, ranks, set(ids.values()), control, eos, bos,
+                   tuple(hashlib.sha256(digest).hexdigest() for digest in digests))
 
-    def encode(self, text: str) -> list[int]:
-        """The text's ids and nothing else: no BOS, no EOS."""
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """The text's ids and nothing else: no BOS, no EOS. Control tokens that it spells are text, with `special` their
+        ids. Raises UserError for what the tokenizer's library refuses."""
+        if not special:
+            return self.encode_batch([text])[0]
+        with refusals(text):
+            if self.ranks:
+                return self.ranks.encode(well_formed(text), allowed_special="all")
+            self.fast.encode_special_tokens = False
+            return self.fast.encode(well_formed(text), add_special_tokens=False).ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """The ids that a prompt starts with: BOS where the tokenizer's template has it, then the text; never none."""
-        ids = [self.first_id] * (self.first_id is not None) + self.encode(text)
+    def encode_prompt(self, text: str, special: bool = True) -> list[int]:
+        """The ids that a prompt starts with: BOS where the tokenizer's template has it, then the text; never none.
+
+        special: control tokens that it spells, as chats need them, become their ids."""
+        ids = [self.first_id] * (self.first_id is not None) + self.encode(text, special)
         start = self.eos_id if self.bos_id is None else self.bos_id
         if not ids and start is None:
             raise UserError("the prompt is empty and the tokenizer has no token to begin with; give a prompt")
         return ids or [start]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, on all cores."""
-        if self.fast:
-            return [e.ids for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
-        return self.ranks.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        """The ids of each text, on all cores; control tokens that it spells are text."""
+        return [row.tolist() for row in self.encode_rows([well_formed(text) for text in texts])]
 
     def encode_documents(self, texts: list[str], dtype: type) -> list[np.ndarray]:
-        """The ids of each text with EOS behind them, dtype (n + 1,), on all cores."""
-        if self.fast:
-            rows = [array("I", e.ids) for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
-        else:                                                # no lists: making them would stop the other threads
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                rows = list(pool.map(partial(self.ranks.encode_to_numpy, disallowed_special=()), texts))
+        """The ids of each text with EOS behind them, dtype (n + 1,), on all cores. A text that the tokenizer's library
+        refuses has none, not even EOS (0,), and a warning says so."""
+        try:
+            rows = self.encode_rows(texts)
+        except UserError as e:
+            if len(texts) > 1:
+                return [row for text in texts for row in self.encode_documents([text], dtype)]
+            print0(f"warning: {e}; it is left out")
+            return [np.empty(0, dtype)]
         documents = [np.full(len(row) + 1, self.eos_id, dtype) for row in rows]
         for document, row in zip(documents, rows, strict=True):
             document[:-1] = row
         return documents
+
+    def encode_rows(self, texts: list[str]) -> list[np.ndarray]:
+        if self.ranks:                                       # no lists: making them would stop the other threads
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(pool.map(self.encode_ranks, texts))
+        with refusals(texts[0]):
+            self.fast.encode_special_tokens = True           # those that a text spells are text
+            rows = [np.array(array("I", e.ids)) for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+            control = list(self.control.values())
+            return [self.encode_spelled(text, control) if np.isin(row, control).any() else row
+                    for text, row in zip(texts, rows, strict=True)]
+
+    def encode_ranks(self, text: str) -> np.ndarray:
+        """The ids of a text by tiktoken. It panics at some 500,000 spaces in a row, where its search for words runs out
+        of stack: `regex` finds the same words, in more time."""
+        with suppress(UserError), refusals(text):
+            return self.ranks.encode_to_numpy(text, disallowed_special=())
+        import regex  # comes with tiktoken
+
+        with refusals(text):
+            words = regex.finditer(self.ranks._pat_str, text)
+            return np.array([i for word in words for i in self.ranks._encode_single_piece(word[0])], np.uint32)
+
+    def encode_spelled(self, text: str, control: list[int]) -> np.ndarray:
+        """The ids of a text that spells control tokens, for models that have them among their words (Unigram,
+        WordLevel): each spelling is cut in two, and an id that is still one of them left out."""
+        cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, self.control)), text)]
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]
+        rows = [array("I", e.ids) for e in self.fast.encode_batch_fast(parts, add_special_tokens=False)]
+        ids = np.concatenate(rows)
+        return ids[~np.isin(ids, control)]
 
     def byte_lengths(self) -> np.ndarray:
         """How many bytes of text each id stands for, int64 (ids,): 0 for special tokens, also those beyond the rest."""
@@ -131,7 +183,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
-        ids = [int(i) for i in ids if i < self.vocab_size]   # a model's padding beyond the tokenizer is no text
+        ids = [i for i in map(int, ids) if i in self.known]  # gaps and a padded model's further ids are no text
         return self.fast.decode(ids, skip_special_tokens=False) if self.fast else self.ranks.decode(ids)
 
 
@@ -144,8 +196,11 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()):
         """`prompt`: the ids before the first, whose text stands there already."""
-        self.decode = tokenizer.decode
-        self.ids, self.pending = list(prompt)[-4:], 0        # a window of the last ids; how many are not yet settled
+        self.decode, prompt = tokenizer.decode, list(prompt)
+        start = {tokenizer.bos_id, *tokenizer.eos_ids, *tokenizer.control.values()}
+        if start.issuperset(prompt):                         # a new text: decoders may strip its first space
+            prompt = []
+        self.ids, self.pending = prompt[-4:], 0              # a window of the last ids; how many are not yet settled
         self.shown = len(self.decode(self.ids))              # characters of the window's text that are out
 
     def push(self, id: int) -> str:
@@ -181,29 +236,85 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
 
 
-def special_id(folder: Path, config: dict, name: str, ids: dict[str, int]) -> int | None:
-    """The id of the "eos" or "bos" token: by its text in tokenizer_config.json, else by number in the model's files."""
+def special_ids(folder: Path, config: dict, name: str, ids: dict[str, int]) -> list[int]:
+    """The ids of "eos" or "bos": that of the token which tokenizer_config.json names, then the numbers in the model's
+    files. Raises ValueError for what is no number."""
     token = config.get(f"{name}_token")
     token = token.get("content") if isinstance(token, dict) else token
-    if token in ids:
-        return ids[token]
+    found = [ids[token]] if token in ids else []
     for file in ("config.json", "generation_config.json"):
-        number = read_json(folder / file).get(f"{name}_token_id")
-        number = number[0] if isinstance(number, list) and number else number
-        if isinstance(number, int):
-            return number
-    return None
+        numbers = read_json(folder / file).get(f"{name}_token_id")
+        for number in numbers if isinstance(numbers, list) else [numbers]:
+            if number is not None and type(number) is not int:
+                raise ValueError(f"{name}_token_id in {file} is {number!r}; it must be a number, several or null")
+            if number is not None and number >= 0:           # -1 is how some say none
+                found.append(number)
+    return list(dict.fromkeys(found))
+
+
+def describe_fast(fast) -> dict:
+    """What of a tokenizer.json decides the ids of a text, the same for all spellings of the file: without what is only
+    for the way back or for the next user's limits, and without settings that are off, which older files do not have."""
+    def used(value):
+        if isinstance(value, dict):
+            return {k: used(v) for k, v in value.items() if v not in (None, False, "") and k != "trim_offsets"}
+        return [used(v) for v in value] if isinstance(value, list) else value
+
+    saved = json.loads(fast.to_str())
+    model = {k: v for k, v in saved["model"].items() if k not in ("vocab", "merges")}
+    merges = [m.split(" ") if isinstance(m, str) else m for m in saved["model"].get("merges", [])]
+    added = [[t["id"], t["content"]] if t["special"] else used(t) for t in saved["added_tokens"]]
+    return {"model": used(model), "vocab": saved["model"]["vocab"], "merges": merges, "added": added,
+            "normalizer": used(saved["normalizer"]), "pre_tokenizer": used(saved["pre_tokenizer"])}
+
+
+def check_ids(folder: Path, vocab_size: int, ids: list[int], added: dict) -> None:
+    """Raise UserError if some ids are not in the model's vocabulary. added: {id: AddedToken} of the added tokens."""
+    beyond = {i for i in ids if i >= vocab_size}
+    if beyond and beyond <= added.keys():
+        names = ", ".join(f"{added[i].content!r} ({i})" for i in sorted(beyond)[:5])
+        raise UserError(f"the tokenizer in {folder} has added tokens that lie beyond the model's vocabulary of "
+                        f"{vocab_size}: {names}; remove them from its added_tokens, or copy the tokenizer of the "
+                        "original checkpoint")
+    if beyond:
+        raise UserError(f"the tokenizer in {folder} has {max(beyond) + 1} ids but the model's vocabulary is "
+                        f"{vocab_size}: it belongs to another model; copy the tokenizer of the original checkpoint")
+
+
+@contextmanager
+def refusals(text: str):
+    """Whatever a tokenizer's library raises, a panic in Rust (a BaseException) as well, becomes a UserError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:
+        raise UserError(f"the tokenizer refuses a text ({type(e).__name__}: {str(e)[:200]}) that begins with "
+                        f"{text[:60]!r}") from e
+
+
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair: JSON can spell one, but no encoding and no tokenizer."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def copy_tokenizer(src, dst) -> None:
     """Copy the tokenizer files of folder `src` into folder `dst`. UserError if there is no tokenizer in `src`."""
     find_tokenizer(Path(src))
+    if Path(src).resolve() == Path(dst).resolve():
+        return
     for path in (Path(src) / name for name in TOKENIZER_FILES):
-        if path.is_file() and Path(src).resolve() != Path(dst).resolve():
+        if path.is_file():
             shutil.copy2(path, dst)
+        elif path.is_dir():                                  # additional_chat_templates
+            shutil.copytree(path, Path(dst) / path.name, dirs_exist_ok=True)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder) -> None:
@@ -230,11 +341,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder) -> None:
     to_byte = byte_of_character()
     lines = [base64.b64encode(bytes(to_byte[c] for c in token)) + f" {rank}\n".encode()
              for token, rank in sorted(vocab.items(), key=lambda item: item[1])]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
     config = {"tokenizer_class": "tiktoken", "pat_str": SPLIT_PATTERN,
               "special_tokens": {END_OF_TEXT: vocab_size - 1}, "eos_token": END_OF_TEXT}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    # The ranks come last: what a kill leaves without them is no tokenizer yet, and the same command writes it anew.
+    replace_file(folder / "tokenizer_config.json",
+                 (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    replace_file(folder / "tokenizer.tiktoken", b"".join(lines))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that under its name there is never half of it, whatever is killed or unplugged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.tmp")
+    with open(tmp, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
 
 
 def byte_of_character() -> dict[str, int]:

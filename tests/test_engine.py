@@ -14,9 +14,8 @@ from test_exits import draw_gate, scores
 from test_model import ARCHS, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import Engine, Request
+from engine import Engine, Request, SlotCache
 from exits import decode, end_ids, likeliest
-from model import SlotCache
 from rules import SCORED, Rule
 from runtime import UserError
 
@@ -149,14 +148,14 @@ def test_each_place_of_the_cache_is_written_once_before_it_is_read(i, monkeypatc
     """Cells are NaN when a slot is given away. Writing finds NaN there, reading does not."""
     case, real, state = draw_case(i), SlotCache.attend, {}
 
-    def attend(cache, layer, loop, q, k, v):
+    def attend(cache, loop, layer, q, k, v):
         engine, places = state["engine"], list(zip(cache.slot.tolist(), loop.tolist(), cache.pos.tolist(), strict=True))
         places = [(slot, loop, pos) for slot, loop, pos in places if slot < engine.slots]
         assert len({(slot, loop) for slot, loop, _ in places}) == len(places)     # nor two tokens at the same loop
         for slot, loop_, pos in places:
             assert engine.owner[slot] is not None and loop_ >= 0
             assert cache.k[layer, slot, loop_, pos:].isnan().all() and cache.v[layer, slot, loop_, pos:].isnan().all()
-        y = real(cache, layer, loop, q, k, v)
+        y = real(cache, loop, layer, q, k, v)
         for slot, loop_, pos in places:
             seen = cache.k[layer, slot, loop_, :pos + 1], cache.v[layer, slot, loop_, :pos + 1]
             assert not any(kept.isnan().any() for kept in seen)
@@ -597,7 +596,8 @@ def test_whole_numbers_of_every_kind_will_do(case, kind):
     want, _ = case.decoded((1, 2, 3), 6)
     request = case.engine(1).add(kind([1, 2, 3]), np.int64(6), kind([want[2], 52]), kind([2, 2, 2, 2, 2, 2]))
     assert request.status == "waiting" and request.prompt == [1, 2, 3] and set(map(type, request.prompt)) == {int}
-    assert case.engine(1).generate([kind([1, 2, 3])], 6, torch.tensor(want[2]))[0].tokens == want[:want.index(want[2]) + 1]
+    ended = case.engine(1).generate([kind([1, 2, 3])], 6, torch.tensor(want[2]))[0]
+    assert ended.tokens == want[:want.index(want[2]) + 1]
 
 
 @each_mode
@@ -623,7 +623,8 @@ def test_one_whose_logits_are_not_finite_has_failed_and_the_others_go_on(static)
     assert not any(request is at_once for request, _, _ in engine.run())
     assert [r.status for r in (late, at_once, *rest)] == ["failed"] * 2 + ["done"] * len(rest)
     assert "not finite" in late.reason and "not finite" in at_once.reason and at_once.tokens == []
-    assert late.tokens == want[0][:want[0].index(bad) + 1] and [r.tokens for r in rest] == [want[token - 1] for token in good]
+    assert late.tokens == want[0][:want[0].index(bad) + 1]
+    assert [r.tokens for r in rest] == [want[token - 1] for token in good]
 
 
 def test_a_request_of_another_engine_cannot_be_cancelled(case):
