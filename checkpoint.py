@@ -4,8 +4,6 @@ A run's folder is a checkpoint (config.json, model.safetensors, the tokenizer) w
 step, settings, and the sums of the other files. The one saved before stays in its folder `previous`.
 """
 
-import json
-import os
 import shutil
 import zipfile
 import zlib
@@ -18,22 +16,34 @@ import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from model import RecursiveTransformer
-from runtime import UserError, is_main, json_line, parse_args, print0, recover_folder, replace_folder
-from tokenizer import copy_tokenizer
+from runtime import (
+    TOKENIZER_FILES,
+    UserError,
+    is_main,
+    json_line,
+    json_object,
+    on_first,
+    parse_args,
+    print0,
+    replace_folder,
+    settled,
+)
 
 
-def save_checkpoint(out: str, model: RecursiveTransformer, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Replace the folder `out`, whose former content moves to out/previous. All processes call, the first one writes.
+def save_checkpoint(out: str, model: RecursiveTransformer, optimizer: torch.optim.Optimizer, state: dict,
+                    tokenizer: dict[str, bytes]) -> None:
+    """Replace the checkpoint in `out`, which stays in out/previous. All processes call, the first one writes.
 
-    state: what the run must know to go on; in its "history", "tokenizer" names the folder whose tokenizer goes
-    along. UserError if the disk is full; the folder is then as it was.
+    state: what the run must know to go on; tokenizer: `read_tokenizer`'s. UserError if the disk is full; the folder is
+    then as it was.
     """
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=0)               # a step for all: each holds the state of its own share
     if is_main():
-        with replace_folder(out, keep="previous") as tmp:
+        with replace_folder(out, keep=True) as tmp:
             model.write(tmp)
-            copy_tokenizer(state["history"]["tokenizer"], tmp)
+            for name, content in tokenizer.items():
+                (tmp / name).write_bytes(content)
             sums = {path.name: checksum(path) for path in tmp.iterdir()}
             try:
                 torch.save(state | {"sums": sums, "optimizer": optimizer.state_dict()}, tmp / "train.pt")
@@ -41,6 +51,11 @@ def save_checkpoint(out: str, model: RecursiveTransformer, optimizer: torch.opti
                 raise OSError(f"train.pt: {e} (is the disk full?)") from e
     if dist.is_initialized():
         dist.barrier()
+
+
+def read_tokenizer(folder: Path) -> dict[str, bytes]:
+    """The files of the tokenizer in `folder`, held in memory: a donor may be moved while a run goes on."""
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def checksum(path: Path) -> list[int]:
@@ -54,7 +69,7 @@ def checksum(path: Path) -> list[int]:
 
 def load_state(folder) -> dict:
     """What save_checkpoint was given, "sums" and "optimizer". UserError if there is none or it is damaged."""
-    path = Path(folder) / "train.pt"
+    path = settled(folder) / "train.pt"
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; start without --resume, or name the run with --out")
     try:
@@ -114,28 +129,26 @@ def newest_whole(out: str) -> bool:
         with replace_folder(out) as tmp:                     # a copy: killed at any moment, the previous one is there
             for name in [*state["sums"], "train.pt"]:
                 shutil.copy2(previous / name, tmp)
+        shutil.rmtree(previous)
     return True
 
 
 def find_state(out: str, resume: Literal["no", "yes", "auto"]) -> dict | None:
     """The state of the run in `out` that is to go on, None to start anew; the first process sees to it that it is
     whole. Raises UserError, on all processes, if "yes" finds nothing, or if nothing is whole."""
-    found, newest, previous = [resume == "yes"], Path(out) / "train.pt", Path(out) / "previous" / "train.pt"
-    if is_main() and resume != "no":
-        recover_folder(out)
+    newest, previous = Path(out) / "train.pt", Path(out) / "previous" / "train.pt"
+
+    def look() -> bool:
         try:
             if resume == "auto":
-                found = [newest_whole(out)]
-            elif newest.exists() or previous.exists():
+                return newest_whole(out)
+            if resume == "yes" and (newest.exists() or previous.exists()):
                 check_whole(out)
+            return resume == "yes"
         except UserError as e:
             hint = "; --resume=auto goes back to the checkpoint before it" * (resume == "yes" and previous.exists())
-            found = [UserError(f"{e}{hint}")]
-    if dist.is_initialized():                                # one that fails alone would leave the others waiting
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return load_state(out) if found[0] else None
+            raise UserError(f"{e}{hint}") from None
+    return load_state(out) if on_first(look) else None
 
 
 def resumed_settings(argv, given, state: dict, may_change: set[str]):
@@ -157,20 +170,23 @@ def resumed_settings(argv, given, state: dict, may_change: set[str]):
 # The log beside it
 
 def drop_log_after(path: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint that the run goes on from, and how it ended if it was at its end."""
+    """Forget what was logged after the checkpoint that the run goes on from, and how it ended if it was at its end;
+    and lines that a crash cut short."""
     if is_main() and path.exists():
-        kept = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"}\n") or (values := json.loads(line))["step"] > step or "final" in values:
-                break                                        # a crash may have cut the last one short
-            kept += len(line)
-        os.truncate(path, kept)
+        lines = [(line, json_object(line)) for line in path.read_bytes().splitlines()]
+        kept = b"".join(line + b"\n" for line, values in lines
+                        if values and values.get("step", 0) <= step and "final" not in values)
+        if kept != path.read_bytes():
+            half = path.with_name(f".{path.name}")
+            half.write_bytes(kept)
+            half.replace(path)
 
 
 def write_log(out: str, **values) -> None:
     """Add a line to out/log.jsonl. Raises UserError if the disk is full."""
     if is_main():
         try:
+            Path(out).mkdir(parents=True, exist_ok=True)     # somebody moved it away: the run goes on in a new one
             with open(Path(out) / "log.jsonl", "a") as f:
                 f.write(json_line(values) + "\n")
         except OSError as e:

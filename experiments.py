@@ -170,7 +170,7 @@ def prepare(donor: str, work: Path) -> None:
         (work / "half").mkdir(parents=True)
         copy_tokenizer(folder, work / "half")
         (work / "half" / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    if not (work / "zeroed").exists():
+    if not (work / "zeroed" / "config.json").exists():
         model = to_recursive(load_full(donor, torch.float32), 2, "average")
         for name, p in model.layers.named_parameters():
             if "norm" in name:

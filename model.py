@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime import UserError, recover_folder, replace_folder
+from runtime import UserError, replace_folder, settled
 
 
 @dataclass
@@ -406,7 +406,7 @@ class RecursiveTransformer(nn.Module):
 
         Raises UserError if the folder is missing, is not a checkpoint of ours, or is damaged.
         """
-        recover_folder(folder)
+        folder = settled(folder)
         config = read_config(folder)
         with torch.device("meta"):
             model = cls(config)

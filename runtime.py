@@ -1,7 +1,9 @@
 """What every script shares: command line, errors, process group, printing, and folders that are replaced whole."""
 
 import argparse
+import fcntl
 import inspect
+import io
 import json
 import os
 import platform
@@ -9,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,6 +53,17 @@ def integer(text: str) -> int:
 integer.__name__ = "int"                                     # argparse names it in "invalid int value: '1.5'"
 
 
+def words(text: str) -> str:
+    """A str that is not empty, as an unset variable of a shell would make it, with ~ at the start of each part between
+    commas replaced by the home folder: behind a "=" no shell does that."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a value, got an empty one; give one, or leave the flag out")
+    return ",".join(map(os.path.expanduser, text.split(",")))
+
+
+words.__name__ = "str"
+
+
 def parse_args(cls, argv=None, defaults=None):
     """An instance of the dataclass `cls`, filled from `--field=value` flags, and from `defaults` where there is none.
 
@@ -75,26 +89,63 @@ def parse_args(cls, argv=None, defaults=None):
             if "yes" in get_args(kind):  # a switch with more than two positions may be given bare
                 options |= {"nargs": "?", "const": "yes"}
         else:
-            options |= {"type": integer if kind is int else kind, "metavar": kind.__name__.upper()}
+            text_or_none = f.default == "" or f.name == "prompt"  # may be empty; a prompt may begin with ~ as well
+            convert = {int: integer, str: str if text_or_none else words}.get(kind, kind)
+            options |= {"type": convert, "metavar": kind.__name__.upper()}
         parser.add_argument("--" + f.name, **options)
-    return cls(**vars(parser.parse_args(argv)))
+    settings = cls(**vars(parser.parse_args(argv)))
+    if not 0 <= getattr(settings, "seed", 0) < 2**63:        # what both torch and numpy take
+        raise UserError(f"--seed={settings.seed} must not be negative, and less than 2**63")
+    return settings
 
 
 def script(main) -> None:
-    """Run a script's `main()`: a UserError ends it with one clear line and exit code 2, Ctrl-C with 130."""
+    """Run a script's `main()` and exit with the code it returns. Without one: 0, or what `LOST` says. A UserError ends
+    it with one clear line and 2, Ctrl-C with 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):             # what its encoding lacks must end nothing
+            stream.reconfigure(errors="replace")
+    says = ""
     try:
-        main()
+        code = main()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        code = 2
+        code, says = 2, f"error: {e}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    else:
-        code = 0
+        code, says = 130, "interrupted"
+    except SystemExit as e:
+        code = e.code
+    except OSError as e:
+        if not isinstance(e, BrokenPipeError) and not output_lost():
+            raise
+        LOST.append(e)
+        code = None
+    output_lost()                                            # now: Python's own last flush would end in a traceback
+    if code is None and LOST:
+        code = 141 if isinstance(LOST[0], BrokenPipeError) else 2    # quietly, and as if by SIGPIPE; or a full disk
+        says = "" if code == 141 else f"error: cannot write to standard output ({LOST[0].strerror})"
+    if says:
+        with suppress(OSError):
+            print(says, file=sys.stderr, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(code)
+    sys.exit(code or 0)
+
+
+LOST: list[OSError] = []                                     # why standard output could not be written, if so
+
+
+def output_lost() -> bool:
+    """True if what was printed cannot be written (`| head`, a full disk, a closed terminal); from then on it goes
+    nowhere."""
+    try:
+        if sys.stdout:                                       # None where it is closed
+            sys.stdout.flush()
+        return False
+    except OSError as e:
+        LOST.append(e)
+        with suppress(OSError):                              # a stream of a test has no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +176,11 @@ def start_processes(device: str = "auto") -> Processes:
         # torchrun's store outlives its restarts, and with it the addresses of processes that died: each attempt gets
         # its own corner. (Nodes may count attempts differently: several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if here == world else ""
-        store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://", rank, world))[0])
+        try:
+            store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://", rank, world))[0])
+        except (RuntimeError, ValueError) as e:              # the port is in use, MASTER_ADDR is missing or wrong
+            raise UserError(f"the {world} processes cannot meet ({str(e).splitlines()[0]}); start them with torchrun, "
+                            "or give them a free MASTER_PORT") from None
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                                 device_id=chosen if chosen.type == "cuda" else None)
         if chosen.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's cautious default
@@ -146,13 +201,33 @@ def pick_device(device: str = "auto") -> torch.device:
     return chosen
 
 
+def check_compile(device: torch.device) -> None:
+    """Raise UserError, before minutes of work, if torch.compile has not what it needs here."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as e:                                   # every backend raises its own
+        why = next((line for line in reversed(str(e).splitlines()) if "Error" in line or "ompiler" in line), e)
+        raise UserError(f"--compile does not work here ({str(why).strip()[:200]}): install a C++ compiler (on GPUs "
+                        "Triton, too), or leave out --compile") from None
+
+
 def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def print0(*args) -> None:
+    """Report on the first process. A report that nobody can read ends no work: see `LOST`."""
     if is_main():
-        print(*args, flush=True)
+        try:
+            print(*args)
+        except OSError as e:
+            LOST.append(e)
+        output_lost()
+
+
+def use_colour(stream) -> bool:
+    """True if `stream` shows colours: a terminal, unless NO_COLOR is set (no-color.org) or it is a dumb one."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def progress(items=None, **options):
@@ -229,8 +304,16 @@ def json_line(numbers: dict) -> str:
 def check_writable(name: str, path: str | None) -> None:
     """Raise UserError if the file that --name gives, if it does, could not be written when the work is done."""
     there = path and Path(path)
-    if there and (there.is_dir() or not os.access(there if there.exists() else there.parent, os.W_OK)):
-        raise UserError(f"--{name}={path} cannot be written: give a file in a folder that is there")
+    if not there or there.exists() and not there.is_dir() and not there.is_file():  # a pipe or /dev/null is not tried
+        return
+    new = not there.exists()
+    try:
+        open(there, "ab").close()                            # flags alone do not tell: root may, a read-only disk not
+    except OSError as e:
+        raise UserError(f"--{name}={path} cannot be written ({e.strerror}): give a file in a folder that is there and "
+                        "may be written to") from None
+    if new:
+        there.unlink()
 
 
 def check_plot(path: str | None) -> None:
@@ -292,30 +375,49 @@ def append_line(path: str, numbers: dict) -> None:
 
 
 class StopFlag:
-    """Ctrl-C or SIGTERM on any process ends the run after the current step, with a checkpoint."""
+    """Ctrl-C, SIGTERM or a closed terminal on any process ends the run after the current step, with a checkpoint."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0                                       # the number of the signal
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                       if signal.getsignal(s) != signal.SIG_IGN}     # nohup ignores the last, a shell's & the first
         return self
 
-    def ask(self, *_):
+    def ask(self, number, _):
         if not self.asked:  # torchrun passes Ctrl-C on a second time: repeats mean nothing
-            print0("stopping after this step")
-        self.asked = True
+            with suppress(RuntimeError):                     # in the midst of another print
+                print0("stopping after this step")
+        self.asked = number
 
     def __exit__(self, *_):
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
-    def agreed(self, procs: Processes) -> bool:
+    def agreed(self, procs: Processes) -> int:
+        """0, or on all processes the signal that one of them was sent."""
         if procs.world == 1:
             return self.asked
         flag = torch.tensor(float(self.asked), device=procs.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return int(flag.item())
+
+
+def on_first(work):
+    """work()'s result on the first process, on all of them; as is its UserError: alone, it would leave others waiting.
+    """
+    result = [None]
+    if is_main():
+        try:
+            result = [work()]
+        except UserError as e:
+            result = [e]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,89 +429,191 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.tiktoken", "tokenizer.model", "t
 GATE_FILE, THRESHOLDS_FILE = "gate.safetensors", "exits.json"  # made for the weights beside them (rules.py)
 
 
-@contextmanager
-def replace_folder(folder, keep: str | None = None):
-    """Yield a temporary folder that becomes `folder` when the block ends; on an error `folder` stays as it was.
+# Inside a folder: half written; whole but not in place; what becomes the folder previous, and was it; who owns it all.
+NEW, NEXT, HALF, OLD, LOCK = ".new", ".next", ".previous", ".old", ".lock"
 
-    A crash at any moment leaves the old folder or the new one: everything is written to `.folder.tmp`, flushed to the
-    disk, and renamed. Between the two renames the old one is called `.folder.old`, which `recover_folder` puts back.
-    What the block did not write (a log, a folder inside) is carried over, but nothing of an old tokenizer beside a new,
-    and no gate of other weights.
-    keep: the name under which the old folder then stays inside the new one, instead of being deleted.
+
+@contextmanager
+def own_folder(folder):
+    """Keep other processes from writing in `folder`, which is made if need be; its resolved path. UserError if another
+    process owns it, and says which, or if nothing can be written there.
+
+    The lock is the system's, on a file inside, and ends with its process, however that ends.
     """
-    check_out(folder)
-    folder = Path(folder).resolve()  # where a link points to is replaced, not the link
-    tmp, old = beside(folder, ".tmp"), beside(folder, ".old")
-    shutil.rmtree(tmp, ignore_errors=True)
+    folder = Path(folder).resolve()                          # the place stays the same, whatever becomes of links
+    if folder in OWNED:
+        yield folder
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; --out needs a folder that is new, empty or a checkpoint")
+    made = []                                                # and removed again if nothing came to be in them
     try:
-        tmp.mkdir(parents=True)
-        yield tmp
-        if folder.exists():
-            new = {path.name for path in tmp.iterdir()}
-            stale = {"train.pt", "previous", GATE_FILE, THRESHOLDS_FILE,
-                     *(TOKENIZER_FILES if new & set(TOKENIZER_FILES) else ())}
-            for path in folder.iterdir():
-                if path.name in new | stale:
-                    continue
-                if path.is_dir() and not path.is_symlink():  # perhaps another run: its files are linked, not copied
-                    shutil.copytree(path, tmp / path.name, symlinks=True, copy_function=os.link)
-                else:
-                    shutil.copy2(path, tmp, follow_symlinks=False)
-        for path in (*filter(Path.exists, tmp.iterdir()), tmp):
-            if path.is_file():
-                path.chmod(tmp.stat().st_mode & 0o666)  # safetensors makes its files readable by their owner alone
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        tmp.rename(folder)
-    except BaseException as e:
-        recover_folder(folder)
-        shutil.rmtree(tmp, ignore_errors=True)
-        if isinstance(e, (OSError, SafetensorError)):
-            reason = getattr(e, "strerror", None) or e
-            raise UserError(f"cannot write {folder}: {reason}; what was there before is untouched") from e
-        raise
-    if keep and (old / "train.pt").exists():  # not an empty folder, which could not be gone back to
-        with suppress(FileNotFoundError):  # a reader's recover_folder was faster
-            put_inside(old, folder / keep)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(folder)
+    except OSError as e:
+        remove_empty(made)
+        raise UserError(f"cannot write in {folder} ({e.strerror}); give a folder that may be written to") from None
+    OWNED.add(folder)
+    try:
+        finish_replacement(folder)
+        yield folder
+    finally:
+        OWNED.discard(folder)
+        if same_file(lock, folder / LOCK):
+            (folder / LOCK).unlink()
+        os.close(lock)
+        remove_empty(made)
+
+
+OWNED: set[Path] = set()                                     # folders that this process owns
+
+
+def take_lock(folder: Path) -> int:
+    """The descriptor of the file whose lock this process now holds. UserError if another does."""
+    for _ in range(100):
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(lock, 300, 0).decode(errors="replace") or "another process"
+            os.close(lock)
+            raise UserError(f"{owner} is writing in {folder}: wait until it ends, or give another --out") from None
+        except OSError:                                      # a file system without locks: then without
+            pass
+        if same_file(lock, folder / LOCK):
+            break
+        os.close(lock)                                       # its owner has just removed it
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return lock
+
+
+def same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
+def remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):                                  # the first that holds something ends it
+        for folder in folders:
+            folder.rmdir()
+
+
+@contextmanager
+def replace_folder(folder, keep: bool = False):
+    """Yield an empty folder; when the block ends, its files replace those in `folder`. On an error all stays as it was.
+
+    A kill at any moment leaves all of the old files or all of the new: the new ones are written to the folder .new
+    inside, flushed to the disk, and .new is renamed .next. From then on they count: `settled` finds them, and
+    `finish_replacement` puts them in place, now or, after a kill, when the folder has an owner again. Nothing but the
+    files inside is ever renamed, so that `folder` may be a mount point, or somebody's current folder. What the block
+    did not write (a log, a folder inside) stays, but nothing of an old tokenizer beside a new, and no gate of other
+    weights.
+    keep: a run's checkpoint that is replaced stays in the folder previous inside.
+    """
+    with own_folder(folder) as folder:
+        check_out(folder)
+        new = folder / NEW
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            yield new
+            for path in (*new.iterdir(), new):
+                if path.is_file():
+                    path.chmod(new.stat().st_mode & 0o666)   # safetensors makes its files readable by their owner alone
+                flush(path)
+            if keep and (folder / "train.pt").exists():      # an empty folder could not be gone back to
+                keep_files(folder)
+            new.rename(folder / NEXT)
+        except BaseException as e:
+            shutil.rmtree(new, ignore_errors=True)
+            if isinstance(e, (OSError, SafetensorError)):
+                reason = getattr(e, "strerror", None) or e
+                raise UserError(f"cannot write {folder}: {reason}; what was there before is untouched") from e
+            raise
+        try:
+            finish_replacement(folder)
+        except OSError as e:
+            raise UserError(f"cannot finish {folder} ({e.strerror}): all of it is in {folder / NEXT}, and the next "
+                            "command that writes there will finish it") from e
+
+
+def keep_files(folder: Path) -> None:
+    """Let folder/previous hold what `folder` does now: the same files under a second name, but a log, which grows."""
+    half, kept, old = folder / HALF, folder / "previous", folder / OLD
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir()
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            (shutil.copy2 if path.suffix == ".jsonl" else link)(path, half / path.name)
+    flush(half)
+    shutil.rmtree(old, ignore_errors=True)
+    if kept.exists():
+        kept.rename(old)
+    half.rename(kept)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def put_inside(old: Path, kept: Path) -> None:
-    """Move the folder that was replaced into its successor, without what it kept inside itself."""
-    shutil.rmtree(old / kept.name, ignore_errors=True)
-    old.rename(kept)
+def finish_replacement(folder: Path) -> None:
+    """Put the files of folder/.next, if there is one, in place; where a kill ended that before, again."""
+    ready, new = folder / NEXT, folder / NEW
+    if (folder / HALF).exists() and not (folder / "previous").exists():
+        (folder / HALF).rename(folder / "previous")
+    if not ready.exists():
+        return
+    names = {path.name for path in ready.iterdir()}
+    stale = {GATE_FILE, THRESHOLDS_FILE, *(TOKENIZER_FILES if names & set(TOKENIZER_FILES) else ()),
+             *(() if "train.pt" in names else ("train.pt", "previous"))} - names
+    for path in (new, *(folder / name for name in stale)):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    for name in names:                                       # linked, not moved: .next stays whole to the end
+        link(ready / name, new)
+        os.replace(new, folder / name)
+        new.unlink(missing_ok=True)                          # what was in place already is not even renamed
+    flush(folder)
+    ready.rename(new)
+    shutil.rmtree(new, ignore_errors=True)
 
 
-def beside(folder: Path, suffix: str) -> Path:
-    folder = folder.resolve()
-    return folder.with_name(f".{folder.name}{suffix}")  # hidden: `mv out out.old` is what people do by hand
+def link(path: Path, other: Path) -> None:
+    """A second name for a file; a copy on file systems that know no such thing."""
+    try:
+        os.link(path, other, follow_symlinks=False)
+    except OSError:
+        other.unlink(missing_ok=True)
+        shutil.copy2(path, other, follow_symlinks=False)
 
 
-def recover_folder(folder) -> None:
-    """Finish a replacement that was killed between its renames."""
-    folder = Path(folder).resolve()
-    old = beside(folder, ".old")
-    with suppress(FileNotFoundError):  # another process of this run was faster
-        if not folder.exists() and old.exists():
-            old.rename(folder)
-        elif all((f / "train.pt").exists() for f in (old, folder)) and not (folder / "previous").exists():
-            put_inside(old, folder / "previous")
+def flush(path: Path) -> None:
+    """See to it that a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def settled(folder) -> Path:
+    """Where to read the checkpoint in `folder`: there, or inside if a replacement was killed before its end. One that
+    is being finished is waited for. A reader never writes: what it mended, the owner could be writing."""
+    folder, tries = Path(folder), 50
+    while (folder / NEXT).exists() and tries:
+        time.sleep(0.02)
+        tries -= 1
+    return folder / NEXT if (folder / NEXT).exists() else folder
 
 
 def check_out(folder) -> None:
     """Raise UserError if `folder` holds anything that is not a checkpoint, so that nobody's files are replaced."""
-    recover_folder(folder)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --out needs a folder that is new, empty or a checkpoint")
+    held = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    held = [name for name in held if not name.startswith(".") and name != "lost+found"]  # a new disk's
     damaged = (folder / "train.pt").exists() and is_ours(folder / "previous")  # what --resume=auto mends
-    if folder.exists() and any(folder.iterdir()) and not is_ours(folder) and not damaged:
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:3])
-        raise UserError(f"{folder} holds something that is not a checkpoint of this project ({held}); "
+    if held and not is_ours(settled(folder)) and not damaged:
+        raise UserError(f"{folder} holds something that is not a checkpoint of this project ({', '.join(held[:3])}); "
                         "give a folder that is new, empty or such a checkpoint")
 
 

@@ -8,12 +8,14 @@
 
 import math
 import time
+import zlib
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,7 +23,15 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from calibrate import calibration_windows, to_calibrated
-from checkpoint import drop_log_after, find_state, load_optimizer, resumed_settings, save_checkpoint, write_log
+from checkpoint import (
+    drop_log_after,
+    find_state,
+    load_optimizer,
+    read_tokenizer,
+    resumed_settings,
+    save_checkpoint,
+    write_log,
+)
 from convert import AnyInit, LoraInit, Norms, Rounding, Vectors, check_calibrated, to_recursive
 from data import Tokens, batches, load_tokens, validation
 from hf import config_from_hf, find_donor, load_any, read_json, refuse_looped
@@ -31,8 +41,11 @@ from runtime import (
     Processes,
     StopFlag,
     UserError,
+    check_compile,
     check_out,
     clock,
+    on_first,
+    own_folder,
     parse_args,
     peak_flops,
     peak_memory,
@@ -163,11 +176,11 @@ def accumulation(args: TrainConfig, world: int) -> int:
 def check_settings(args: TrainConfig, resumed: bool) -> None:
     for name in ("tokens", "batch_tokens", "seq_len", "micro_batch", "lr", "temperature", "eval_every", "save_every",
                  "log_every", "eval_tokens", "clip"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name}={getattr(args, name)} must be positive")
-    for name in ("rank", "min_lr", "warmup", "weight_decay", "distill_weight", "exit_coef", "seed"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name}={getattr(args, name)} must not be negative")
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name}={getattr(args, name)} must be positive and finite")
+    for name in ("rank", "min_lr", "warmup", "weight_decay", "distill_weight", "exit_coef"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name}={getattr(args, name)} must not be negative, and must be finite")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 0 and less than 1")
@@ -179,12 +192,34 @@ def check_settings(args: TrainConfig, resumed: bool) -> None:
                 raise UserError(f"--{name}={getattr(args, name)} says how a donor is converted, and {given} converts "
                                 "none: drop one of the two")
     check_calibrated(args)
+    if not resumed:                                          # a run that began with them goes on
+        check_used(args)
     if args.tokens < args.batch_tokens:
         raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
     if not resumed and any((Path(args.out) / name / "train.pt").exists() for name in ("", "previous")):
         raise UserError(f"{args.out} holds a run already; go on with --resume, or give another --out")
     if not resumed and (Path(args.out) / "model.safetensors").exists():  # somebody's donor, perhaps
         raise UserError(f"{args.out} holds a model already; give another --out, and --ckpt={args.out} to start from it")
+
+
+def check_used(args: TrainConfig) -> None:
+    """Raise UserError for settings that would change nothing."""
+    distils = args.distill != "none" and (args.teacher or args.ckpt or args.init != "scratch")
+    taught = distils or args.exit_distill and args.exit_loss != "last"
+    converts = not args.ckpt and args.init not in ("scratch", "calibrated")      # those are checked elsewhere
+    needs = [("exit_coef", args.exit_loss == "aggressive", "--exit_loss=aggressive"),
+             ("distill", args.init != "scratch" or args.ckpt or args.teacher or args.distill == "none", "a --teacher"),
+             ("distill_weight", taught, "distillation"), ("temperature", taught, "distillation"),
+             ("rounding", not converts or args.init == "stepwise", "--init=stepwise"),
+             ("norms", not converts or args.init != "random", "a donor's weights, and --init=random takes none"),
+             ("norms", not converts or args.vectors == "tied", "--vectors=tied"),
+             ("lora_init", not converts or args.rank > 0, "a LoRA: give --rank"),
+             ("lora_init", not converts or args.init != "random" or args.lora_init == "zero",
+              "a residual, and --init=random has none")]
+    for name, used, what in needs:
+        if getattr(args, name) != getattr(TrainConfig, name) and not used:
+            raise UserError(f"--{name}={getattr(args, name)} would change nothing here, it needs {what}: drop "
+                            f"--{name}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,12 +271,50 @@ def check_vocabulary(name: str, folder, its: Config, other: str, config: Config,
                         "tokenizer: their words must be the same (--donor names the donor of --ckpt)")
 
 
+def check_finite(model: RecursiveTransformer, what: str) -> RecursiveTransformer:
+    """`model`. Raises UserError if a weight of it is not finite: every loss would be nan."""
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise UserError(f"{what} has weights that are not finite, in {len(bad)} tensors ({', '.join(bad[:3])}): the "
+                        "file is damaged, or its training diverged; give another")
+    return model
+
+
+def identify(tokens: Tokens) -> list[int]:
+    """[number of tokens, CRC-32] of a text; the sum is over all of it, or over 1,024 pieces spread evenly."""
+    n, crc, size = len(tokens), 0, 256
+    for start in (*range(0, n, max(size, n // 1024)), max(0, n - size)):
+        crc = zlib.crc32(np.ascontiguousarray(tokens[start:start + size]), crc)
+    return [n, crc]
+
+
+def identify_weights(model: RecursiveTransformer) -> list[int]:
+    """[number of weights, CRC-32 of up to 4,096 of each tensor]."""
+    crc = 0
+    for p in model.parameters():
+        some = p.detach().flatten()[::max(1, p.numel() // 4096)]
+        crc = zlib.crc32(some.float().cpu().contiguous().numpy(), crc)
+    return [sum(p.numel() for p in model.parameters()), crc]
+
+
+def check_inputs(args: TrainConfig, now: dict[str, list[int]], before: dict[str, list[int]]) -> None:
+    """Raise UserError if a resumed run would go on with another text, donor or teacher than it began with, under the
+    same name or another: its steps would see other windows, its losses not be comparable."""
+    changed = [f"--{name}={getattr(args, name)}" for name in now.keys() | before.keys()
+               if now.get(name) != before.get(name)]
+    if changed:
+        raise UserError(f"{', '.join(sorted(changed))}: the content differs from what the run in {args.out} began "
+                        f"with; give the former, or start a new run with --ckpt={args.out} and another --out")
+
+
 def build(args: TrainConfig, folder: Path, config: Config, device, resumed: bool, windows: list[Tensor] | None,
           ) -> tuple[RecursiveTransformer, RecursiveTransformer | None, RecursiveTransformer | None]:
     """(student, donor, teacher), in fp32; the donor is None for init=scratch, which needs its config but no weights,
     and the teacher None where nothing is distilled. windows: what init=calibrated reads."""
     scratch = args.init == "scratch" and not args.ckpt
-    donor = None if scratch else load_any(str(folder), torch.float32).requires_grad_(False).to(device)
+    donor = None
+    if not scratch:
+        donor = check_finite(load_any(str(folder), torch.float32), args.donor).requires_grad_(False).to(device)
     if resumed or args.ckpt:
         student = RecursiveTransformer.load(args.out if resumed else args.ckpt, dtype=torch.float32)
     elif scratch:
@@ -251,10 +324,12 @@ def build(args: TrainConfig, folder: Path, config: Config, device, resumed: bool
     else:
         student = to_recursive(donor, args.loops, args.init, args.rank, args.lora_init, args.vectors,
                                args.rounding, args.norms)
+    check_finite(student, args.out if resumed else args.ckpt or f"what --init={args.init} makes of the donor")
     student.checkpointing = args.checkpointing
     teacher = None if args.distill == "none" else donor
     if args.teacher:
-        teacher = load_any(str(find_donor(args.teacher)), torch.float32).requires_grad_(False).to(device)
+        teacher = load_any(str(find_donor(args.teacher)), torch.float32)
+        teacher = check_finite(teacher, args.teacher).requires_grad_(False).to(device)
     return student.to(device), donor, teacher
 
 
@@ -293,7 +368,9 @@ class Run:
     objective: nn.Module                    # what is called and differentiated: compiled, in DDP
     optimizer: torch.optim.Optimizer
     train_tokens: Tokens
-    valid: list                             # all validation batches; the first quarter serves between
+    tokenizer: dict[str, bytes]             # its files, which go into every checkpoint
+    valid: list                             # validation batches for the first and the last evaluation
+    quick: list                             # and for those between, a quarter of the tokens
     bf16: bool                              # forward passes run in bfloat16 where that is safe
     autocast: torch.autocast
     steps: int                              # optimizer steps in all
@@ -302,9 +379,10 @@ class Run:
     saved: int                              # steps done when the last checkpoint was written
     history: dict                           # what a resumed run must know of its start
     peak: float | None                      # FLOP/s that the devices could reach together, where known
+    began: float                            # time.perf_counter() less the seconds of the run before it was resumed
 
 
-def prepare(args: TrainConfig, procs: Processes, state: dict | None) -> Run:
+def prepare(args: TrainConfig, procs: Processes, state: dict | None, began: float) -> Run:
     """Load, check and convert everything; what can be wrong is found out before the minutes of work."""
     micro_steps, steps = accumulation(args, procs.world), args.tokens // args.batch_tokens
     if state and steps < state["step"]:
@@ -312,6 +390,8 @@ def prepare(args: TrainConfig, procs: Processes, state: dict | None) -> Run:
                         f"ask for at least --tokens={state['step'] * args.batch_tokens}")
     torch.manual_seed(args.seed)
     bf16, autocast = precision(args, procs.device)
+    if args.compile:
+        check_compile(procs.device)
 
     folder = find_donor(args.donor)
     config = donor_config(folder)
@@ -323,26 +403,36 @@ def prepare(args: TrainConfig, procs: Processes, state: dict | None) -> Run:
             raise UserError(f"--{name}={getattr(args, name)} has {len(tokens)} tokens, one sequence needs "
                             f"{args.seq_len + 1} (seq_len + 1); give more text or a smaller --seq_len")
 
+    history = state["history"] if state else {
+        "donor_config": asdict(config), "tokenizer_hash": tokenizer.hash, "skipped": 0, "seconds": 0.0,
+        "bf16": bf16}
+    # The last evaluation reads what the first has read, also where a resumed run is given other --eval_tokens.
+    history.setdefault("eval_tokens", 4 * (state["args"]["eval_tokens"] if state else args.eval_tokens))
+
     windows = None
     if args.init == "calibrated" and state is None:
         windows = calibration_windows(texts["data"], args.calib_tokens, config, f"--data={args.data}")
     model, donor, teacher = build(args, folder, config, procs.device, state is not None, windows)
+    inputs = {name: identify(tokens) for name, tokens in texts.items()}
+    inputs |= {name: identify_weights(m) for name, m in (("donor", donor), ("teacher", args.teacher and teacher)) if m}
+    check_inputs(args, inputs, history.setdefault("inputs", inputs))
     if bf16:  # frozen weights: rounded once, not by autocast at each use
         donor, teacher = (m and m.to(torch.bfloat16) for m in (donor, teacher))
     optimizer = make_optimizer(model, args)
-    history = {"donor_config": asdict(config), "tokenizer_hash": tokenizer.hash, "skipped": 0}
     step = 0
     if state:
-        history, step = state["history"], state["step"]
+        step = state["step"]
         load_optimizer(optimizer, state["optimizer"])
         drop_log_after(Path(args.out) / "log.jsonl", step or -1)  # the first line follows its checkpoint: anew
     objective, peak = Objective(model, args), peak_flops(procs.device, bf16)
     if args.compile:
         objective.compile()
+    valid, quick = (validation(texts["valid"], args.seq_len, n, args.micro_batch)
+                    for n in (history["eval_tokens"], args.eval_tokens))
     return Run(args, procs, model, donor, teacher,
                DistributedDataParallel(objective) if procs.world > 1 else objective, optimizer, texts["data"],
-               validation(texts["valid"], args.seq_len, 4 * args.eval_tokens), bf16, autocast, steps, micro_steps,
-               step, step, history | {"tokenizer": str(folder)}, peak and peak * procs.world)
+               read_tokenizer(folder), valid, quick, bf16, autocast, steps, micro_steps, step, step, history,
+               peak and peak * procs.world, began - history.get("seconds", 0.0))
 
 
 def begin(run: Run, resumed: bool) -> None:
@@ -351,6 +441,10 @@ def begin(run: Run, resumed: bool) -> None:
     print0(f"{args.ckpt or args.init}: {c.n_layer} layers as {c.n_loop} x {c.n_unique}, rank {c.rank} | parameters "
            f"{n['stored'] / 1e6:.2f} M stored, {n['run'] / 1e6:.2f} M run per token | {len(run.train_tokens):,} tokens "
            f"to train on | {run.procs.world} x {run.procs.device.type}{' bf16' * run.bf16}")
+    if args.warmup > run.steps:
+        print0(f"warning: the warm-up of {args.warmup} steps is longer than the run of {run.steps}: the learning rate "
+               f"ends at {learning_rate(run.steps - 1, run.steps, args):.1e}, below --lr={args.lr}; give a smaller "
+               "--warmup or more --tokens")
     if resumed:
         print0(f"resuming at step {run.step} of {run.steps}")
     else:
@@ -360,14 +454,21 @@ def begin(run: Run, resumed: bool) -> None:
         print0(f"validation loss: {before}start {run.history['converted']:.4f}")
         save(run)
     if run.step == 0:
-        write_log(args.out, step=0, full_val_loss=run.history["converted"], donor_loss=run.history["donor"])
+        write_log(args.out, step=0, full_val_loss=run.history["converted"], donor_loss=run.history["donor"],
+                  val_tokens=count_targets(run.valid), data=run.history["inputs"]["data"],
+                  valid=run.history["inputs"]["valid"])
     if run.donor and run.donor is not run.teacher:
         run.donor.cpu()                                 # scored, and of no further use on a GPU
 
 
+def count_targets(pairs: list) -> int:
+    return sum(targets.numel() for _, targets in pairs)
+
+
 def save(run: Run) -> None:
+    run.history["seconds"] = time.perf_counter() - run.began
     save_checkpoint(run.args.out, run.model, run.optimizer,
-                    {"step": run.step, "args": asdict(run.args), "history": run.history})
+                    {"step": run.step, "args": asdict(run.args), "history": run.history}, run.tokenizer)
     run.saved = run.step
 
 
@@ -415,14 +516,15 @@ def train_step(run: Run, feed: Iterator, lr: float) -> tuple[float, list[float],
     return total, ce, norm
 
 
-def train(run: Run) -> bool:
-    """Steps until all are done (True) or somebody asks to stop (False); either way the last is saved."""
+def train(run: Run) -> int:
+    """Steps until all are done (0) or a signal asks to stop (its number); either way the last is saved."""
     args, seconds, logged = run.args, 0.0, run.step     # seconds in steps alone since the last line
     exits = list(trained_exits(args, run.model.config.n_loop))
     flops = 3 * run.model.flops(args.seq_len, len(exits)) + (run.teacher.flops(args.seq_len) if run.teacher else 0)
     stream = feed(run)
     with StopFlag() as stop:
-        while run.step < run.steps and not stop.agreed(run.procs):
+        asked = 0
+        while run.step < run.steps and not (asked := stop.agreed(run.procs)):
             began, lr = time.perf_counter(), learning_rate(run.step, run.steps, args)
             total, ce, norm = train_step(run, stream, lr)
             seconds += time.perf_counter() - began
@@ -431,14 +533,14 @@ def train(run: Run) -> bool:
                 per_step, seconds, logged = seconds / (run.step - logged), 0.0, run.step
                 log_step(run, total, ce, lr, norm, per_step, flops)
             if run.step % args.eval_every == 0 and not done:
-                quick = run.valid[:max(1, len(run.valid) // 4)]
-                val = evaluate(run.model, quick, run.procs, run.autocast, exits)
+                val = evaluate(run.model, run.quick, run.procs, run.autocast, exits)
                 print0(f"step {run.step}/{run.steps} | validation loss {val[-1]:.4f}{by_exit(val)}")
-                write_log(args.out, step=run.step, val_loss=val[-1], exit_val_loss=val)
+                write_log(args.out, step=run.step, val_loss=val[-1], exit_val_loss=val,
+                          val_tokens=count_targets(run.quick))
             if run.step % args.save_every == 0 and not done:
                 save(run)
         save(run)
-    return run.step == run.steps
+    return asked
 
 
 def log_step(run: Run, total: float, ce: list[float], lr: float, norm: float, per_step: float, flops: int) -> None:
@@ -449,18 +551,21 @@ def log_step(run: Run, total: float, ce: list[float], lr: float, norm: float, pe
            f"{f' | with distillation {total:.4f}' if run.teacher else ''} | lr {lr:.1e} | {per_step * 1000:.0f} ms | "
            f"{speed:,.0f} tok/s{f' | mfu {mfu:.0%}' if mfu else ''} | eta {clock(per_step * (run.steps - run.step))}")
     write_log(args.out, step=run.step, loss=ce[-1], exit_loss=ce, objective=total, lr=lr, grad_norm=norm,
-              tokens_per_s=speed, mfu=mfu, peak_gib=peak_memory(run.procs.device), skipped=run.history["skipped"])
+              tokens_per_s=speed, mfu=mfu, peak_gib=peak_memory(run.procs.device), skipped=run.history["skipped"],
+              tokens=run.step * args.batch_tokens)
 
 
 def by_exit(losses: list[float]) -> str:
     return f" (exits {' '.join(f'{x:.4f}' for x in losses[:-1])})" if len(losses) > 1 else ""
 
 
-def report(run: Run, seconds: float) -> None:
+def report(run: Run) -> None:
     """The closing table: donor, converted, uptrained."""
     history, n = run.history, run.model.num_params()
     final = evaluate(run.model, run.valid, run.procs, run.autocast)[-1]
-    write_log(run.args.out, step=run.step, full_val_loss=final, final=True, seconds=seconds)
+    seconds = time.perf_counter() - run.began
+    write_log(run.args.out, step=run.step, full_val_loss=final, final=True, seconds=seconds,
+              val_tokens=count_targets(run.valid), tokens=run.step * run.args.batch_tokens)
     lines = [["model", "validation loss", "perplexity", "stored", "run per token"]]
     if run.donor:
         lines.append(["donor", *score(history["donor"], run.donor.num_params())])
@@ -471,6 +576,9 @@ def report(run: Run, seconds: float) -> None:
            f"{run.args.out}\n{table(lines)}")
     if history["skipped"]:
         print0(f"{history['skipped']} steps were skipped: their loss or gradient was not finite")
+    if history.get("bf16", run.bf16) != run.bf16:
+        print0("the last line is measured in another precision than those before: the run was resumed with another "
+               "--dtype or device")
     if converted and history["converted"] > history["donor"]:
         won = (history["converted"] - final) / (history["converted"] - history["donor"])
         print0(f"{won:.0%} of what conversion cost is won back")
@@ -480,23 +588,28 @@ def score(loss: float, n: dict) -> list[str]:
     return [f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}", f"{n['stored'] / 1e6:.2f} M", f"{n['run'] / 1e6:.2f} M"]
 
 
-def main(argv=None):
+def main(argv=None) -> int:
+    """Exit code: 0 if the run is done, 128 and the signal's number if one has stopped it."""
     began, args = time.perf_counter(), parse_args(TrainConfig, argv)
     procs = start_processes(args.device)
-    state = find_state(args.out, args.resume)
-    check_out(args.out)                                 # after a damaged checkpoint has made way for the previous one
-    if state:
-        args = resumed_settings(argv, args, state, MAY_CHANGE)
-    resumed = state is not None
-    check_settings(args, resumed)
-    run = prepare(args, procs, state)
-    del state                                           # mapped from its file, which the disk could not free
-    begin(run, resumed)
-    if train(run):
-        report(run, time.perf_counter() - began)
-    else:
+    with ExitStack() as held:
+        args = replace(args, out=str(Path(args.out).absolute()))
+        on_first(lambda: held.enter_context(own_folder(args.out)) and None)
+        state = find_state(args.out, args.resume)
+        check_out(args.out)                             # after a damaged checkpoint has made way for the previous one
+        if state:
+            args = resumed_settings(argv, args, state, MAY_CHANGE)
+        resumed = state is not None
+        check_settings(args, resumed)
+        run = prepare(args, procs, state, began)
+        del state                                       # mapped from its file, which the disk could not free
+        begin(run, resumed)
+        if not (stopped := train(run)):
+            report(run)
+            return 0
         print0(f"stopped at step {run.step} of {run.steps}; "
                f"go on with: python train.py --resume --out={args.out} (or torchrun, as before)")
+        return 128 + stopped
 
 
 if __name__ == "__main__":

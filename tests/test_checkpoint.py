@@ -35,7 +35,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import train
 from checkpoint import check_whole, find_state, load_optimizer, load_state
 from model import RecursiveTransformer
-from runtime import UserError, beside, check_out, recover_folder, replace_folder
+from runtime import UserError, check_out, own_folder, replace_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("train.pt", "model.safetensors", "config.json", "tokenizer.tiktoken")
@@ -213,10 +213,12 @@ def test_a_model_written_over_a_run_is_not_replaced_by_it(out, monkeypatch):
     """Killed when the model is there and the run not yet deleted."""
     model = RecursiveTransformer.load(out)
     with monkeypatch.context() as m:
-        m.setattr(shutil, "rmtree", lambda path, **_: None)
-        model.save(out)
-    assert beside(out, ".old").exists()
-    recover_folder(out)
+        m.setattr(os, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.save(out)
+    assert (out / ".next").exists()
+    with own_folder(out):
+        pass
     assert find_state(out, "auto") is None and not (out / "previous").exists()
 
 
@@ -273,11 +275,11 @@ def test_kill_9_at_any_moment_loses_nothing_but_the_last_step(home, tmp_path, st
     def fingerprint(state):
         return [w.double().sum().item() for w in state.values()] + [next(iter(state.values())).double().std().item()]
 
-    def recorded(folder, model, optimizer, state):
+    def recorded(folder, model, optimizer, state, tokenizer):
         sums[state["step"]] = fingerprint(model.state_dict())
         if state["step"] in (0, 1, 100):
             lines.clear()
-            save(folder, model, optimizer, state)
+            save(folder, model, optimizer, state, tokenizer)
         if state["step"] == 0:
             shutil.copytree(straight, out)
     monkeypatch.setattr(train, "save_checkpoint", recorded)
@@ -295,7 +297,7 @@ def test_kill_9_at_any_moment_loses_nothing_but_the_last_step(home, tmp_path, st
             process.kill()
         assert join([process]) == [-signal.SIGKILL], (tmp_path / "output").read_text()
         state = weights(out)
-        steps.append(torch.load(out / "train.pt")["step"])
+        steps.append(load_state(out)["step"])
         assert fingerprint(state) == sums[steps[-1]] and steps[-1] >= steps[-2]
         if i % 6 == 4 and (out / "previous").exists():
             steps[-1] = load_state(out / "previous")["step"]           # it may have been saved twice
@@ -319,7 +321,8 @@ def test_a_run_may_pass_from_processes_to_others(home, tmp_path, start):
 
     def two(zero, stop_at):
         more = [f"--zero={zero}", "--micro_batch=4"]
-        assert join(start_two(start, argv + more, output, stop_at=stop_at)) == [0, 0], output.read_text()
+        code = 0 if stop_at is None else 128 + signal.SIGTERM
+        assert join(start_two(start, argv + more, output, stop_at=stop_at)) == [code] * 2, output.read_text()
         assert load_state(out)["step"] == (10 if stop_at is None else stop_at + 1)
     two(True, 1)
     with interrupt_at(3, lambda: os.kill(os.getpid(), signal.SIGTERM)):

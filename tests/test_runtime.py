@@ -4,15 +4,19 @@ import errno
 import inspect
 import json
 import os
+import random
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from tiny import count_lines
 
 import convert
 import data
@@ -23,18 +27,21 @@ import train
 from runtime import (
     UserError,
     check_out,
+    own_folder,
     parse_args,
     peak_flops,
     peak_memory,
     pick_device,
     print0,
     progress,
-    recover_folder,
     replace_folder,
     script,
+    settled,
     start_processes,
     table,
 )
+
+ROOT = Path(runtime.__file__).parent
 
 Kind = Literal["round", "square"]
 
@@ -293,24 +300,17 @@ def test_an_error_within_leaves_the_old_folder(tmp_path, error, there):
     assert not there or version(out) == "version 1"
 
 
-@pytest.mark.parametrize("broken", ["write", "fsync", "copy", "first rename", "second rename"])
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("broken", ["write", "fsync", "rename"])
 def test_a_disk_that_refuses_leaves_the_old_folder_and_says_so(tmp_path, monkeypatch, broken):
-    out, renames = tmp_path / "out", []
+    out = tmp_path / "out"
     write(out, 1)
     (out / "log.jsonl").write_text("log")
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def rename(path, target, really=Path.rename):
-        renames.append(path)
-        if len(renames) == ("first rename", "second rename").index(broken) + 1:
-            full()
-        return really(path, target)
-    if broken in ("fsync", "copy"):
-        monkeypatch.setattr(*{"fsync": (os, "fsync"), "copy": (shutil, "copy2")}[broken], full)
-    elif "rename" in broken:
-        monkeypatch.setattr(Path, "rename", rename)
+    if broken != "write":
+        monkeypatch.setattr(*{"fsync": (os, "fsync"), "rename": (Path, "rename")}[broken], full)
     says = r"cannot write \S*out: No space left on device; what was there before is untouched"
     with pytest.raises(UserError, match=says), replace_folder(out) as tmp:
         (tmp / "model.safetensors").write_text("version 2")
@@ -320,47 +320,131 @@ def test_a_disk_that_refuses_leaves_the_old_folder_and_says_so(tmp_path, monkeyp
     assert version(out) == "version 1" and names(tmp_path) == {"out"} and "log.jsonl" in names(out)
 
 
-@pytest.mark.parametrize("function, call", [
-    ((os, "fsync"), 0), ((os, "fsync"), 2), ((Path, "rename"), 0), ((Path, "rename"), 1), ((shutil, "rmtree"), 0),
-    ((shutil, "rmtree"), 1), ((shutil, "rmtree"), 2), ((shutil, "copy2"), 0)])
-def test_a_kill_at_any_step_of_replacing_leaves_one_whole_version(tmp_path, monkeypatch, function, call):
-    """Killed just before the given call; `rename` 1 is between the two renames."""
+def test_a_disk_that_refuses_when_all_is_written_loses_nothing(tmp_path, monkeypatch):
     out = tmp_path / "out"
     write(out, 1)
-    (out / "log.jsonl").write_text("log")
-    if os.fork() == 0:
-        count, really = iter(range(99)), getattr(*function)
-
-        def kill(*args, **kwargs):
-            if next(count) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return really(*args, **kwargs)
-        setattr(*function, kill)
-        try:
-            write(out, 2)
-        finally:
-            os._exit(1)
-    assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL
-    between = function == (Path, "rename") and call == 1
-    assert out.exists() != between
-    check_out(out)
-    assert version(out) == ("version 2" if function[1] == "rmtree" and call == 2 else "version 1")
-    assert (out / "log.jsonl").read_text() == "log"
-    write(out, 3)
-    assert version(out) == "version 3" and names(tmp_path) == {"out"}
+    with monkeypatch.context() as m, pytest.raises(UserError, match=r"cannot finish \S*out \(No space.*\S*out/\.next"):
+        m.setattr(os, "replace", full)
+        write(out, 2)
+    assert version(settled(out)) == "version 2"
+    with own_folder(out):
+        assert version(out) == "version 2"
+    assert names(out) == {"config.json", "model.safetensors"}
 
 
-def test_recovery_by_several_processes_at_once(tmp_path, monkeypatch):
+def test_a_disk_without_links_is_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", full)
+    for v in (1, 2):
+        with replace_folder(tmp_path, keep=True) as tmp:
+            (tmp / "config.json").write_text(json.dumps({"format": "nanoRRT", "text": f"version {v}"}))
+            for name in ("model.safetensors", "train.pt"):
+                (tmp / name).write_text(f"version {v}")
+    assert version(tmp_path) == "version 2" and version(tmp_path / "previous") == "version 1"
+
+
+def read_only(folder: Path) -> dict:
+    return {p: (p.read_bytes() if p.is_file() else None, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def test_a_kill_at_any_line_of_replacing_leaves_one_whole_version(tmp_path, monkeypatch):
+    """For a reader, who changes nothing, at once; in its place when the folder has an owner again. The former stays."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+    def save(folder, v):
+        with replace_folder(folder, keep=True) as tmp:
+            (tmp / "config.json").write_text(json.dumps({"format": "nanoRRT", "text": f"version {v}"}))
+            for name in ("model.safetensors", "train.pt"):
+                (tmp / name).write_text(f"version {v}")
+    for there in (True, False):
+        lines, found, start = [], set(), tmp_path / f"start {there}"
+        if there:
+            save(start, 0), save(start, 1)
+            (start / "log.jsonl").write_text("log")
+            (start / "gate.safetensors").write_text("of version 1")
+        else:
+            start.mkdir()
+        count_lines(save, lines.append)(shutil.copytree(start, tmp_path / f"trial {there}"), 2)
+        assert len(lines) > 50
+        for kill_at in random.Random(0).sample(range(len(lines)), 60):
+            out = shutil.copytree(start, tmp_path / f"{there} {kill_at}")
+            if os.fork() == 0:
+                try:
+                    count_lines(save, lambda line: line == kill_at and os.kill(os.getpid(), signal.SIGKILL))(  # noqa: B023
+                        out, 2)
+                finally:
+                    os._exit(1)
+            assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL
+            before, place = read_only(out), settled(out)
+            if there or (place / "model.safetensors").exists():
+                found.add(version(place))
+                seen = version(place)
+            assert read_only(out) == before
+            check_out(out)
+            with own_folder(out):
+                if (out / "model.safetensors").exists():
+                    assert version(out) == (out / "train.pt").read_text() == seen
+                    assert (out / "gate.safetensors").exists() == (seen == "version 1")
+                else:
+                    assert not there
+                if there:
+                    assert (out / "log.jsonl").read_text() == "log"
+                    assert version(out / "previous") in {"version 2": ["version 1"],
+                                                         "version 1": ["version 1", "version 0"]}[seen]
+            save(out, 3)
+            assert version(out) == "version 3" and not {".new", ".next", ".lock"} & names(out)
+        assert found == ({"version 1", "version 2"} if there else {"version 2"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One owner
+
+def other_process(code: str, *args, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n{code}",
+                             *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_folder_has_one_owner_until_its_process_ends_however_it_does(tmp_path):
     write(tmp_path / "out", 1)
-    (tmp_path / "out").rename(runtime.beside(tmp_path / "out", ".old"))
-    rename = Path.rename
+    holder = other_process("from runtime import own_folder\nwith own_folder(sys.argv[1]):\n"
+                           "    print('here', flush=True); time.sleep(100)", tmp_path / "out")
+    assert holder.stdout.readline() == "here\n"
+    before = read_only(tmp_path)
+    for path in (tmp_path / "out", tmp_path / "link"):
+        if path.name == "link":
+            path.symlink_to("out")
+        with pytest.raises(UserError, match=rf"process {holder.pid} on \S+ is writing in \S*out: wait"):
+            write(path, 2)
+    (tmp_path / "link").unlink()
+    assert {p: v for p, v in read_only(tmp_path).items() if p.is_file()} == {
+        p: v for p, v in before.items() if p.is_file()}
+    holder.kill()
+    holder.wait()
+    write(tmp_path / "out", 2)
+    assert version(tmp_path / "out") == "version 2" and names(tmp_path / "out") == {"config.json", "model.safetensors"}
 
-    def slower(path, target):
-        rename(path, target)                                           # the other process was faster
-        return rename(path, target)
-    monkeypatch.setattr(Path, "rename", slower)
-    recover_folder(tmp_path / "out")
-    assert version(tmp_path / "out") == "version 1"
+
+def test_what_an_owner_makes_for_nothing_is_gone_again(tmp_path):
+    with own_folder(tmp_path / "a" / "b") as folder, own_folder(folder):
+        assert folder.is_dir()
+    assert names(tmp_path) == set()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write in"), own_folder(tmp_path / "file" / "out"):
+        pass
+
+
+def test_a_mount_point_can_be_replaced(tmp_path):
+    """Somebody's volume: it can neither be renamed nor removed, and may have a lost+found."""
+    code = "from tests.test_runtime import write, version, Path\nfor v in (1, 2): write(sys.argv[1], v)\n" \
+           "print(version(Path(sys.argv[1])))"
+    (tmp_path / "disk" / "lost+found").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    mount = ["unshare", "-rm", "sh", "-c", 'mount --bind "$1" "$2" && shift 2 && exec "$@"', "sh", tmp_path / "disk",
+             tmp_path / "out"]
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("no mounts of one's own here")
+    said = subprocess.run([*mount, sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}, "
+                           f"{str(ROOT / 'tests')!r}]\n{code}", tmp_path / "out"], capture_output=True, text=True)
+    assert said.stdout == "version 2\n", said.stderr
 
 
 @pytest.mark.parametrize("write_or_check", [check_out, lambda out: write(out, 1)])
