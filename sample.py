@@ -21,7 +21,7 @@ from exits import decode, likeliest
 from hf import find_donor, load_any
 from model import RecursiveTransformer
 from rules import SCORED, Keys, Rule, RuleName, load_rule, read_thresholds
-from runtime import UserError, parse_args, pick_device, progress, script
+from runtime import UserError, parse_args, pick_device, progress, script, use_colour
 from tokenizer import TextStream, Tokenizer
 
 
@@ -156,7 +156,7 @@ def main(argv=None):
     model = load_any(folder, None if device.type == "cuda" else torch.float32).to(device)  # CPUs are slow in bf16
     c = model.config
     tokenizer = Tokenizer.load(folder, c.vocab_size)
-    rule, show = find_rule(args, folder, model), Exits(c.n_loop, sys.stdout.isatty()) if args.show_exits else None
+    rule, show = find_rule(args, folder, model), Exits(c.n_loop, use_colour(sys.stdout)) if args.show_exits else None
     n = len(texts) * args.samples
     many = args.prompts is not None or n > 1
     print(f"{args.ckpt}: {c.arch}, {c.n_layer} layers as {c.n_loop} x {c.n_unique}, rank {c.rank}, "
@@ -251,9 +251,18 @@ class Exits:
     def __init__(self, n_loop: int, colour: bool):
         self.colour, self.count = colour, [0] * n_loop
 
+    def number(self, loop: int) -> str:
+        """Small, or where standard output has no such characters in brackets."""
+        small = "".join(chr(0x2080 + int(digit)) for digit in str(loop))
+        try:
+            small.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:
+            return f"[{loop}]"
+        return small
+
     def mark(self, piece: str, loop: int) -> str:
         if not self.colour:
-            return piece + "".join(chr(0x2080 + int(digit)) for digit in str(loop + 1)) * bool(piece)
+            return piece + self.number(loop + 1) * bool(piece)
         return f"\033[{self.COLOURS[loop % len(self.COLOURS)]}m{piece}\033[0m" * bool(piece)
 
     def legend(self) -> str:
