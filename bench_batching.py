@@ -136,7 +136,7 @@ def serve(engine: Engine, work: Served, traces: list | None) -> tuple[float, lis
         pass
     synchronize(engine.device)
     seconds = time.perf_counter() - began
-    assert all(r.state == "done" and len(r.tokens) == n for r, n in zip(requests, work.lengths, strict=True))
+    assert all(r.status == "done" and len(r.tokens) == n for r, n in zip(requests, work.lengths, strict=True))
     engine.stats |= zip(("rows", "ghost_rows"), engine.ran.tolist(), strict=True)
     return seconds, requests
 

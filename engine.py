@@ -16,14 +16,15 @@ looks for in the cache is there; and no two tokens of a slot are ever at the sam
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from exits import likeliest
+from exits import NOT_FINITE, end_ids, likeliest, whole
 from kernels import decode_attention
 from model import Config, KVCache, RecursiveTransformer, rope_angles
 from rules import Keys, Rule
@@ -63,11 +64,12 @@ class Request:
     """A prompt on its way, and what has become of it."""
     prompt: list[int]
     max_new_tokens: int
-    eos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None              # the id, or the ids, any of which ends the text
     trace: list[int] | None = None                           # leave after these loops, whatever the rule says
     tokens: list[int] = field(default_factory=list)
     loops: list[int] = field(default_factory=list)           # index of the loop that each token left after
-    state: str = "waiting"                                   # running, done, cancelled, or refused: and why
+    status: Literal["waiting", "running", "done", "cancelled", "refused", "failed"] = "waiting"
+    reason: str = ""                                         # why it was refused, or has failed
     arrived: int = 0                                         # passes of the engine when it came, and began
     started: int = -1
 
@@ -90,7 +92,13 @@ class Engine:
                  choose: Callable[[Tensor], Tensor] = likeliest, static: bool | None = None,
                  refill: int = 1):
         c, device, dtype = model.config, model.embed.weight.device, model.embed.weight.dtype
-        max_len = c.n_ctx if max_len is None else max_len
+        try:
+            slots, head, refill, max_len = (whole(n) for n in (slots, head, refill,
+                                                               c.n_ctx if max_len is None else max_len))
+        except TypeError as e:
+            raise UserError(f"slots, head, refill and max_len are whole numbers: {e}") from None
+        if keys not in get_args(Keys):
+            raise UserError(f"keys={keys!r} is unknown; use one of {', '.join(get_args(Keys))}")
         if slots < 1 or not 0 <= head <= slots or not 1 <= refill <= slots or not 2 <= max_len <= c.n_ctx:
             raise UserError(f"slots={slots}, head={head}, refill={refill}, max_len={max_len}: an engine has 1 slot or "
                             "more, a head for 0 to as many rows, a refill of 1 to as many slots, and a max_len from 2 "
@@ -108,13 +116,15 @@ class Engine:
         self.pos = new(slots)                                # its position
         self.left = new(slots, fill=-1)                      # the loop it left after if it waits for the head, or -1
         self.waited = new(slots)                             # passes that it has waited
-        self.made, self.limit, self.eos = new(slots), new(slots), new(slots, fill=-1)
+        self.made, self.limit = new(slots), new(slots)
+        self.ends = new(slots, c.vocab_size, fill=False, dtype=torch.bool)     # which tokens end the sequence
         self.trace = new(slots, max_len, fill=c.n_loop)      # the loop the nth token leaves after; n_loop = by the rule
         self.ghost_x = new(slots, self.ghosts, c.n_embd, dtype=dtype)  # [:, i]: of the ghost that is to run loop i + 1
         self.ghost_pos = new(slots, self.ghosts, fill=-1)              # its position; -1 = there is none
         self.deeper = torch.arange(1, self.ghosts + 1, device=device)          # the loops that ghosts run
         self.y = new(slots * (1 + self.ghosts), c.n_embd, dtype=dtype)         # what a pass makes of all rows
-        self.said = new(4, 0)                                # by the head: slots, tokens, loops (-1 = nothing), ended
+        self.said = new(4, 0)                                # by the head: slots, tokens, loops (-1 = nothing), and
+        #                                                      ends: 0 = goes on, 1 = has ended, 2 = has failed
         self.owner: list[Request | None] = [None] * slots
         self.queue: deque[Request] = deque()
         self.unread: deque = deque()                         # (owners, said) that the host has not read yet
@@ -127,53 +137,69 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # What callers use
 
-    def add(self, prompt: Sequence[int], max_new_tokens: int, eos_id: int | None = None,
+    def add(self, prompt: Sequence[int], max_new_tokens: int, eos_id: int | Sequence[int] | None = None,
             trace: Sequence[int] | None = None) -> Request:
-        """Queue a prompt. One that cannot be served is refused alone: its `state` says why.
+        """Queue a prompt. One that cannot be served is refused alone: its `status` is "refused", its `reason` says why.
 
-        trace: the nth new token leaves after loop trace[n], whatever the rule says; the first has run all loops. Tokens
-        beyond its end leave by the rule.
+        eos_id: the id that ends the text, or several. trace: the nth new token leaves after loop trace[n], whatever the
+        rule says; the first has run all loops. Tokens beyond its end leave by the rule.
         """
-        trace = None if trace is None else list(trace)
-        request = Request(list(prompt), max_new_tokens, eos_id, trace, arrived=self.stats["passes"])
-        size, n = self.model.config.vocab_size, len(request.prompt)
-        if not n:
-            request.state = "refused: the prompt is empty"
-        elif not all(0 <= token < size for token in request.prompt):
-            request.state = f"refused: a token of the prompt is not between 0 and {size - 1}"
-        elif max_new_tokens < 1:
-            request.state = f"refused: {max_new_tokens} new tokens were asked for, at least 1 is needed"
-        elif n + max_new_tokens > self.max_len:
-            request.state = (f"refused: {n} tokens of prompt and {max_new_tokens} new ones do not fit the "
-                             f"{self.max_len} of a slot")
-        elif trace and not all(0 <= loop <= self.last for loop in trace):
-            request.state = f"refused: a loop of the trace is not between 0 and {self.last}"
-        else:
+        request = Request(prompt, max_new_tokens, eos_id, trace, arrived=self.stats["passes"])
+        try:
+            self.check(request)
             self.queue.append(request)
+        except UserError as e:
+            request.status, request.reason = "refused", str(e)
         return request
+
+    def check(self, request: Request) -> None:
+        """Raise UserError if the request cannot be served; else its numbers are Python's own from here on."""
+        size = self.model.config.vocab_size
+        request.prompt = integers("a token of the prompt", request.prompt, size)
+        n, ends = len(request.prompt), integers("an id that ends the text", end_ids(request.eos_id), size)
+        request.eos_id = tuple(ends) if len(ends) > 1 else ends[0] if ends else None
+        if request.trace is not None:
+            request.trace = integers("a loop of the trace", request.trace, self.last + 1)
+        if not n:
+            raise UserError("the prompt is empty")
+        try:
+            request.max_new_tokens = whole(request.max_new_tokens)
+        except TypeError as e:
+            raise UserError(f"max_new_tokens must be a whole number: {e}") from None
+        if request.max_new_tokens < 1:
+            raise UserError(f"{request.max_new_tokens} new tokens were asked for, at least 1 is needed")
+        if n + request.max_new_tokens > self.max_len:
+            raise UserError(f"{n} tokens of prompt and {request.max_new_tokens} new ones do not fit the {self.max_len} "
+                            "of a slot")
 
     def cancel(self, request: Request) -> None:
         """Nothing more comes of it, and its slot is free at once. What has come stays."""
-        if request.state == "waiting":
+        if not isinstance(request, Request):
+            raise UserError(f"{request!r} is no request: give what `add` returned")
+        if request in self.queue:
             self.queue.remove(request)
-        elif request.state == "running":
+        elif request in self.owner:
             slot = self.owner.index(request)
             self.owner[slot] = None
             self.loop[slot] = self.left[slot] = self.ghost_pos[slot] = -1
-        if request.state in ("waiting", "running"):
-            request.state = "cancelled"
+        elif request.status in ("waiting", "running"):
+            raise UserError("the request is another engine's: cancel it there")
+        else:
+            return
+        request.status = "cancelled"
 
     def run(self) -> Iterator[tuple[Request, int, int]]:
         """Yield (request, token, loop) as tokens come, until nothing is left to do. Requests may be added and cancelled
         in between."""
         while self.queue or any(self.owner):
             for said in self.step():
-                if said[0].state != "cancelled":             # by the caller, since
+                if said[0].status != "cancelled":            # by the caller, since
                     yield said
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-                 eos_id: int | None = None) -> list[Request]:
-        """The requests made of the prompts, in their order, each with its tokens and loops."""
+                 eos_id: int | Sequence[int] | None = None) -> list[Request]:
+        """The requests made of the prompts, in their order, each with its tokens and loops, and what became of it in
+        its `status`: "done", or "refused" or "failed" with a `reason`."""
         requests = [self.add(prompt, max_new_tokens, eos_id) for prompt in prompts]
         for _ in self.run():
             pass
@@ -214,13 +240,36 @@ class Engine:
     # The parts of a step
 
     def admit(self) -> None:
-        """Free slots take requests in the order of their coming. Prompts run all loops, side by side, and then wait for
-        the head like any token that left."""
+        """Free slots take requests in the order of their coming: fewer where memory is too small for all their prompts
+        at once, and one whose prompt alone is too much has failed."""
         free = [slot for slot, owner in enumerate(self.owner) if owner is None]
         if not self.queue or len(free) < self.refill:
             return
-        began, c = time.perf_counter(), self.model.config
-        taken = [(slot, self.queue.popleft()) for slot in free[:len(self.queue)]]
+        began, n = time.perf_counter(), min(len(free), len(self.queue))
+        taken = list(zip(free, self.queue, strict=False))    # they stay in the queue until nothing can fail any more
+        while True:
+            try:
+                self.prefill(taken[:n])
+                break
+            except RuntimeError as e:                        # an OutOfMemoryError, but not so on CPUs
+                if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
+                    raise
+                if n == 1:
+                    failed = self.queue.popleft()
+                    failed.status, failed.reason = "failed", "out of memory: its prompt is too long for this device"
+                    return
+                n //= 2
+        for slot, request in taken[:n]:
+            self.queue.popleft()
+            self.owner[slot], request.status, request.started = request, "running", self.stats["passes"]
+            self.stats["longest_wait"] = max(self.stats["longest_wait"], request.started - request.arrived)
+        self.stats["prefill_tokens"] += sum(len(request.prompt) for _, request in taken[:n])
+        self.stats["prefill_s"] += time.perf_counter() - began
+
+    def prefill(self, taken: list[tuple[int, Request]]) -> None:
+        """Run these prompts through all loops, side by side, into their slots, where they wait for the head like any
+        token that left."""
+        c = self.model.config
         slots = torch.tensor([slot for slot, _ in taken], device=self.device)
         ends = torch.tensor([len(request.prompt) - 1 for _, request in taken], device=self.device)
         idx = pad_sequence([torch.tensor(request.prompt) for _, request in taken], batch_first=True).to(self.device)
@@ -231,18 +280,14 @@ class Engine:
             for row, (slot, request) in enumerate(taken):
                 ours[:, slot, :, :len(request.prompt)] = theirs[:, row, :, :len(request.prompt)]
         self.x[slots] = state[torch.arange(len(taken), device=self.device), ends]
-        self.pos[slots], self.left[slots], self.waited[slots], self.made[slots] = ends, self.last, 0, 0
         self.limit[slots] = torch.tensor([r.max_new_tokens for _, r in taken], device=self.device)
-        self.eos[slots] = torch.tensor([-1 if r.eos_id is None else r.eos_id for _, r in taken], device=self.device)
+        self.ends[slots], self.trace[slots] = False, c.n_loop
         for slot, request in taken:
-            self.trace[slot] = c.n_loop
+            self.ends[slot, list(end_ids(request.eos_id))] = True
             if request.trace:
                 trace = torch.tensor(request.trace[:self.max_len], device=self.device)
                 self.trace[slot, :len(trace)] = trace
-            self.owner[slot], request.state, request.started = request, "running", self.stats["passes"]
-            self.stats["longest_wait"] = max(self.stats["longest_wait"], request.started - request.arrived)
-        self.stats["prefill_tokens"] += sum(len(request.prompt) for _, request in taken)
-        self.stats["prefill_s"] += time.perf_counter() - began
+        self.pos[slots], self.left[slots], self.waited[slots], self.made[slots] = ends, self.last, 0, 0
 
     def advance(self) -> None:
         """One pass of the block: every token in flight, ghost or not, runs its loop."""
@@ -311,9 +356,11 @@ class Engine:
             waiting = waiting & ~((self.loop >= 0).any() & (self.head == 0))
         else:
             rows = indices(waiting)
-        valid, token, made = waiting[rows], self.choose(self.model.logits(self.x[rows])), self.made[rows] + 1
-        ended = (token == self.eos[rows]) | (made >= self.limit[rows])
-        self.said = torch.stack([rows, token, torch.where(valid, self.left[rows], -1), ended])
+        logits, valid, made = self.model.logits(self.x[rows]), waiting[rows], self.made[rows] + 1
+        token = self.choose(logits)
+        broken = ~logits.amax(-1).isfinite()                 # NaN or infinite: there is nothing to choose from
+        ended = broken | self.ends[rows, token] | (made >= self.limit[rows])
+        self.said = torch.stack([rows, token, torch.where(valid, self.left[rows], -1), ended + 1 * broken])
         self.x[rows] = torch.where(valid[:, None], self.model.first_state(token[:, None])[:, 0], self.x[rows])
         self.loop[rows] = torch.where(valid & ~ended, 0, self.loop[rows])
         self.left[rows] = torch.where(valid, -1, self.left[rows])
@@ -326,16 +373,33 @@ class Engine:
         out = []
         for slot, token, loop, ended in zip(*read_back(said, ready), strict=True):
             request = owners[slot]
-            if loop < 0 or request.state != "running":       # nothing was said; cancelled since
+            if loop < 0 or request.status != "running":      # nothing was said; cancelled since
+                continue
+            if ended:
+                request.status, self.owner[slot] = "done", None
+            if ended == 2:
+                request.status, request.reason = "failed", NOT_FINITE
                 continue
             request.tokens.append(token)
             request.loops.append(loop)
             out.append((request, token, loop))
-            if ended:
-                request.state, self.owner[slot] = "done", None
         self.stats["head_runs"] += 1
         self.stats["head_rows"] += len(out)
         return out
+
+
+def integers(what: str, values: Iterable, size: int) -> list[int]:
+    """The values, of a list, an array or a tensor, as ints below `size`. UserError, which says `what` each is, if they
+    are of another kind or out of range."""
+    try:
+        if isinstance(values, str | bytes) and values or getattr(values, "ndim", 1) != 1:
+            raise TypeError
+        found = [whole(value) for value in values]
+    except TypeError:
+        raise UserError(f"{what} is not a whole number") from None
+    if not all(0 <= value < size for value in found):
+        raise UserError(f"{what} is not between 0 and {size - 1}")
+    return found
 
 
 def indices(mask: Tensor) -> Tensor:

@@ -15,9 +15,12 @@ earlier loops: still one pass, loop by loop (`run_exits`). How training makes ea
 
 import json
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -49,11 +52,14 @@ from tokenizer import Tokenizer
 def at_exit(model: RecursiveTransformer, x: Tensor, targets: Tensor, loop: int,
             rules: Sequence[Rule] = ()) -> list[Tensor]:
     """[likeliest token, cross entropy of the target, each rule's score], all (...), at states x (..., C) after `loop`.
-    A few tokens at a time: all their logits together may not fit."""
+    A few tokens at a time: all their logits together may not fit. UserError where they are not finite."""
     parts, size = [], max(1, 2**25 // model.config.vocab_size)   # 128 MiB of logits
     for x_, t in zip(x.flatten(0, -2).split(size), targets.flatten().split(size), strict=True):
         logits = model.logits(x_)
-        parts.append([logits.argmax(-1), F.cross_entropy(logits, t, reduction="none"),
+        ce = F.cross_entropy(logits, t, reduction="none")
+        if not ce.isfinite().all():
+            raise UserError(NOT_FINITE)
+        parts.append([logits.argmax(-1), ce,
                       *(rule.score(x_, loop, logits) for rule in rules)])
     return [torch.cat(part).view_as(targets) for part in zip(*parts, strict=True)]
 
@@ -161,44 +167,69 @@ def statistics(out: Outcome, seen: Seen) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # One token after the other
 
+NOT_FINITE = "the logits are not finite: damaged weights, or numbers too large for the dtype"
+
+
 def likeliest(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
+
+
+def whole(number) -> int:
+    """The number as Python's own int. TypeError for what is none: 2.5, True, "2", None."""
+    if isinstance(number, bool) or getattr(number, "dtype", None) in (bool, torch.bool):
+        raise TypeError(f"{number!r} is not a whole number")
+    return operator.index(number)
+
+
+def end_ids(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids that end a text, of None, one, or several. UserError for what are no ids."""
+    if eos_id is None:
+        return ()
+    with suppress(TypeError):
+        return (whole(eos_id),)
+    try:
+        return tuple(map(whole, eos_id))
+    except TypeError as e:
+        raise UserError(f"eos_id={eos_id!r} must be a token's id, several, or None ({e})") from None
 
 
 @torch.inference_mode()
 def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: Rule | None = None,
            keys: Keys = "exact", choose: Callable[[Tensor], Tensor] = likeliest,
-           eos_id: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+           eos_id: int | Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the next token (B,) of each prompt in idx (B, T), and the index of the loop (B,) it left after, until all
-    have said `eos_id` or the context is full. The reference: all that is faster must say the same. (Made in inference
-    mode: clone what is to go through autograd.)
+    have said `eos_id` (or one of several) or the context is full. The reference: all that is faster must say the same.
+    (Made in inference mode: clone what is to go through autograd.)
 
     Prompts run all loops, and so does what comes first after them. choose: logits (B, V) -> tokens (B,). A row that has
-    ended repeats eos_id, at loop -1. Rows never influence one another. A row alone has its skipped loops run
+    ended repeats the id that ended it, at loop -1. Rows never influence one another: one whose logits are not finite
+    has failed, and says -1 at loop -1 from then on; UserError where all have. A row alone has its skipped loops run
     when a later token needs them, several tokens in one pass; in a batch they run at once, beside those that go on.
     """
     c, (B, T), rule = model.config, idx.shape, rule or Rule()
     if not 0 < T <= c.n_ctx:
         raise UserError(f"a prompt of {T} tokens: give 1 (a BOS, or whatever begins a text) to {c.n_ctx - 1}, so that "
                         "one more fits the model's context")
+    if keys not in get_args(Keys):
+        raise UserError(f"keys={keys!r} is unknown; use one of {', '.join(get_args(Keys))}")
     steps = min(max_new_tokens, c.n_ctx - T)
     state = model.first_state(idx[:, :0])                    # (B, 0, C)
     cache = KVCache(c, B, T + steps, state.device, state.dtype)
     behind = [state] * c.n_loop      # per loop, states (B, n, C) of tokens that left before it: it lacks their keys
     logits = model.logits(model(idx, cache)[-1][:, -1])      # (B, V)
     loops, ended = torch.full_like(idx[:, 0], c.n_loop - 1), torch.zeros_like(idx[:, 0], dtype=torch.bool)
+    token, ends = torch.full_like(loops, -1), torch.tensor(end_ids(eos_id), dtype=torch.long, device=idx.device)
     for step in range(steps):
-        token = choose(logits)
-        if eos_id is not None:
-            token = torch.where(ended, eos_id, token)
-            yield token, torch.where(ended, -1, loops)
-            ended = ended | (token == eos_id)
-        else:
-            yield token, loops
+        broken = ~ended & ~logits.amax(-1).isfinite()        # NaN or infinite: there is nothing to choose from
+        token, ended = torch.where(ended, token, choose(logits)).masked_fill(broken, -1), ended | broken
+        if (token < 0).all():
+            raise UserError(NOT_FINITE)
+        yield token, torch.where(ended, -1, loops)
+        ended = ended | torch.isin(token, ends)
         if step == steps - 1 or ended.all():
             return
 
-        x, left, loops = model.first_state(token[:, None]), ended, torch.full_like(loops, c.n_loop - 1)
+        x, left, loops = model.first_state(token[:, None].clamp(min=0)), ended, torch.full_like(loops, c.n_loop - 1)
         for loop in range(c.n_loop):
             late = behind[loop].size(1)                      # those that left before this loop catch up, for their keys
             older, x = model.block(torch.cat([behind[loop], x], 1), loop, cache).split([late, 1], 1)

@@ -11,10 +11,12 @@ every run comes first, then the second: whenever it is stopped, the table is as 
 """
 
 import json
+import re
 import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -30,13 +32,14 @@ from runtime import (
     json_line,
     parse_args,
     print0,
+    read_lines,
     replace_folder,
     run_info,
     script,
     start_processes,
 )
 from tokenizer import Tokenizer, copy_tokenizer
-from train import TrainConfig, evaluate, precision
+from train import TrainConfig, count_targets, evaluate, precision
 
 EXITS = "bash runs/exits_seeds.sh"             # trains and measures what the two conclusions about exits ask for
 
@@ -169,7 +172,7 @@ def prepare(donor: str, work: Path) -> None:
         config["num_hidden_layers"] //= 2
         (work / "half").mkdir(parents=True)
         copy_tokenizer(folder, work / "half")
-        (work / "half" / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (work / "half" / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     if not (work / "zeroed" / "config.json").exists():
         model = to_recursive(load_full(donor, torch.float32), 2, "average")
         for name, p in model.layers.named_parameters():
@@ -181,25 +184,20 @@ def prepare(donor: str, work: Path) -> None:
 
 
 def measure_donor(words: list[str]) -> dict:
-    """The donor's loss on the text that a run with these flags is measured on underway, a quarter of that at its end:
-    what its curve is held against."""
+    """The donor's loss on the text that a run with these flags is measured on underway: what its curve is held
+    against."""
     args = parse_args(TrainConfig, words)
     procs, model = start_processes(args.device), load_full(args.donor, torch.float32)
     bf16, autocast = precision(args, procs.device)
     text = load_tokens(args.valid, Tokenizer.load(find_donor(args.donor), model.config.vocab_size),
                        model.config.vocab_size)
-    pairs = validation(text, args.seq_len, 4 * args.eval_tokens)
-    pairs = pairs[:max(1, len(pairs) // 4)]
+    pairs = validation(text, args.seq_len, args.eval_tokens, args.micro_batch)
     model.to(procs.device, torch.bfloat16 if bf16 else None)
-    return {"valid_tokens": sum(y.numel() for _, y in pairs), "loss": evaluate(model, pairs, procs, autocast)[-1]}
+    return {"settings": asdict(args), "valid_tokens": count_targets(pairs),
+            "loss": evaluate(model, pairs, procs, autocast)[-1]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-def read_lines(path) -> list[dict]:
-    """The lines of a file of results; none where there is no file."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
-
 
 def result(config: "ExperimentsConfig", name: str, seed: int, words: list[str], out: Path) -> dict | None:
     """What the finished run in `out` came to, from its log; None where it has not finished."""
@@ -213,10 +211,16 @@ def result(config: "ExperimentsConfig", name: str, seed: int, words: list[str], 
     curve = [[line["step"] * settings.batch_tokens, line["val_loss"]] for line in underway]
     return {"what": "experiment", "model": config.model, "name": name, "seed": seed, "command": shlex.join(words),
             "settings": asdict(settings)} | run_info() | {
-            "params": params, "valid_tokens": 4 * settings.eval_tokens, "donor_loss": log[0]["donor_loss"],
+            "params": params, "valid_tokens": log[-1].get("val_tokens"), "donor_loss": log[0]["donor_loss"],
             "start_loss": log[0]["full_val_loss"], "loss": log[-1]["full_val_loss"], "seconds": log[-1]["seconds"],
-            "curve": curve, "curve_tokens": settings.eval_tokens,
+            "curve": curve, "curve_tokens": underway[-1].get("val_tokens") if underway else None,
             "exit_loss": underway[-1]["exit_val_loss"] if underway else None}
+
+
+def exit_run(line: dict, model: str = "toy") -> tuple[str, int] | None:
+    """("tied-self", seed) of a line that runs/exits_seeds.sh or runs/smollm2.sh measured, None of any other."""
+    found = re.fullmatch(rf"out-[^-]+-(tied|relaxed)-(\d+)-(\w+)-{model}", line.get("settings", {}).get("ckpt", ""))
+    return found and (f"{found[1]}-{found[3]}", int(found[2]))
 
 
 @dataclass
@@ -251,12 +255,30 @@ def commands(config: ExperimentsConfig) -> list[tuple[str, int, list[str]]]:
             for now in range(3) for seed in seeds for name in names if stage[name] == now]
 
 
+@cache
+def default_settings(model: str, name: str) -> dict:
+    """train.py's settings of a run of the matrix, as they are without --more, --donor, --data and --valid."""
+    config = ExperimentsConfig(model=model)
+    own = matrix(MODELS[model], Path(config.out) / model).get(name, "")
+    return asdict(parse_args(TrainConfig, [*shared_flags(config), *own.split()]))
+
+
+def other_settings(line: dict) -> tuple:
+    """((setting, value), ...): in what a line's run differs from that run's default settings, and so from the lines
+    that it may be set beside. What changes no figure, as the folders do not, is left aside."""
+    same = {"seed", "out", "resume", "device", "save_every", "log_every", "checkpointing", "zero"}
+    want = default_settings(line["model"], line["name"])
+    have = line.get("settings") or asdict(parse_args(TrainConfig, shlex.split(line.get("command", ""))))
+    return tuple((key, have[key]) for key in want if key not in same and have.get(key, want[key]) != want[key]
+                 and not str(want[key]).startswith(ExperimentsConfig.out))
+
+
 def main(argv=None) -> None:
     config = parse_args(ExperimentsConfig, argv)
     work, model = Path(config.out) / config.model, MODELS[config.model]
     asked = set(config.only.split(","))
     runs, base = commands(config), [*shared_flags(config), *shlex.split(config.more)]
-    done = {(line["name"], line["seed"], line["command"]) for line in read_lines(config.save)}
+    done = {(line.get("name"), line.get("seed"), line.get("command")) for line in read_lines(config.save)}
     todo = [(name, seed, words) for name, seed, words in runs if (name, seed, shlex.join(words)) not in done]
     print0(f"{len(runs)} runs, {len(runs) - len(todo)} of them measured")
     if not config.dry and any(name in ("scratch", "norms-zero") for name, _, _ in todo):
@@ -276,7 +298,7 @@ def main(argv=None) -> None:
             raise UserError(f"{name}, seed {seed}, did not finish (exit code {code}); started again, it goes on there")
         append_line(config.save, line)
         print0(json_line({key: line[key] for key in ("name", "seed", "donor_loss", "start_loss", "loss")}))
-    exits = [line for line in read_lines("results/exits_seeds.jsonl") if line["settings"]["ckpt"].endswith("-toy")]
+    exits = [line for line in read_lines("results/exits_seeds.jsonl") if exit_run(line)]
     if config.model == "toy" and (not config.only or asked & {"exits", "relaxed_exits"}) and len(exits) < 24:
         print0(f"+ {EXITS}")
         if not config.dry and subprocess.run(EXITS.split()).returncode:

@@ -8,13 +8,16 @@
 import math
 import re
 import statistics
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from bench_batching import plot_batching
-from experiments import EXITS, MODELS, Conclusion, beside, conclusions, read_lines
-from runtime import UserError, parse_args, print0, script, table
+from experiments import EXITS, MODELS, Conclusion, beside, conclusions, exit_run, other_settings
+from runtime import UserError, parse_args, print0, read_lines, script, table
 
 ROOT = Path(__file__).resolve().parent
 ALIKE = 0.05                                   # nats: runs closer than this are said to be alike (5 % of perplexity)
@@ -25,22 +28,53 @@ Losses = dict[str, dict[int, float]]           # run -> seed -> loss in nats
 # ---------------------------------------------------------------------------------------------------------------------
 # From the files to verdicts
 
+@cache
+def say_once(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def alike(lines: list[dict], settings: Callable[[dict], tuple]) -> list[dict]:
+    """Those of the lines whose settings most of them have, of equals the last: figures of others are no seeds of the
+    same, nor to be set beside them. How many are left out is said."""
+    found = [settings(line) for line in lines]
+    most = max(reversed(found), key=Counter(found).__getitem__, default=None)
+    for other, n in Counter(found).items():
+        if other != most:
+            differs = ", ".join(f"{key}={value}" for key, value in other if (key, value) not in most)
+            say_once(f"{n} lines of other settings ({differs or 'the default ones'}) are left out; results in a folder "
+                     "of their own can be read with --results")
+    return [line for line, each in zip(lines, found, strict=True) if each == most]
+
+
+def settings_but(*names: str) -> Callable[[dict], tuple]:
+    """For `alike`: a line's settings without these and what changes no figure; what is not set is not there."""
+    aside = {"save", "device", "plot", "ckpt", *names}
+    return lambda line: tuple(sorted((key, str(value)) for key, value in line["settings"].items()
+                                     if key not in aside and value is not None))
+
+
 def read_runs(results: Path, model: str) -> dict[str, dict[int, dict]]:
     """run -> seed -> its line of experiments.jsonl, the last where there are several."""
     runs: dict[str, dict[int, dict]] = {}
-    for line in read_lines(results / "experiments.jsonl"):
-        if line["model"] == model:
-            runs.setdefault(line["name"], {})[line["seed"]] = line
+    lines = [line for line in read_lines(results / "experiments.jsonl") if line.get("model") == model]
+    for line in alike(lines, other_settings):
+        runs.setdefault(line["name"], {})[line["seed"]] = line
     return runs
 
 
+def exit_lines(results: Path, model: str) -> list[dict]:
+    """What runs/exits_seeds.sh or runs/smollm2.sh measured."""
+    return alike([line for line in read_lines(results / "exits_seeds.jsonl")
+                  if "exit_loss" in line and exit_run(line, model)], settings_but())
+
+
 def read_exits(results: Path, model: str) -> Losses:
-    """"tied-self 1" -> seed -> loss after loop 1, and so on: what runs/exits_seeds.sh or runs/smollm2.sh measured."""
+    """"tied-self 1" -> seed -> loss after loop 1, and so on."""
     losses: Losses = {}
-    for line in read_lines(results / "exits_seeds.jsonl"):
-        _, _, kind, seed, how, whose = line["settings"]["ckpt"].split("-")  # out-seeds-tied-0-self-toy
-        for loop, loss in enumerate(line["exit_loss"] if whose == model else []):
-            losses.setdefault(f"{kind}-{how} {loop + 1}", {})[int(seed)] = loss
+    for line in exit_lines(results, model):
+        name, seed = exit_run(line, model)
+        for loop, loss in enumerate(line["exit_loss"]):
+            losses.setdefault(f"{name} {loop + 1}", {})[seed] = loss
     return losses
 
 
@@ -48,6 +82,10 @@ def all_losses(results: Path, model: str) -> Losses:
     losses = {name: {seed: line["loss"] for seed, line in seeds.items()}
               for name, seeds in read_runs(results, model).items()}
     return losses | read_exits(results, model)
+
+
+def first(seeds: dict[int, dict]) -> dict:
+    return list(seeds.values())[0]
 
 
 def spread(values) -> str:
@@ -135,7 +173,7 @@ def block_conclusions(results: Path) -> str:
     """The eight conclusions, what the largest rank wins back, and what is missing."""
     runs, losses, model = read_runs(results, "toy"), all_losses(results, "toy"), MODELS["toy"]
     lines = [line for name, seeds in runs.items() for line in seeds.values() if name != "donor"]
-    exits = [line for line in read_lines(results / "exits_seeds.jsonl") if line["settings"]["ckpt"].endswith("-toy")]
+    exits = exit_lines(results, "toy")
     rows = [["", "loss, ours", "paper"]]
 
     def ours(run):                             # on the way from its start, which other files do not have
@@ -144,7 +182,7 @@ def block_conclusions(results: Path) -> str:
     for i, c in enumerate(conclusions(*model.ranks), 1):
         rows.append([f"**{i} {c.name}**: {c.says}", f"**{verdict(c, losses)}**", c.metric])
         rows += [[label, ours(run), paper] for run, (label, paper) in c.rows.items()]
-    tied = next(iter(runs["stepwise"].values()))
+    tied = first(runs["stepwise"])
     tokens, donor, valid = tied["settings"]["tokens"], tied["donor_loss"], tied["valid_tokens"]
     text = [
         wrap(f"The donor has a loss of {donor:.3f}; each run of 1 to 5 and 8 trained on {tokens:,} tokens, without "
@@ -194,7 +232,8 @@ def block_exits(results: Path) -> str:
 
 def block_calibrated(results: Path) -> str:
     """Mean loops of 2 at the agreement asked for, on the half of the text that was not calibrated on."""
-    lines = [line for line in read_lines(results / "exits_calibrated.jsonl") if line["settings"]["keys"] == "exact"]
+    lines = alike([line for line in read_lines(results / "exits_calibrated.jsonl")
+                   if line["settings"]["keys"] == "exact"], settings_but("agreement", "new_gate"))
     rules = ("gate", "max_prob", "margin", "entropy")
     rows = [["agreement", "oracle", *rules]]
     for kind in ("tied", "relaxed"):
@@ -211,8 +250,9 @@ def block_calibrated(results: Path) -> str:
 
 def read_starts(results: Path, donor: str) -> dict[tuple, dict]:
     """(init, loops, rank, tokens calibrated on) -> its line of calibrated.jsonl."""
+    lines = [line for line in read_lines(results / "calibrated.jsonl") if line["settings"]["donor"] == donor]
     return {(line["init"], line["loops"], line["rank"], line.get("calib_tokens")): line
-            for line in read_lines(results / "calibrated.jsonl") if line["settings"]["donor"] == donor}
+            for line in alike(lines, settings_but("loops", "ranks", "calib_tokens"))}
 
 
 def block_start(results: Path) -> str:
@@ -245,8 +285,8 @@ def block_read(results: Path) -> str:
 def block_saved(results: Path) -> str:
     """Uptraining from both starts."""
     runs, mid = read_runs(results, "toy"), MODELS["toy"].ranks[1]
-    rows = [[f"rank {mid}", "start", "after {:,} tokens".format(
-        next(iter(runs[f"average-r{mid}-long"].values()))["settings"]["tokens"]), "with exit losses: loop 1 / 2"]]
+    tokens = first(runs[f"average-r{mid}-long"])["settings"]["tokens"]
+    rows = [[f"rank {mid}", "start", f"after {tokens:,} tokens", "with exit losses: loop 1 / 2"]]
     for init, says in (("average", "average + SVD"), ("calibrated", "calibrated")):
         lines, exits = (list(runs[f"{init}-r{mid}-{how}"].values()) for how in ("long", "exits"))
         rows.append([says, *(spread(line[key] for line in lines) for key in ("start_loss", "loss")),
@@ -257,7 +297,7 @@ def block_saved(results: Path) -> str:
 def served(results: Path, line: int, name: str, exits: str = "never", keys: str = "exact") -> dict:
     """What this way to batch came to in that line of batching.jsonl."""
     case, = read_lines(results / "batching.jsonl")[line]["cases"]
-    return next(row for row in case["rows"] if (row["name"], row["exits"], row["keys"]) == (name, exits, keys))
+    return [row for row in case["rows"] if (row["name"], row["exits"], row["keys"]) == (name, exits, keys)][0]
 
 
 def block_batching(results: Path) -> str:
@@ -282,13 +322,22 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "saved": block_saved}
 
 
+LACKING = (LookupError, ValueError)            # what comes of results that are not there, or not all of them
+
+
 def fill(text: str, results: Path) -> str:
-    """The README with each of its blocks as results/ has it. UserError where a marker is missing."""
+    """The README with each of its blocks as results/ has it; one whose results are not there stays, and is named.
+    UserError where a marker is missing."""
     for name, block in BLOCKS.items():
-        text, n = re.subn(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)",
-                          lambda m, block=block: m[1] + block(results) + m[2], text, flags=re.S)
-        if n != 1:
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        if (n := len(re.findall(pattern, text, re.S))) != 1:
             raise UserError(f"README.md has {n} blocks between <!-- {name} --> and <!-- /{name} -->: it needs one")
+        try:
+            new = block(results)
+        except LACKING as e:
+            say_once(f"the block {name} of the README stays as it is: {results} lacks what it shows ({e!r})")
+            continue
+        text = re.sub(pattern, lambda m, new=new: m[1] + new + m[2], text, flags=re.S)
     return text
 
 
@@ -410,7 +459,7 @@ def mean_curve(lines: Iterable[dict]) -> list[list[float]]:
 
 def plot_inits(axes, runs, ranks) -> None:
     """Above the donor's loss on the same text: on the way it is a shorter one than at the ends."""
-    short = next(iter(runs.get("donor", {}).values()), None)
+    short = first(runs["donor"]) if "donor" in runs else None
     for name in ("stepwise", "average", "lower", "random"):
         lines = list(runs.get(name, {}).values())
         if lines:
@@ -428,7 +477,7 @@ def plot_pareto(axes, runs, ranks) -> None:
     line_of(axes, runs, ["stepwise-3x", f"{svd[2]}-3x"], "3 loops", style="s-")
     line_of(axes, runs, ["full"], "full size, same tokens", style="k*")
     if means(runs, "stepwise"):
-        axes.axhline(next(iter(runs["stepwise"].values()))["donor_loss"], color="k", linewidth=0.8, label="donor")
+        axes.axhline(first(runs["stepwise"])["donor_loss"], color="k", linewidth=0.8, label="donor")
     axes.set(xlabel="parameters stored without embeddings, millions", ylabel="validation loss")
 
 
@@ -448,10 +497,10 @@ def plot_calibrated(start, saved, large, results: Path) -> None:
                         if (how, loops, n) == (init, 2, tokens))
         start.plot(*zip(*points, strict=True), "o-", markersize=4, label=says)
         saved.plot(*zip(*mean_curve(runs[f"{init}-r{mid}-long"].values()), strict=True), label=says)
-        line = next(line for line in read_lines(results / "calibrated_smollm2.jsonl") if line["init"] == init)
+        line = [line for line in read_lines(results / "calibrated_smollm2.jsonl") if line["init"] == init][0]
         large.plot(*zip(*line["curve"], strict=True), label=says)
-    start.axhline(next(iter(starts.values()))["donor_loss"]["books"][0], color="k", linewidth=0.8, label="donor")
-    saved.axhline(next(iter(runs["donor"].values()))["loss"], color="k", linewidth=0.8, label="donor")
+    start.axhline(first(starts)["donor_loss"]["books"][0], color="k", linewidth=0.8, label="donor")
+    saved.axhline(first(runs["donor"])["loss"], color="k", linewidth=0.8, label="donor")
     large.axhline(line["donor_loss"], color="k", linewidth=0.8, label="donor")
     large.set(title=f"SmolLM2-135M, rank {line['rank']}: in uptraining", xlabel="tokens", ylabel="validation loss")
     start.set(title="SmolLM2-135M, 2 loops: right after conversion", xlabel="LoRA rank", ylabel="loss, other books")
@@ -466,24 +515,26 @@ def save_plots(results: Path, model: str) -> None:
     runs, ranks = read_runs(results, model), MODELS[model].ranks
     prefix = "" if model == "toy" else f"{model}_"
 
-    def save(name: str, figure: Figure) -> None:
+    def save(name: str, draw: Callable, size: tuple = (7, 4)) -> None:
+        figure, path = Figure(figsize=size, layout="constrained"), results / f"{prefix}{name}.png"
+        try:
+            draw(figure, path)
+        except LACKING as e:
+            say_once(f"{path} is not drawn: {results} lacks what it shows ({e!r})")
+            return
         for axes in figure.axes:
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[1]:
                 axes.legend()
-        figure.savefig(results / f"{prefix}{name}.png", dpi=120)
-        print0(f"wrote {results / f'{prefix}{name}.png'}")
+        if figure.axes:
+            figure.savefig(path, dpi=120)
+        print0(f"wrote {path}")
 
     for name, draw in (("inits", plot_inits), ("pareto", plot_pareto), ("rank", plot_rank)):
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        draw(figure.subplots(), runs, ranks)
-        save(name, figure)
+        save(name, lambda figure, _, draw=draw: draw(figure.subplots(), runs, ranks))
     if model == "toy":
-        plot_batching(read_lines(results / "batching.jsonl")[0], str(results / "batching.png"))
-        print0(f"wrote {results / 'batching.png'}")
-        figure = Figure(figsize=(14, 4), layout="constrained")
-        plot_calibrated(*figure.subplots(1, 3), results)
-        save("calibrated", figure)
+        save("batching", lambda _, path: plot_batching(read_lines(results / "batching.jsonl")[0], str(path)))
+        save("calibrated", lambda figure, _: plot_calibrated(*figure.subplots(1, 3), results), (14, 4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,6 +552,8 @@ def main(argv=None) -> None:
     if config.model not in MODELS:
         raise UserError(f"--model={config.model} is unknown; use {', '.join(MODELS)}")
     results, model = Path(config.results), MODELS[config.model]
+    if not results.is_dir():
+        raise UserError(f"--results={results} is no folder: give one in which experiments.py or bench.py saved results")
     losses, runs = all_losses(results, config.model), read_runs(results, config.model)
     for i, c in enumerate(conclusions(*model.ranks), 1):
         print0(f"\n{i} {c.name}: {c.says}: {verdict(c, losses)}")

@@ -9,7 +9,7 @@
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from exits import decode, likeliest
 from hf import find_donor, load_any
 from model import RecursiveTransformer
 from rules import SCORED, Keys, Rule, RuleName, load_rule, read_thresholds
-from runtime import UserError, parse_args, pick_device, progress, script
+from runtime import UserError, parse_args, pick_device, progress, script, use_colour
 from tokenizer import TextStream, Tokenizer
 
 
@@ -31,6 +31,7 @@ class SampleConfig:
     prompt: str = "The old man looked at her"  # text to go on from; empty starts a new text
     prompt_file: str | None = None     # read the prompt from this file instead
     prompts: str | None = None         # or many: each line of this file is one
+    special: bool = True               # control tokens that a prompt spells (<|im_start|>) are these; False = text
     samples: int = 1                   # how many continuations of each prompt
     slots: int = 16                    # of several texts, how many are written at a time
     max_new_tokens: int = 200          # stop after so many tokens
@@ -59,6 +60,11 @@ def check_settings(args: SampleConfig) -> None:
     if args.threshold is not None and args.rule not in SCORED and (args.rule or not args.show_exits):
         raise UserError(f"--threshold={args.threshold} needs a rule that compares scores with it: use --rule="
                         f"{', '.join(SCORED)}")
+    if args.keys != SampleConfig.keys and args.rule in (None, "never") and not (args.rule is None and args.show_exits):
+        raise UserError(f"--keys={args.keys} is about tokens that leave early, and none does: give a --rule as well")
+    if args.temperature == 0 and (args.top_p < 1 or args.top_k not in (SampleConfig.top_k, 0)):
+        raise UserError(f"--temperature=0 always takes the likeliest token, so --top_k={args.top_k} and --top_p="
+                        f"{args.top_p} change nothing: drop them, or give a temperature above 0")
     if args.exit_loop != SampleConfig.exit_loop and args.rule != "fixed":
         raise UserError(f"--exit_loop={args.exit_loop} is for --rule=fixed; the other rules decide token by token")
 
@@ -67,15 +73,17 @@ def token_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) ->
     """Logits (B, V) -> the probabilities (B, V) to draw from: temperature first, then top-k, then top-p."""
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits / temperature
+    # Below the likeliest, and by no less than the dtype can tell from 0: a tiny temperature is the limit, not 0 / 0.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
     if 0 < top_k < logits.size(-1):
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     probs = logits.softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens: the first is always kept
-        probs = probs.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), 0.0)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # by the probability of all likelier tokens
+        beyond[:, 0] = False                   # of which the first has none, but the dtype may hold no such small top_p
+        probs = probs.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
 
@@ -95,7 +103,7 @@ def chooser(args: SampleConfig) -> Callable[[Tensor], Tensor]:
 
 def generate(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
              top_p: float = 1.0, seed: int = 0, rule: Rule | None = None, keys: Keys = "exact",
-             eos_id: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+             eos_id: int | Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """The next tokens (B,) of prompts idx (B, T), and the loops (B,) they left after: see `decode`, exits.py."""
     draw = torch.Generator().manual_seed(seed)  # on the CPU: the same text on every device
 
@@ -122,9 +130,11 @@ def read_prompts(args: SampleConfig) -> list[str]:
     name = "prompts" if args.prompts is not None else "prompt_file"
     path = getattr(args, name)
     if path is None:
+        if not args.prompt.isascii() and args.prompt.encode(errors="ignore").decode() != args.prompt:
+            raise UserError(f"--prompt={args.prompt!a} has bytes that are not UTF-8: give it in UTF-8, or in a file")
         return [args.prompt]
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")    # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read --{name}={path} ({e}); give a UTF-8 text file") from None
     if name == "prompt_file":
@@ -146,7 +156,7 @@ def main(argv=None):
     model = load_any(folder, None if device.type == "cuda" else torch.float32).to(device)  # CPUs are slow in bf16
     c = model.config
     tokenizer = Tokenizer.load(folder, c.vocab_size)
-    rule, show = find_rule(args, folder, model), Exits(c.n_loop, sys.stdout.isatty()) if args.show_exits else None
+    rule, show = find_rule(args, folder, model), Exits(c.n_loop, use_colour(sys.stdout)) if args.show_exits else None
     n = len(texts) * args.samples
     many = args.prompts is not None or n > 1
     print(f"{args.ckpt}: {c.arch}, {c.n_layer} layers as {c.n_loop} x {c.n_unique}, rank {c.rank}, "
@@ -162,12 +172,12 @@ def write_one(args: SampleConfig, model: RecursiveTransformer, tokenizer: Tokeni
               show: "Exits | None") -> None:
     """One text, as it comes. A row alone needs no slots, and `decode` is the faster for it. UserError if the prompt
     leaves no room in the context."""
-    ids, n_ctx = tokenizer.encode_prompt(text), model.config.n_ctx
+    ids, n_ctx = tokenizer.encode_prompt(text, args.special), model.config.n_ctx
     if len(ids) >= n_ctx:
         raise UserError(f"the prompt has {len(ids)} tokens, but the model's context is {n_ctx} and needs room for at "
                         f"least one more; shorten the prompt to at most {n_ctx - 1} tokens")
     steps = generate(model, torch.tensor([ids], device=model.embed.weight.device), args.max_new_tokens,
-                     args.temperature, args.top_k, args.top_p, args.seed, rule, args.keys, tokenizer.eos_id)
+                     args.temperature, args.top_k, args.top_p, args.seed, rule, args.keys, tokenizer.eos_ids)
     print(text, end="", flush=True)
     end = write(((token.item(), loop.item()) for token, loop in steps), tokenizer, ids, show)
     print(f"\n({end or why_stopped(args, len(ids), n_ctx)})", flush=True)
@@ -179,16 +189,21 @@ def write_many(args: SampleConfig, model: RecursiveTransformer, tokenizer: Token
                show: "Exits | None") -> None:
     """Many texts side by side, through the engine; printed in their order, each once it and those before it are
     finished, and on Ctrl-C all that have begun. A prompt that cannot be served is refused alone, and UserError in the
-    end says how many."""
+    end says how many were, or failed."""
     n_ctx, n = model.config.n_ctx, len(texts) * args.samples
-    prompts = [encode(text, tokenizer) for text in texts for _ in range(args.samples)]
+    prompts, why = zip(*(found for text in texts for found in [encode(text, tokenizer, args.special)] * args.samples),
+                       strict=True)
     engine = Engine(model, min(args.slots, n), min(n_ctx, max(1, *map(len, prompts)) + args.max_new_tokens), rule,
                     args.keys, choose=chooser(args))
     room = [max(1, min(args.max_new_tokens, n_ctx - len(ids))) for ids in prompts]
-    requests = [engine.add(*each, tokenizer.eos_id) for each in zip(prompts, room, strict=True)]
-    refused = {i // args.samples + 1: r.state for i, r in enumerate(requests) if r.state != "waiting"}
-    for i, why in refused.items():
-        print(f"prompt {i}: {why}", file=sys.stderr)
+    requests = [engine.add(*each, tokenizer.eos_ids) for each in zip(prompts, room, strict=True)]
+    for request, reason in zip(requests, why, strict=True):
+        request.reason = reason or request.reason
+
+    def lost(status: str) -> dict[int, str]:
+        return {i // args.samples + 1: f"{status}: {r.reason}" for i, r in enumerate(requests) if r.status == status}
+    for i, reason in lost("refused").items():
+        print(f"prompt {i}: {reason}", file=sys.stderr)
 
     def page(i: int) -> str:
         request, out = requests[i], io.StringIO()
@@ -196,36 +211,36 @@ def write_many(args: SampleConfig, model: RecursiveTransformer, tokenizer: Token
         titles += [f"sample {i % args.samples + 1} of {args.samples}"] * (args.samples > 1)
         print(f"--- {', '.join(titles)}\n{texts[i // args.samples]}", end="", file=out)
         end = write(zip(request.tokens, request.loops, strict=False), tokenizer, request.prompt, show, out)
-        states = {"done": end or why_stopped(args, len(request.prompt), n_ctx), "running": "interrupted"}
-        print(f"\n({states.get(request.state, request.state)})\n", file=out)
+        ends = {"done": end or why_stopped(args, len(request.prompt), n_ctx), "running": "interrupted"}
+        print(f"\n({ends.get(request.status, f'{request.status}: {request.reason}')})\n", file=out)
         return out.getvalue()
 
     shown, began = 0, time.perf_counter()
     steps = progress(engine.run(), total=sum(r.max_new_tokens for r in engine.queue), desc="sampling", unit="tok")
     try:
         for _ in steps:
-            while shown < n and requests[shown].state not in ("waiting", "running"):
+            while shown < n and requests[shown].status not in ("waiting", "running"):
                 steps.write(page(shown), end="")             # above the progress bar
                 sys.stdout.flush()
                 shown += 1
     finally:
         steps.close()
-        print("".join(page(i) for i in range(shown, n) if requests[i].state != "waiting"), end="", flush=True)
+        print("".join(page(i) for i in range(shown, n) if requests[i].status != "waiting"), end="", flush=True)
         made, seconds = sum(len(request.tokens) for request in requests), time.perf_counter() - began
         print(f"{made:,} tokens in {seconds:.1f} s, {made / seconds:,.0f} tok/s", file=sys.stderr)
         if show:
             print(show.legend())
-    if refused:
-        raise UserError(f"{len(refused)} of {len(texts)} prompts were refused; the reason stands at each")
+    for status, verb in (("refused", "were refused"), ("failed", "failed")):
+        if lost(status):
+            raise UserError(f"{len(lost(status))} of {len(texts)} prompts {verb}; the reason stands at each")
 
 
-def encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The prompt's ids; none, which an engine refuses, where it is empty and the tokenizer has no token to begin with.
-    """
+def encode(text: str, tokenizer: Tokenizer, special: bool) -> tuple[list[int], str]:
+    """(the prompt's ids, ""); or where there can be none, which an engine refuses, (none, why)."""
     try:
-        return tokenizer.encode_prompt(text)
-    except UserError:
-        return []
+        return tokenizer.encode_prompt(text, special), ""
+    except UserError as e:
+        return [], str(e)
 
 
 class Exits:
@@ -236,9 +251,18 @@ class Exits:
     def __init__(self, n_loop: int, colour: bool):
         self.colour, self.count = colour, [0] * n_loop
 
+    def number(self, loop: int) -> str:
+        """Small, or where standard output has no such characters in brackets."""
+        small = "".join(chr(0x2080 + int(digit)) for digit in str(loop))
+        try:
+            small.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:
+            return f"[{loop}]"
+        return small
+
     def mark(self, piece: str, loop: int) -> str:
         if not self.colour:
-            return piece + "".join(chr(0x2080 + int(digit)) for digit in str(loop + 1)) * bool(piece)
+            return piece + self.number(loop + 1) * bool(piece)
         return f"\033[{self.COLOURS[loop % len(self.COLOURS)]}m{piece}\033[0m" * bool(piece)
 
     def legend(self) -> str:
@@ -256,7 +280,7 @@ def write(steps: Iterable[tuple[int, int]], tokenizer: Tokenizer, prompt: list[i
     for token, loop in steps:
         if show:
             show.count[loop] += 1
-        if token == tokenizer.eos_id:
+        if token in tokenizer.eos_ids:
             end = "end of text"
             break
         piece = out.push(token)

@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter, deque
 
+import numpy as np
 import pytest
 import torch
 from test_exits import draw_gate, scores
@@ -14,7 +15,7 @@ from test_model import ARCHS, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import Engine, Request, SlotCache
-from exits import decode, likeliest
+from exits import decode, end_ids, likeliest
 from rules import SCORED, Rule
 from runtime import UserError
 
@@ -60,15 +61,15 @@ class Case:
             out = decode(self.model, torch.tensor([prompt]), max(steps, STEPS), rule, self.keys)
             self.known[key] = [(token.item(), loop.item()) for token, loop in out]
         out = self.known[key][:steps]
-        ends = [token for token, _ in out].index(eos_id) + 1 if eos_id in [token for token, _ in out] else steps
+        ends = next((n for n, (token, _) in enumerate(out, 1) if token in end_ids(eos_id)), steps)
         return [token for token, _ in out[:ends]], [loop for _, loop in out[:ends]]
 
     def check(self, request):
         tokens, loops = self.decoded(request.prompt, request.max_new_tokens, request.eos_id, request.trace)
-        if request.state == "cancelled":
+        if request.status == "cancelled":
             tokens, loops = tokens[:len(request.tokens)], loops[:len(request.loops)]
         else:
-            assert request.state == "done"
+            assert request.status == "done"
         assert (request.tokens, request.loops) == (tokens, loops)
 
     def engine(self, slots=3, max_len=24, **options):
@@ -107,7 +108,8 @@ def random_schedule(case, rng):
     many = rng.random() < 0.1                                # so that 7 to 15 of 16 rows and more are in flight
     for _ in range(20 if many else rng.choice((1, 2, 2, 3, 4))):
         prompt, trace, steps = rng.choice(case.prompts), rng.choice(case.traces), rng.randint(1, STEPS)
-        eos_id = rng.choice([None, None, *case.decoded(prompt, STEPS, trace=trace)[0]])
+        said = case.decoded(prompt, STEPS, trace=trace)[0]
+        eos_id = rng.choice([None, None, *said, (rng.randrange(V), rng.choice(said))])
         plan.append((prompt, steps, eos_id, trace))
     slots = rng.randint(8, 18) if many else rng.randint(1, 4)
     engine = case.engine(slots, max(len(prompt) + steps for prompt, steps, *_ in plan), head=rng.randint(0, slots),
@@ -119,7 +121,7 @@ def random_schedule(case, rng):
             requests.append(engine.add(*plan.pop()))
         poison(engine)
         engine.step()
-        if requests and rng.random() < 0.05:
+        if requests and rng.random() < 0.08:
             engine.cancel(rng.choice(requests))
         assert engine.stats["passes"] < 500
     return engine, requests
@@ -134,7 +136,7 @@ def test_every_sequence_is_what_decode_says(i):
         for request in requests:
             case.check(request)
             early += sum(loop < case.model.config.n_loop - 1 for loop in request.loops)
-        states.update(request.state for request in requests)
+        states.update(request.status for request in requests)
     assert states["done"] > 20 and states["cancelled"] and (early > 3 or case.model.config.n_loop == 1)
 
 
@@ -300,7 +302,7 @@ def test_what_is_read_late_is_not_given_to_the_next_in_the_slot(case, static):
     for request, _, _ in engine.run():
         assert request is second
     case.check(second)
-    assert first.tokens == heard and first.state == "cancelled"
+    assert first.tokens == heard and first.status == "cancelled"
     case.check(first)
 
 
@@ -352,10 +354,10 @@ def test_without_a_head_of_its_own_the_batch_waits_for_its_slowest(case, static)
     requests, speakers = [engine.add(prompt, 6) for prompt in case.prompts], set()
     while engine.queue or any(engine.owner):
         flying, before = bool((engine.loop >= 0).any()), list(engine.owner)
-        done = {r for r in requests if r.state == "done"}
+        done = {r for r in requests if r.status == "done"}
         heard, begun = {request for request, _, _ in engine.step()}, {r for r in requests if r.started >= 0}
         assert heard in (set(), speakers if static else begun - done)
-        speakers = begun - {r for r in requests if r.state == "done"}
+        speakers = begun - {r for r in requests if r.status == "done"}
         assert not flying or all(new in (None, old) for new, old in zip(engine.owner, before, strict=True))
     at_once, _ = with_head(case, 4, 1, static)
     at_once.generate(case.prompts, 6)
@@ -423,11 +425,11 @@ def test_tokens_are_yielded_as_they_come_and_newcomers_are_served(case, static):
     for n, (request, token, loop) in enumerate(engine.run()):
         heard.setdefault(request, []).append((token, loop))
         ended = len(request.tokens) == request.max_new_tokens or token == request.eos_id
-        assert request.state == ("done" if ended else "running")
+        assert request.status == ("done" if ended else "running")
         assert heard[request] == list(zip(request.tokens, request.loops, strict=True))
         if n in (1, 2, 3, 8):
             requests.append(engine.add(case.prompts[n % 9], n, case.decoded(case.prompts[n % 9], 5)[0][3]))
-            assert requests[-1].state == "waiting" and requests[-1].arrived == engine.stats["passes"]
+            assert requests[-1].status == "waiting" and requests[-1].arrived == engine.stats["passes"]
     assert list(heard) == requests and len(requests) == 5
     for request in requests:
         case.check(request)
@@ -443,15 +445,15 @@ def test_cancelling_takes_one_request_whatever_it_is_doing(case, static):
     first, second, third, fourth, fifth = requests = [engine.add(case.prompts[1], 8) for _ in range(5)]
     for _ in range(5):
         engine.step()
-    assert [r.state for r in requests] == ["running"] * 2 + ["waiting"] * 3 and len(first.tokens) > 1
+    assert [r.status for r in requests] == ["running"] * 2 + ["waiting"] * 3 and len(first.tokens) > 1
     for request in (second, fourth, done, second, fourth):
         engine.cancel(request)
-    assert [r.state for r in requests] == ["running", "cancelled", "waiting", "cancelled", "waiting"]
-    assert list(engine.queue) == [third, fifth] and done.state == "done" and len(done.tokens) == 2
+    assert [r.status for r in requests] == ["running", "cancelled", "waiting", "cancelled", "waiting"]
+    assert list(engine.queue) == [third, fifth] and done.status == "done" and len(done.tokens) == 2
     assert engine.owner == [first, None]
     heard = list(second.tokens)
     engine.step()
-    assert third.state == "running"                          # its slot was free at once
+    assert third.status == "running"                          # its slot was free at once
     assert {request for request, _, _ in engine.run()} == {first, third, fifth}
     assert second.tokens == heard and fourth.tokens == []
     for request in (*requests, done):
@@ -467,7 +469,7 @@ def test_everything_may_be_cancelled(case, static):
         assert request is requests[0]                        # the first is all that is heard
         for each in requests:
             engine.cancel(each)
-    assert [len(r.tokens) for r in requests[2:]] == [0] * 7 and {r.state for r in requests} == {"cancelled"}
+    assert [len(r.tokens) for r in requests[2:]] == [0] * 7 and {r.status for r in requests} == {"cancelled"}
     assert not engine.queue and engine.owner == [None] * 2
     case.check(engine.generate(case.prompts[:1], 3)[0])
 
@@ -519,15 +521,15 @@ def test_ten_thousand_requests_are_served_in_their_order_and_nothing_piles_up():
             if rng.random() < 0.05:
                 engine.cancel(rng.choice(alive))
         engine.step()
-        while waiting and waiting[0].state != "waiting":
+        while waiting and waiting[0].status != "waiting":
             request = waiting.popleft()
             assert request.started >= last_start or request.started < 0
             last_start = max(last_start, request.started)
         for request in alive:
-            if request.state in ("done", "cancelled"):
+            if request.status in ("done", "cancelled"):
                 case.check(request)
-                count[request.state] += 1
-        alive = [request for request in alive if request.state in ("waiting", "running")]
+                count[request.status] += 1
+        alive = [request for request in alive if request.status in ("waiting", "running")]
         if len(objects) < added // 2000:
             request = None
             gc.collect()
@@ -549,6 +551,25 @@ def test_ten_thousand_requests_are_served_in_their_order_and_nothing_piles_up():
     ([1], -2, {}, "-2 new tokens were asked for, at least 1 is needed"),
     ([1], 3, {"trace": [2, -1, 0]}, "a loop of the trace is not between 0 and 2"),
     ([1], 3, {"trace": [2, 1, 3]}, "a loop of the trace is not between 0 and 2"),
+    ([1, 2.5], 3, {}, "a token of the prompt is not a whole number"),
+    ([1, 2.0], 3, {}, "a token of the prompt is not a whole number"),
+    ([1, True], 3, {}, "a token of the prompt is not a whole number"),
+    ([1, None], 3, {}, "a token of the prompt is not a whole number"),
+    (torch.tensor([[1], [2]]), 3, {}, "a token of the prompt is not a whole number"),
+    (torch.tensor([1.0, 2.0]), 3, {}, "a token of the prompt is not a whole number"),
+    ("the cat", 3, {}, "a token of the prompt is not a whole number"),
+    (b"the cat", 3, {}, "a token of the prompt is not a whole number"),
+    (None, 3, {}, "a token of the prompt is not a whole number"),
+    (7, 3, {}, "a token of the prompt is not a whole number"),
+    ([1], 2.5, {}, "max_new_tokens must be a whole number: 'float' object"),
+    ([1], "3", {}, "max_new_tokens must be a whole number: 'str' object"),
+    ([1], True, {}, "max_new_tokens must be a whole number: True"),
+    ([1], None, {}, "max_new_tokens must be a whole number: 'NoneType' object"),
+    ([1], 3, {"eos_id": 2.5}, "eos_id=2.5 must be a token's id, several, or None"),
+    ([1], 3, {"eos_id": [2, "3"]}, "eos_id=[2, '3'] must be a token's id, several, or None"),
+    ([1], 3, {"eos_id": [2, V]}, "an id that ends the text is not between 0 and 52"),
+    ([1], 3, {"trace": [0, 1.5]}, "a loop of the trace is not a whole number"),
+    ([1], 3, {"trace": 2}, "a loop of the trace is not a whole number"),
 ])
 @each_mode
 def test_what_cannot_be_served_is_refused_alone(case, static, prompt, steps, options, message):
@@ -557,7 +578,7 @@ def test_what_cannot_be_served_is_refused_alone(case, static, prompt, steps, opt
     for _ in range(3):
         engine.step()
     refused, after = engine.add(prompt, steps, **options), engine.add([2] * 20, 4)        # the longest that fits
-    assert refused.state == f"refused: {message}"
+    assert refused.status == "refused" and refused.reason.startswith(message)
     assert {request for request, _, _ in engine.run()} == {before, after} and refused.tokens == []
     for request in (before, after):
         case.check(request)
@@ -565,8 +586,83 @@ def test_what_cannot_be_served_is_refused_alone(case, static, prompt, steps, opt
 
 def test_of_a_list_of_prompts_the_good_ones_are_served(case):
     requests = case.engine(2).generate([[1], [], [2, 3], [V]], 3)
-    assert [r.state for r in requests] == ["done", "refused: the prompt is empty", "done",
-                                           "refused: a token of the prompt is not between 0 and 52"]
+    assert [(r.status, r.reason) for r in requests] == [
+        ("done", ""), ("refused", "the prompt is empty"), ("done", ""),
+        ("refused", "a token of the prompt is not between 0 and 52")]
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor, lambda ids: map(np.int32, ids)])
+def test_whole_numbers_of_every_kind_will_do(case, kind):
+    want, _ = case.decoded((1, 2, 3), 6)
+    request = case.engine(1).add(kind([1, 2, 3]), np.int64(6), kind([want[2], 52]), kind([2, 2, 2, 2, 2, 2]))
+    assert request.status == "waiting" and request.prompt == [1, 2, 3] and set(map(type, request.prompt)) == {int}
+    ended = case.engine(1).generate([kind([1, 2, 3])], 6, torch.tensor(want[2]))[0]
+    assert ended.tokens == want[:want.index(want[2]) + 1]
+
+
+@each_mode
+def test_any_of_several_ids_ends_a_text_and_none_is_left_for_the_next_in_the_slot(case, static):
+    engine, want = case.engine(1, static=static), case.decoded((1, 2, 3), 8)[0]
+    for eos_id in ([V - 1, want[4], want[2]], [want[5]], (), None, want[1]):
+        case.check(engine.generate([[1, 2, 3]], 8, eos_id)[0])
+        assert len(case.decoded((1, 2, 3), 8, eos_id)[0]) == 8 or eos_id
+
+
+@each_mode
+@torch.no_grad()
+def test_one_whose_logits_are_not_finite_has_failed_and_the_others_go_on(static):
+    """From its prompt on, or from one of its tokens on; the slot is free for the next."""
+    case = Case(draw_model(7, 3, rank=2), Rule("fixed", exit_loop=1))
+    want = [case.decoded((token, 2), STEPS)[0] for token in range(1, 9)]
+    bad = want[0][2]
+    good = [token for token in range(1, 9) if bad not in (token, 2, *want[token - 1])]
+    assert len(good) > 2
+    case.model.embed.weight[bad] = NAN                       # the head is another matrix
+    engine = case.engine(2, static=static)
+    late, at_once, *rest = [engine.add([token, 2], STEPS) for token in (1, bad, *good)]
+    assert not any(request is at_once for request, _, _ in engine.run())
+    assert [r.status for r in (late, at_once, *rest)] == ["failed"] * 2 + ["done"] * len(rest)
+    assert "not finite" in late.reason and "not finite" in at_once.reason and at_once.tokens == []
+    assert late.tokens == want[0][:want[0].index(bad) + 1]
+    assert [r.tokens for r in rest] == [want[token - 1] for token in good]
+
+
+def test_a_request_of_another_engine_cannot_be_cancelled(case):
+    one, other = case.engine(1), case.engine(1)
+    running, waiting = one.add([1], 3), one.add([2], 3)
+    one.step()
+    for request in (running, waiting, None, 7):
+        with pytest.raises(UserError, match="another engine's|is no request"):
+            other.cancel(request)
+    assert len(list(one.run())) == 5 and {running.status, waiting.status} == {"done"}
+    other.cancel(running)                                    # done: nothing to take
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"), ValueError("else")])
+def test_prompts_that_memory_is_too_small_for_together_are_not_lost(case, monkeypatch, error):
+    """More than two prompts, or more than 6 tokens, are too much."""
+    engine, forward = case.engine(4), type(case.model).forward
+    requests = [engine.add(prompt, 4) for prompt in ([1], [2, 3], [4], [5] * 7, [6], [7])]
+
+    def small(model, idx, *rest):
+        if idx.shape[0] > 2 or idx.shape[1] > 6:
+            raise error
+        return forward(model, idx, *rest)
+    monkeypatch.setattr(type(case.model), "forward", small)
+    if isinstance(error, ValueError):                        # the caller's: it may try again
+        with pytest.raises(ValueError, match="else"):
+            list(engine.run())
+        assert [r.status for r in requests] == ["waiting"] * 6 and list(engine.queue) == requests
+        monkeypatch.undo()
+        list(engine.run())
+    else:
+        list(engine.run())
+        failed = requests.pop(3)
+        assert failed.status == "failed" and "out of memory" in failed.reason and failed.tokens == []
+        monkeypatch.undo()
+    for request in requests:
+        case.check(request)
 
 
 def test_a_request_keeps_what_it_was_given(case):
@@ -580,6 +676,11 @@ def test_a_request_keeps_what_it_was_given(case):
 @pytest.mark.parametrize("options", [{"slots": 0}, {"slots": -1}, {"slots": 2, "head": 3}, {"slots": 2, "head": -1},
                                      {"max_len": 33}, {"max_len": 1}, {"max_len": 0}])
 def test_an_engine_that_cannot_be_is_refused(case, options):
+    for wrong in ({"slots": 2.0}, {"max_len": "9"}, {"head": True}, {"refill": None}):
+        with pytest.raises(UserError, match="whole numbers"):
+            Engine(case.model, **wrong)
+    with pytest.raises(UserError, match="keys='kept' is unknown; use one of exact, copy"):
+        Engine(case.model, keys="kept")
     with pytest.raises(UserError, match=r"slots=-?\d+, head=-?\d+, refill=-?\d+, max_len=\d+: an engine has 1 slot "
                                         "or more, a head for 0 to as many rows, a refill of 1 to as many slots, and a "
                                         "max_len from 2 to the model's context of 32"):

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -273,7 +274,7 @@ def at_median(model, name):
 @each_policy
 @torch.no_grad()
 def test_a_broken_row_changes_nothing_in_the_others(name, keys):
-    """To the last bit, where one row's states and logits are all NaN; and it never leaves itself."""
+    """To the last bit, where one row's states and logits are all NaN; and it never leaves itself, and says nothing."""
     model = tiny("llama", n_loop=3, rank=2)
     rule = at_median(model, name)
     model.embed.weight[V - 1] = torch.nan                    # the head is another matrix
@@ -283,7 +284,9 @@ def test_a_broken_row_changes_nothing_in_the_others(name, keys):
     a, b = (decoded(model, rows, 12, rule, keys, Chooser(V - 1)) for rows in (idx, broken))
     for t, broken_t in zip(a, b, strict=True):
         assert torch.equal(t[[0, 2]], broken_t[[0, 2]])
-    assert b[2][1].isnan().all() and b[1][1].eq(2).all() and a[1].unique().numel() > 1
+    assert b[2][1].isnan().all() and b[0][1].eq(-1).all() and b[1][1].eq(-1).all() and a[1].unique().numel() > 1
+    with pytest.raises(UserError, match="not finite"):       # where nobody is left to go on
+        next(decode(model, broken[1:2], 12, rule, keys))
     for t, broken_t in zip(run_exits(model, idx, rule, keys), run_exits(model, broken, rule, keys), strict=True):
         assert torch.equal(t[[0, 2]], broken_t[[0, 2]])
     assert run_exits(model, broken, rule, keys)[1][1].eq(2).all()
@@ -316,6 +319,30 @@ def test_a_row_that_has_ended_repeats_the_end_and_the_others_go_on(keys, monkeyp
         assert alone[0].tolist() == [script[i, :end + 1].tolist()]
         assert torch.equal(alone[1][0], loops[i, :end + 1])
         close(alone[2][0], logits[i, :end + 1], 1e-9)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_a_row_ends_at_any_of_several_ids_and_repeats_the_one_it_said(kind):
+    script = torch.tensor([[1, 7, 4, 4], [9, 2, 7, 3], [1, 2, 3, 9]])
+    said, loops, _ = decoded(tiny("llama", n_loop=2), tokens(3, 4), 4, Rule(), choose=Chooser(script=script),
+                             eos_id=kind([7, 9]))
+    assert said.tolist() == [[1, 7, 7, 7], [9, 9, 9, 9], [1, 2, 3, 9]]
+    assert loops.tolist() == [[1, 1, -1, -1], [1, -1, -1, -1], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("given", [{"eos_id": 2.5}, {"eos_id": "7"}, {"eos_id": [1, None]}, {"eos_id": True},
+                                   {"keys": "kept"}])
+def test_ends_and_keys_of_another_kind_are_refused(given):
+    with pytest.raises(UserError, match="must be a token's id|use one of exact, copy"):
+        next(decode(tiny("llama", n_loop=2), tokens(1, 4), 4, **given))
+
+
+@torch.no_grad()
+def test_a_text_of_which_the_logits_are_not_finite_is_not_summed_up():
+    model = tiny("llama", n_loop=2)
+    model.layers[0].mlp.down.weight[0, 0] = torch.inf
+    with pytest.raises(UserError, match="not finite"):
+        observe(model, [(tokens(2, 6), tokens(2, 6))])
 
 
 def test_nobody_waits_for_a_row_that_has_ended(monkeypatch):

@@ -16,7 +16,7 @@ import experiments
 import train
 from experiments import MODELS, beside, conclusions, matrix
 from model import RecursiveTransformer, read_config
-from runtime import UserError, parse_args
+from runtime import UserError, append_line, parse_args, read_lines
 
 ROOT = Path(experiments.__file__).parent
 SMALL = ("--tokens=512 --batch_tokens=128 --seq_len=16 --micro_batch=8 --eval_tokens=256 --eval_every=2 --log_every=1 "
@@ -44,13 +44,14 @@ def driver(home, tmp_path, monkeypatch):
         here.stop_at = stop_at
         experiments.main([f"--donor={home}/donor", f"--data={home}/train.txt", f"--valid={home}/valid.txt",
                           "--save=lines.jsonl", f"--more={SMALL}", *flags])
-        return list(ran), [x for x in experiments.read_lines("lines.jsonl") if x["name"] != "donor"]
+        return list(ran), [x for x in read_lines("lines.jsonl") if x.get("name") != "donor"]
     drive.ran = ran
     return drive
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_run_has_flags_that_exist_and_a_folder_of_its_own(name, tmp_path):
+def test_every_run_has_flags_that_exist_and_a_folder_of_its_own(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                              # where no run lies
     runs = experiments.commands(parse_args(experiments.ExperimentsConfig, [f"--model={name}", f"--out={tmp_path}"]))
     assert len({(run, seed) for run, seed, _ in runs}) == len(runs) == {"toy": 81, "smollm2": 56}[name]
     for run, seed, words in runs:
@@ -90,7 +91,7 @@ def test_what_is_measured_is_not_run_again(driver, home, capsys):
         assert line["settings"]["tokens"] == 512 and line["settings"]["weight_decay"] == 0.1 and line["commit"]
         assert line["params"]["stored"] < line["params"]["run"]
     assert len({line["loss"] for line in lines}) == 6
-    [donor] = [x for x in experiments.read_lines("lines.jsonl") if x["name"] == "donor"]
+    [donor] = [x for x in read_lines("lines.jsonl") if x["name"] == "donor"]
     assert donor["valid_tokens"] == 256 and line["valid_tokens"] == 1024
     assert donor["loss"] == pytest.approx(line["donor_loss"], abs=0.3) and donor["loss"] != line["donor_loss"]
     assert driver("--only=norms", "--seeds=2") == ([], lines)
@@ -101,12 +102,38 @@ def test_what_is_measured_is_not_run_again(driver, home, capsys):
         driver("--only=norms", "--seeds=1", f"--more={SMALL} --lr=2e-3")
 
 
+def test_the_tokens_measured_are_recorded_not_those_asked_for(driver, home, tmp_path):
+    (tmp_path / "short.txt").write_text((home / "valid.txt").read_text()[:600])
+    line = driver("--only=distill", "--seeds=1", f"--valid={tmp_path}/short.txt")[1][0]
+    [donor] = [x for x in read_lines("lines.jsonl") if x["name"] == "donor"]
+    assert 100 < line["valid_tokens"] < 1024 and line["valid_tokens"] % 16 == 0
+    assert line["curve_tokens"] == donor["valid_tokens"] < 256
+
+
+def test_torn_and_other_lines_of_the_results_end_nothing(driver):
+    ran, lines = driver("--only=distill", "--seeds=1")
+    append_line("lines.jsonl", {"what": "bench"})
+    with open("lines.jsonl", "a") as f:
+        f.write('{"what": "experiment", "na')
+    assert len(ran) == 2 and driver("--only=distill", "--seeds=1")[0] == []
+
+
+def test_settings_that_change_a_figure_tell_lines_apart():
+    lines = read_lines(ROOT / "results" / "experiments.jsonl")
+    assert len(lines) > 80 and {experiments.other_settings(line) for line in lines} == {()}
+    line = next(line for line in lines if line["name"] == "norms-zero")
+    for settings, other in (({"seed": 9, "out": "x", "ckpt": "elsewhere/zeroed"}, ()), ({"lr": 0.5}, (("lr", 0.5),)),
+                            ({"tokens": 64, "valid": "a"}, (("tokens", 64), ("valid", "a")))):
+        changed = experiments.other_settings(line | {"settings": line["settings"] | settings})
+        assert sorted(changed) == sorted(other)
+
+
 def test_what_was_cut_off_goes_on_where_it_was(driver, tmp_path):
     straight = driver("--only=distill", "--seeds=1", "--out=straight")[1]
     Path("lines.jsonl").unlink()
     with pytest.raises(UserError, match="stepwise, seed 0, did not finish"):
         driver("--only=distill", "--seeds=1", stop_at=2)
-    assert len(experiments.read_lines("lines.jsonl")) == 1 and len(driver.ran) == 1  # the donor's own
+    assert len(read_lines("lines.jsonl")) == 1 and len(driver.ran) == 1  # the donor's own
     ran, lines = driver("--only=distill", "--seeds=1")
     assert [(x["name"], x["loss"]) for x in lines] == [(x["name"], x["loss"]) for x in straight]
     log = read_log(tmp_path / "out_experiments/toy/stepwise-s0")
@@ -144,11 +171,12 @@ def test_unknown_names_and_failures_are_told(driver, monkeypatch):
         driver("--only=distill")
 
 
-def test_the_large_matrix_is_ready():
+def test_the_large_matrix_is_ready(tmp_path, monkeypatch):
     """Its commands have flags that exist: those of the harness where it is."""
     done = subprocess.run(["bash", "runs/smollm2.sh", "books.txt"], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"DRY": "1", "TASKS": "tasks"})
     assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
     words = [shlex.split(x[2:]) for x in done.stdout.splitlines()]
     assert words[1][:3] == ["python", "experiments.py", "--model=smollm2"]
     for w in words:

@@ -92,11 +92,10 @@ def test_what_the_exits_left_is_served(clone, monkeypatch):
     """The block about the engine, on what the commands above it made."""
     monkeypatch.chdir(clone)
     exec(BLOCKS["Engine"], names := {})
-    assert [(r.state, len(r.tokens)) for r in names["requests"]] == 2 * [("done", 20)]
+    assert [(r.status, len(r.tokens)) for r in names["requests"]] == 2 * [("done", 20)]
 
 
-def test_python_block_runs(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_python_block_runs():
     block = BLOCKS["unroll"]
     names = {"idx": torch.randint(0, 4096, (1, 8))}
     with torch.no_grad():

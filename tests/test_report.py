@@ -86,6 +86,36 @@ def test_a_run_measured_twice_counts_once_and_what_lacks_is_named(tmp_path):
     assert report.read_runs(tmp_path, "smollm2") == {}
 
 
+def test_figures_of_other_settings_are_not_averaged_but_named(tmp_path, capsys):
+    other = line("stepwise", 1, 9.0) | {"settings": {"tokens": 64, "lr": 0.5}}
+    runs = report.read_runs(write(tmp_path, line("stepwise", 0, 4.8), line("lower", 1, 4.8), other), "toy")
+    assert {name: list(seeds) for name, seeds in runs.items()} == {"stepwise": [0], "lower": [1]}
+    assert "1 lines of other settings (tokens=64, lr=0.5) are left out" in capsys.readouterr().err
+    ours = {"exit_loss": [5.0, 4.0], "settings": {"ckpt": "out-seeds-tied-0-self-toy", "tokens": 64, "stride": None}}
+    again = ours | {"settings": ours["settings"] | {"ckpt": "out-seeds-tied-1-self-toy", "save": "a"}}
+    fewer = again | {"exit_loss": [9.0, 9.0], "settings": again["settings"] | {"tokens": 8}}
+    foreign = ours | {"settings": {"ckpt": "my-own-model"}}
+    lines = "".join(json.dumps(x) + "\n" for x in (ours, again, fewer, foreign, {}))
+    (tmp_path / "exits_seeds.jsonl").write_text(lines)
+    assert report.read_exits(tmp_path, "toy") == {"tied-self 1": {0: 5.0, 1: 5.0}, "tied-self 2": {0: 4.0, 1: 4.0}}
+
+
+@pytest.mark.parametrize("name", [f"{name}.jsonl" for name in (
+    "experiments", "exits_seeds", "exits_calibrated", "calibrated", "calibrated_smollm2", "stepwise", "batching")])
+@pytest.mark.parametrize("content", [None, "", '{"what": "bench"}\n{"what'])
+def test_missing_empty_and_torn_results_end_nothing(tmp_path, monkeypatch, name, content):
+    for path in (ROOT / "results").glob("*.jsonl"):
+        if path.name != name:
+            (tmp_path / path.name).symlink_to(path)
+        elif content is not None:
+            (tmp_path / name).write_text(content)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    report.main([f"--results={tmp_path}", "--write", "--plots"])
+    assert len((tmp_path / "README.md").read_text(encoding="utf-8").splitlines()) >= len(README.splitlines()) - 30
+
+
 def test_lines_of_the_plots(tmp_path):
     runs = report.read_runs(write(
         tmp_path, line("average", 0, 4.8), line("average-r6", 0, 4.5), line("average-r6", 1, 4.7),

@@ -28,7 +28,8 @@ def commands(experiment: str, model: str, *more: str, **env: str) -> list[list[s
 
 
 @pytest.mark.parametrize("experiment, model", [*TOY, *LARGE])
-def test_every_command_has_flags_that_exist_and_a_folder_of_its_own(experiment, model):
+def test_every_command_has_flags_that_exist_and_a_folder_of_its_own(experiment, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                              # where no run lies
     words = commands(experiment, model, "--seed=7")
     for w in words:
         if w[0] == "python":

@@ -52,6 +52,15 @@ def test_token_probs_temperature_top_k_top_p():
     assert sample.token_probs(logits.flip(-1), 1.0, 0, 0.1).argmax() == 3  # the likeliest is kept, wherever it stands
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tiny", [1e-8, 1e-38, 1e-45, 1e-300, 5e-324])
+def test_tiny_temperatures_and_shares_take_the_likeliest_token(tiny, dtype):
+    logits = torch.tensor([[2.0, 1.0, 40.0, 39.0], [-5.0, -4.0, -3.0, -900.0]], dtype=dtype)
+    for probs in (sample.token_probs(logits, tiny, 0, 1.0), sample.token_probs(logits, 1.0, 0, tiny),
+                  sample.token_probs(logits, tiny, 3, tiny)):
+        assert probs.tolist() == [[0, 0, 1, 0], [0, 0, 1, 0]]
+
+
 def test_generate_greedy_equals_full_forward_at_each_step(ckpt):
     model = RecursiveTransformer.load(ckpt)
     idx = torch.randint(0, 300, (2, 5))
@@ -93,6 +102,28 @@ def test_stops_at_end_of_text_and_says_so(ckpt, capsys, monkeypatch, samples):
     assert "<|endoftext|>" not in out
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_any_of_several_ids_ends_a_text(ckpt, capsys, monkeypatch, samples, tmp_path):
+    folder = shutil.copytree(ckpt, tmp_path / "ckpt")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [299, 280]}')
+    [letter] = Tokenizer.load(ckpt).encode("c")
+    scripted(monkeypatch, letter, 280, letter)
+    out = run(capsys, f"--ckpt={folder}", "--prompt=the cat", f"--samples={samples}")
+    assert out.count("(end of text)") == samples and out.count("the catc\n") == samples
+
+
+@pytest.mark.parametrize("more", [[], ["--samples=2"]])
+def test_logits_that_are_not_finite_are_an_error(ckpt, capsys, tmp_path, more):
+    model = RecursiveTransformer.load(ckpt)
+    model.norm.weight.data[3] = torch.nan
+    model.save(tmp_path / "broken")
+    for name in ("tokenizer.tiktoken", "tokenizer_config.json"):
+        shutil.copy(ckpt / name, tmp_path / "broken")
+    with pytest.raises(UserError, match="not finite|1 of 1 prompts failed"):
+        run(capsys, f"--ckpt={tmp_path / 'broken'}", *more)
+    assert capsys.readouterr().out.count("failed: the logits are not finite") == len(more) * 2
+
+
 def test_streams_whole_characters_only(ckpt, capsys, monkeypatch):
     """Every print is valid text, though a smiling face is four tokens."""
     tokens = Tokenizer.load(ckpt)
@@ -112,7 +143,31 @@ def test_batch_rows_differ_and_file_prompt(ckpt, capsys, tmp_path):
     assert len(set(texts)) == 3 and all(t.startswith("the dog") for t in texts)
 
 
+@pytest.mark.parametrize("flag", ["prompts", "prompt_file"])
+def test_how_an_editor_saves_a_prompt_changes_nothing(ckpt, capsys, tmp_path, flag):
+    outs = []
+    for content in (b"the dog\nthe cat\n", b"\xef\xbb\xbfthe dog\r\nthe cat\r\n"):
+        (tmp_path / "p.txt").write_bytes(content)
+        outs.append(run(capsys, f"--ckpt={ckpt}", f"--{flag}={tmp_path / 'p.txt'}", "--temperature=0"))
+    assert outs[0] == outs[1] and "\ufeff" not in outs[0]
+
+
+def test_control_tokens_of_a_prompt_are_themselves_or_text(ckpt, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample, "generate", lambda model, idx, *_: asked.append(idx[0].tolist()) or iter(()))
+    for flag in ("--special", "--special=False"):
+        run(capsys, f"--ckpt={ckpt}", "--prompt=<|endoftext|>a", flag)
+    assert asked[0][0] == 299 and len(asked[0]) == 2 and 299 not in asked[1]
+    assert Tokenizer.load(ckpt).decode(asked[1]) == "<|endoftext|>a"
+
+
 @pytest.mark.parametrize("flags, says", [
+    (["--keys=copy"], "--keys=copy is about tokens that leave early"),
+    (["--keys=copy", "--rule=never", "--show_exits"], "give a --rule as well"),
+    (["--temperature=0", "--top_p=0.9"], "always takes the likeliest token"),
+    (["--temperature=0", "--top_k=5"], "always takes the likeliest token"),
+    (["--prompt=caf\udce9"], "has bytes that are not UTF-8"),
+    (["--temperature=nan"], "must be 0 or more"), (["--top_p=nan"], "above 0"),
     (["--prompt=" + "the cat " * 60], "the model's context is 48"), (["--temperature=-1"], "must be 0 or more"),
     (["--top_p=0"], "above 0"), (["--samples=0"], "at least 1"), (["--prompt_file=missing.txt"], "cannot read"),
     (["--ckpt=nowhere"], "does not exist"), (["--slots=0"], "at least 1")])
@@ -135,7 +190,7 @@ def test_tokenizer_of_another_model_is_refused(ckpt, tmp_path):
 
 def test_a_continuation_keeps_the_space_that_llama_decoders_strip(capsys):
     class Llama:
-        eos_id = None
+        eos_ids, bos_id, control = (), None, {}
 
         def decode(self, ids):
             return "".join([" man", " looked"][i] for i in ids).removeprefix(" ")
@@ -418,7 +473,7 @@ def test_to_choose_waits_for_nothing_on_the_host():
 
 
 def test_prompts_that_cannot_be_served_are_refused_alone(ckpt, capsys, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "encode_prompt", lambda self, text: self.encode(text) or refuse())
+    monkeypatch.setattr(Tokenizer, "encode_prompt", lambda self, text, _: self.encode(text) or refuse())
     (tmp_path / "prompts.txt").write_text("\nthe cat\n" + "the cat " * 60 + "\ndog\n")
 
     def refuse():
