@@ -1,6 +1,6 @@
 """Draw a sample as an SVG, each token coloured by the loop after which it exited: what sample.py --show_exits prints.
 
-    python sample.py --ckpt=out_exits --show_exits --max_new_tokens=120 | python experiments/exits_svg.py > exits.svg
+    python sample.py --ckpt=out_exits --show_exits --max_new_tokens=120 | python -m experiments.exits_svg > exits.svg
 """
 
 import argparse
