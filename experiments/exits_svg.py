@@ -10,6 +10,7 @@ from html import escape
 
 COLOURS = ("#1a7f37", "#9a6700", "#8250df", "#1b7c83", "#0550ae", "#cf222e")     # of loops 1, 2, ...
 PLAIN, WIDTH, LINE = "#57606a", 88, 20                       # colour of the prompt; characters in a line, pixels of one
+BOLD = ' font-weight="bold"'                                 # of loop 1, for those who see no difference in colour
 DIGITS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 
@@ -43,7 +44,8 @@ def lines(parts: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
 def draw(rows: list[list[tuple[str, str]]]) -> str:
     height = LINE * len(rows) + 24
     texts = [f'<text x="16" y="{LINE * (i + 1) + 8}" xml:space="preserve">' +
-             "".join(f'<tspan fill="{colour}">{escape(piece)}</tspan>' for piece, colour in row) + "</text>"
+             "".join(f'<tspan fill="{colour}"{BOLD * (colour == COLOURS[0])}>{escape(piece)}</tspan>'
+                     for piece, colour in row) + "</text>"
              for i, row in enumerate(rows)]
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 {height}" width="800" '
                       f'height="{height}" font-family="ui-monospace, Menlo, Consolas, monospace" font-size="14">',
