@@ -49,6 +49,7 @@ from runtime import (
     peak_flops,
     peak_memory,
     print0,
+    process_age,
     script,
     start_processes,
     table,
@@ -586,7 +587,7 @@ def score(loss: float, n: dict) -> list[str]:
 
 def main(argv=None) -> int:
     """Exit code: 0 if the run is done, 128 and the signal's number if one has stopped it."""
-    began, args = time.perf_counter(), parse_args(TrainConfig, argv)
+    began, args = time.perf_counter() - (process_age() if argv is None else 0.0), parse_args(TrainConfig, argv)
     procs = start_processes(args.device)
     with ExitStack() as held:
         args = replace(args, out=str(Path(args.out).absolute()))
