@@ -320,7 +320,7 @@ def check_writable(name: str, path: str | None) -> None:
         if new or os.path.isfile(path) or os.path.isdir(path):       # not a pipe, which would wait for its reader
             open(path, "ab").close()                         # tried: modes do not tell of root or of a read-only disk
         if new:
-            os.unlink(path)
+            os.unlink(os.path.realpath(path))                # not a link that led to it
     except OSError as e:
         raise UserError(f"--{name}={path} cannot be written ({e.strerror}): give a file in a folder that is there and "
                         "may be written to") from None
@@ -525,7 +525,8 @@ def replace_folder(folder, keep: bool = False):
     keep: a run's checkpoint that is replaced stays in the folder previous inside.
     """
     with own_folder(folder) as folder:
-        check_out(folder)
+        if not keep:                                         # a run did so when it began
+            check_out(folder)
         new = folder / NEW
         try:
             shutil.rmtree(new, ignore_errors=True)
