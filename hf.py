@@ -394,7 +394,7 @@ def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
         if tokenizer:
             copy_tokenizer(tokenizer, tmp)
             copy_papers(Path(tokenizer), tmp)
-            if (tmp / "tokenizer.tiktoken").exists():
+            if not (tmp / "tokenizer.json").exists():
                 write_fast_tokenizer(tmp, c)
             (tmp / "README.md").write_text(model_card(c, tmp), encoding="utf-8")
         (tmp / "config.json").write_text(json.dumps(hf, indent=1) + "\n", encoding="utf-8")
