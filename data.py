@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf import find_donor
 from runtime import UserError, parse_args, print0, script
-from shards import UNFINISHED, Texts, ahead, encode_batches, token_type, write_shards
+from shards import UNFINISHED, Texts, ahead, encode_batches, split_names, token_type, write_shards
 from tokenizer import Tokenizer, read_json, train_tokenizer
 
 IGNORED = -100                           # a target that is not counted; torch's own number for it
@@ -51,10 +51,10 @@ def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int, hub_tokens: in
     """The tokens of a folder of shards, or of texts (`Texts`) with EOS between documents; or of several, by comma.
 
     hub_tokens: the first so many are read of a data set on the hub; 0 refuses it. Raises UserError for shards of
-    another tokenizer or vocabulary, damaged or unfinished shards, and empty text.
+    another tokenizer or with ids that the model has not, damaged or unfinished shards, and empty text.
     """
     arrays, shards = [], []
-    for part in path.split(","):
+    for part in split_names(path):
         if not Path(part).exists() and not hub_tokens:
             raise UserError(f"{part} does not exist: give text files, a folder of them, or token shards; for a Hugging "
                             f"Face dataset write shards first: python data.py --name={part} --tokens=... --out=...")
@@ -89,13 +89,15 @@ def open_shard(path: Path, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
         with safe_open(path, framework="numpy") as f:        # checks the header against the length of the file
             metadata, view = f.metadata() or {}, f.get_slice("tokens")
             (n,), dtype = view.get_shape(), {"U16": np.uint16, "U32": np.uint32}[view.get_dtype()]
+        theirs = int(metadata.get("vocab_size", 0))
     except (SafetensorError, OSError, KeyError, ValueError) as e:
         raise UserError(f"{path} is not a whole token shard ({str(e)[:200]}); write the shards again") from e
-    if metadata.get("tokenizer") != tokenizer.hash or metadata.get("vocab_size") != str(vocab_size):
-        raise UserError(f"shards in {path.parent} were made with another tokenizer or vocabulary (vocab_size "
-                        f"{metadata.get('vocab_size')}, the model's is {vocab_size}); write them again with its own")
     offset = path.stat().st_size - n * np.dtype(dtype).itemsize  # the one tensor reaches to the end of the file
-    return np.memmap(path, dtype, "r", offset, (n,)) if n else np.empty(0, dtype)
+    tokens = np.memmap(path, dtype, "r", offset, (n,)) if n else np.empty(0, dtype)
+    if metadata.get("tokenizer") not in tokenizer.hashes or (theirs > vocab_size and n and tokens.max() >= vocab_size):
+        raise UserError(f"shards in {path.parent} were made with another tokenizer or vocabulary (vocab_size {theirs}, "
+                        f"the model's is {vocab_size}); write them again with its own")
+    return tokens                                            # models of one tokenizer may be padded differently
 
 
 def count_windows(tokens: Tokens, seq_len: int, stride: int | None = None) -> int:
@@ -181,6 +183,10 @@ def main(argv=None) -> None:
     if not 0 <= config.valid_share < 1:
         raise UserError(f"--valid_share={config.valid_share} must be at least 0 and less than 1")
     if config.train_tokenizer:
+        unused = [f"--{name}" for name in ("tokenizer", "tokens", "valid_share", "shard_tokens", "vocab_size")
+                  if getattr(config, name) != getattr(DataConfig, name)]
+        if unused:
+            raise UserError(f"{', '.join(unused)}: for shards, and --train_tokenizer writes none; drop one or other")
         train_tokenizer(Texts(config.name), config.train_tokenizer, config.out)
         print0(f"{config.out}: a tokenizer with {config.train_tokenizer:,} entries")
         return

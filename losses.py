@@ -65,9 +65,10 @@ def chunked_loss(states: Sequence[Tensor], head: Tensor, targets: Tensor, weight
     """(sum over the exits of weight x (cross entropy + distill_weight x T^2 x divergence), cross entropy per exit).
 
     states: for each exit, the hidden states (..., C) after the final norm; head (V, C); targets (...) int64, IGNORE
-    where there is none. teacher: (its hidden states after its final norm (..., C'), its head (V, C')): with it every
-    exit is distilled from the same softmax. self_distill: the exits before the last learn from the last one's detached
-    logits instead. The means are over the targets, in nats; the cross entropies (n_exits,) carry no gradient.
+    where there is none. teacher: (its hidden states after its final norm (..., C'), its head (V', C')): with it every
+    exit is distilled from the same softmax, over the ids that both have; V' is another V if they are padded
+    differently. self_distill: the exits before the last learn from the last one's detached logits instead. The means
+    are over the targets, in nats; the cross entropies (n_exits,) carry no gradient.
 
     chunk: tokens at a time; by default a 16th of them, so that what is temporary stays below half a logits tensor, but
     256 at least, which keeps matrix products efficient. The result does not depend on it beyond rounding.
@@ -94,7 +95,7 @@ class ChunkedLoss(torch.autograd.Function):
         weights, kind, distill_weight, temperature, self_distill, compiled, chunk, dtype = spec
         step = torch.compile(token_losses) if compiled else token_losses
         w = head.to(dtype)                                                   # (V, C), rounded once
-        teacher_w = None if teacher_head is None else teacher_head.to(dtype)
+        teacher_w = None if teacher_head is None else teacher_head[:len(head)].to(dtype)
         count = (targets != IGNORE).sum().clamp(min=1).double()
         sums = torch.zeros(2, len(states), device=head.device, dtype=torch.float64)
         learns = [learn and needs for needs in ctx.needs_input_grad[5:]]      # head, states: a frozen one costs nothing
@@ -104,6 +105,8 @@ class ChunkedLoss(torch.autograd.Function):
             teacher = None                                                   # (n, V) log-probabilities
             if teacher_w is not None:
                 teacher = log_probs(teacher_states[rows].to(dtype), teacher_w, temperature)
+                if len(teacher_w) < len(head):               # e^-100: what it does not have it never predicts
+                    teacher = F.pad(teacher, (0, len(head) - len(teacher_w)), value=-100.0)
             for e in reversed(range(len(states))):
                 x = states[e][rows].to(dtype)                                # (n, C)
                 ce, kd, grad = step(x, w, targets[rows], teacher, kind, distill_weight, temperature)

@@ -115,7 +115,7 @@ def script(main) -> None:
     except SystemExit as e:
         code = e.code
     except OSError as e:
-        if not isinstance(e, BrokenPipeError) and not output_lost():
+        if not isinstance(e, BrokenPipeError) and not output_lost("\n"):   # it may be any file's
             raise
         LOST.append(e)
         code = None
@@ -134,11 +134,12 @@ def script(main) -> None:
 LOST: list[OSError] = []                                     # why standard output could not be written, if so
 
 
-def output_lost() -> bool:
-    """True if what was printed cannot be written (`| head`, a full disk, a closed terminal); from then on it goes
-    nowhere."""
+def output_lost(more: str = "") -> bool:
+    """True if what was printed, and `more`, cannot be written (`| head`, a full disk, a closed terminal); from then on
+    it goes nowhere."""
     try:
         if sys.stdout:                                       # None where it is closed
+            sys.stdout.write(more)
             sys.stdout.flush()
         return False
     except OSError as e:
@@ -284,6 +285,15 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def process_age() -> float:
+    """Seconds since this process was started, which imports torch first; 0 where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])      # between boot and start
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0
+
+
 def run_info() -> dict:
     """Where a figure was measured: hardware, versions, commit."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
@@ -303,17 +313,17 @@ def json_line(numbers: dict) -> str:
 
 def check_writable(name: str, path: str | None) -> None:
     """Raise UserError if the file that --name gives, if it does, could not be written when the work is done."""
-    there = path and Path(path)
-    if not there or there.exists() and not there.is_dir() and not there.is_file():  # a pipe or /dev/null is not tried
+    if not path:
         return
-    new = not there.exists()
     try:
-        open(there, "ab").close()                            # flags alone do not tell: root may, a read-only disk not
+        new = not os.path.exists(path)
+        if new or os.path.isfile(path) or os.path.isdir(path):       # not a pipe, which would wait for its reader
+            open(path, "ab").close()                         # tried: modes do not tell of root or of a read-only disk
+        if new:
+            os.unlink(path)
     except OSError as e:
         raise UserError(f"--{name}={path} cannot be written ({e.strerror}): give a file in a folder that is there and "
                         "may be written to") from None
-    if new:
-        there.unlink()
 
 
 def check_plot(path: str | None) -> None:

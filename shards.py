@@ -1,10 +1,12 @@
 """Text -> token shards: documents streamed from files or the hub, tokenised on all cores, written so that what is
 interrupted goes on and ends in the same bytes."""
 
+import gzip
 import hashlib
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from runtime import UserError, print0, progress
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, replace_file, well_formed
 
 TEXT_FILES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".parquet")
 ALIASES = {  # the paper's texts as the hub has them in parquet, with a column `text`; ./pg19 is a folder of that name
@@ -34,8 +36,9 @@ BATCH = 1_000_000 * min(max(os.cpu_count() or 1, 4), 16)  # characters encoded a
 class Texts:
     """The documents of files, folders and hub data sets (`find_sources`), one after the other, streamed.
 
-    position: of an earlier Texts with the same name, to go on behind the document it gave last. Raises UserError for
-    what is not there or cannot be read. Instead of a name, texts themselves will do.
+    position: of an earlier Texts with the same name, to go on behind the document it gave last. Rows without a text are
+    left out and counted. Raises UserError for what is not there or cannot be read. Instead of a name, texts themselves
+    will do.
     """
 
     def __init__(self, name: str | Iterable[str], position: list | None = None):
@@ -45,17 +48,28 @@ class Texts:
 
     def __iter__(self) -> Iterator[str]:
         while self.source < len(self.sources):
-            with readable(self.sources[self.source]):
-                self.stream, skip = open_source(self.sources[self.source]), self.rows
-                if self.state:                               # datasets knows how: nothing is downloaded twice
+            source, empty, unnamed, columns = self.sources[self.source], 0, 0, ()
+            with readable(self):
+                self.stream, skip = open_source(source), self.rows
+                if self.state and hasattr(self.stream, "load_state_dict"):  # datasets downloads nothing twice
                     self.stream.load_state_dict(self.state)
                     skip = 0
                 for row in islice(self.stream, skip, None):
-                    if not isinstance(row.get("text"), str):
-                        raise UserError(f"{self.sources[self.source]} needs a column `text` of strings; its columns "
-                                        f"are {', '.join(row)}")
-                    self.rows += 1
-                    yield row["text"]
+                    row = row if isinstance(row, dict) else {"text": row}
+                    text, self.rows = row.get("text"), self.rows + 1
+                    if isinstance(text, str):
+                        yield well_formed(text)
+                        continue
+                    if text is not None:
+                        raise UserError(f"{source} needs a column `text` of strings; in row {self.rows} it is a "
+                                        f"{type(text).__name__}: {str(text)[:60]}")
+                    empty, unnamed, columns = empty + 1, unnamed + ("text" not in row), columns or tuple(row)
+                    if unnamed == self.rows == 10_000:       # nor will the rest have it
+                        break
+            if 0 < unnamed == self.rows:
+                raise UserError(f"{source} needs a column `text` of strings; its columns are {', '.join(columns)}")
+            if empty:
+                print0(f"{source}: {empty:,} rows without a text were left out")
             self.source, self.rows, self.state = self.source + 1, 0, None
 
     def position(self) -> list:
@@ -64,23 +78,36 @@ class Texts:
         return [self.source, self.rows, state]
 
 
+def split_names(names: str) -> list[str]:
+    """The names in a list by comma. Several that make up the name of something that exists are that one: a file's own
+    name may have commas. Raises UserError for an empty one, which would be the folder that one is in."""
+    parts, found = names.split(","), []
+    while parts:
+        n = next((n for n in range(len(parts), 1, -1) if os.path.exists(",".join(parts[:n]))), 1)
+        found.append(",".join(parts[:n]))
+        parts = parts[n:]
+    if "" in found:
+        raise UserError(f"{names!r} has an empty name in it: give files, folders or data sets, by comma")
+    return found
+
+
 def find_sources(name: str) -> list[str]:
     """What is to be read, in order, for a name or several by comma: an alias, a file (TEXT_FILES), a folder of them, or
     a data set on the Hugging Face hub, `owner/name[@revision][:config]`, with #split behind it where that is not train.
     Raises UserError if it is none of them."""
     sources = []
-    for part in name.split(","):
+    for part in split_names(name):
         alias, sharp, split = part.partition("#")
         part = ALIASES.get(alias, alias) + sharp + split
-        file = Path(part)
+        file, is_text = Path(part), part.lower().endswith(TEXT_FILES)
         if file.is_dir():
-            files = sorted(str(p) for p in file.iterdir() if p.name.endswith(TEXT_FILES))
+            files = sorted(str(p) for p in file.iterdir() if p.name.lower().endswith(TEXT_FILES) and not p.is_dir())
             if not files:
                 raise UserError(f"no text in {file}: looked for {', '.join(TEXT_FILES)}")
             sources += files
-        elif file.is_file() and not part.endswith(TEXT_FILES):
+        elif file.is_file() and not is_text:
             raise UserError(f"{file} is of no known kind; allowed: {', '.join(TEXT_FILES)}")
-        elif not file.is_file() and (part.endswith(TEXT_FILES) or not split_hub_id(part)):
+        elif not file.is_file() and (is_text or not split_hub_id(part)):
             raise UserError(f"{part} does not exist: give a file ({', '.join(TEXT_FILES)}), a folder of them, "
                             f"{', '.join(ALIASES)}, or a Hugging Face dataset as owner/name[:config][#split]")
         else:
@@ -94,31 +121,68 @@ def split_hub_id(path: str):
                         r"(#(?P<split>[\w.-]+))?", path)
 
 
-def open_source(source: str | Iterable[str]) -> Iterable[dict]:
-    """Rows with a `text`: a datasets.IterableDataset, or for .txt and for texts themselves one without a state."""
+def open_source(source: str | Iterable[str]) -> Iterable:
+    """The rows of a source: texts, or dictionaries with a `text`. Only those of the hub, a datasets.IterableDataset,
+    have a state; local files are read without datasets, whose types and patterns are not theirs."""
     if not isinstance(source, str):
-        return ({"text": text} for text in source)
-    file = Path(source)
-    if file.is_file() and file.suffix == ".txt":
-        try:
-            return [{"text": file.read_text(encoding="utf-8-sig")}]
-        except UnicodeDecodeError as e:
-            raise UserError(f"{file} is not UTF-8 ({e.reason} at byte {e.start}); convert it, e.g. with iconv") from e
+        return source
+    file, name = Path(source), source.lower()
+    if file.is_file():
+        return read_text(file) if name.endswith(".txt") else read_parquet(file) if name.endswith(".parquet") else (
+            read_json_rows(file))
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError(f"reading {source} needs the package datasets: pip install datasets, or give .txt") from None
-    if file.is_file():
-        kind = "parquet" if file.suffix == ".parquet" else "json"
-        return load_dataset(kind, data_files=source, split="train", streaming=True)
+        raise UserError(f"reading {source} needs the package datasets: pip install datasets, or give files") from None
     hub = split_hub_id(source)
     return load_dataset(hub["name"], hub["config"], revision=hub["revision"], split=hub["split"] or "train",
                         streaming=True)
 
 
+def read_text(file: Path) -> Iterator[str]:
+    try:
+        yield file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{file} is not UTF-8 ({e.reason} at byte {e.start}); convert it, e.g. with iconv") from e
+
+
+def read_parquet(file: Path) -> Iterator[dict]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"reading {file} needs the package pyarrow: pip install pyarrow") from None
+    with ParquetFile(file) as table:
+        names, n = table.schema_arrow.names, table.metadata.num_rows
+        if "text" not in names and n:
+            raise UserError(f"{file} needs a column `text` of strings; its columns are {', '.join(names)}")
+        for batch in table.iter_batches(100, columns=["text"]) if n else ():  # by row group; books are large
+            yield from batch.to_pylist()
+
+
+def read_json_rows(file: Path) -> Iterator:
+    """The rows of JSON lines, or of a file that is one array of them or one row in several lines."""
+    with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as lines:
+        first = True
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(BOM_UTF8).strip()
+            if not line:
+                continue
+            whole = first and (line.startswith(b"[") or line == b"{")
+            try:
+                row = json.loads(line + b"\n" + lines.read() if whole else line)
+            except ValueError as e:
+                number += getattr(e, "lineno", 1) - 1
+                raise UserError(f"{file} cannot be read: line {number} is not JSON, or only a part ({str(e)[:200]}); "
+                                "mend or remove it") from e
+            yield from row if whole and isinstance(row, list) else [row]
+            first = False
+
+
 @contextmanager
-def readable(source):
-    """Whatever datasets raises, from a missing data set to a broken file, becomes a UserError that says what to do."""
+def readable(texts: Texts):
+    """Whatever goes wrong, from a missing data set to a broken file, becomes a UserError that says where and what to
+    do."""
+    source = texts.sources[texts.source]
     try:
         yield
     except UserError:
@@ -128,11 +192,14 @@ def readable(source):
             raise
         hint = ("it should be a file or folder that is here, or a dataset on the Hugging Face hub that can be reached; "
                 "shards that are written stay, and the same command goes on from them")
-        if "scripts are no longer supported" in str(e):
+        if os.path.exists(source):
+            hint = "it may be damaged or cut short: get it again, or leave it out"
+        elif "scripts are no longer supported" in str(e):
             hint = f"datasets runs no scripts; most have a copy in parquet: --name={source}@refs/convert/parquet"
         elif "zstd" in str(e):
             hint = "its files are compressed with zstd: pip install zstandard"
-        raise UserError(f"{source} cannot be read ({type(e).__name__}: {str(e)[:200]}); {hint}") from e
+        raise UserError(f"{source} cannot be read behind row {texts.rows} ({type(e).__name__}: {str(e)[:200]}); "
+                        f"{hint}") from e
 
 
 def read_batches(texts: Texts) -> Iterator[tuple[list[str], list]]:
@@ -223,17 +290,6 @@ def shard_bytes(tokens: np.ndarray, metadata: dict[str, str]) -> bytes:
     return len(header).to_bytes(8, "little") + header + tokens.tobytes()
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that under its name there is never half of it, whatever is killed or unplugged."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f"{path.name}.tmp")
-    with open(tmp, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-
-
 def write_shards(name: str | Iterable[str], tokenizer: Tokenizer, folder, vocab_size: int,
                  shard_tokens: int = 100_000_000, max_tokens: int | None = None,
                  valid_share: float = 0.0) -> tuple[int, int]:
@@ -248,7 +304,7 @@ def write_shards(name: str | Iterable[str], tokenizer: Tokenizer, folder, vocab_
     settings = {"name": name if isinstance(name, str) else "texts", "files": describe_files(name),
                 "tokenizer": tokenizer.hash[:16], "vocab_size": vocab_size, "tokens": max_tokens,
                 "shard_tokens": shard_tokens, "valid_share": valid_share}
-    position = read_state(folder, settings, parts)
+    position = read_state(folder, settings, tokenizer.hashes, parts)
     try:
         fill_shards(Texts(name, position), tokenizer, vocab_size, settings, parts)
     except OSError as e:
@@ -308,7 +364,7 @@ def write_state(path: Path, settings: dict, position: list | None, parts: dict[s
     replace_file(path, save(held, {"state": json.dumps(state)}))
 
 
-def read_state(folder: Path, settings: dict, parts: dict[str, Shards]) -> list | None:
+def read_state(folder: Path, settings: dict, hashes: tuple[str, ...], parts: dict[str, Shards]) -> list | None:
     """The position to go on from, with `parts` as they were there; None for the start, in a folder without shards."""
     path = folder / UNFINISHED
     if not path.exists():
@@ -322,7 +378,9 @@ def read_state(folder: Path, settings: dict, parts: dict[str, Shards]) -> list |
             held = {name: f.get_tensor(name) for name in state["parts"]}
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
         raise UserError(f"{path} is damaged ({str(e)[:200]}); remove {folder} and start again") from e
-    clash = [f"{key} was {old}, is {settings[key]}" for key, old in state["settings"].items() if settings[key] != old]
+    same = {digest[:16] for digest in hashes}                # states of older versions name the tokenizer by its bytes
+    clash = [f"{key} was {old}, is {settings[key]}" for key, old in state["settings"].items()
+             if settings[key] != old and not (key == "tokenizer" and old in same)]
     if clash:
         raise UserError(f"{folder} was begun with other settings and is not finished ({'; '.join(clash)}): go on with "
                         "the same ones, or give another --out, or remove the folder")

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,12 @@ from runtime import TOKENIZER_FILES, UserError, print0
 SPLIT_PATTERN = (r"['’](?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                  r"|\s*[\r\n]|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
+# What tokenizers prepare or cut differently: case, accents, digits, spaces, scripts. Shards know them by it: it stays.
+PROBE = ("  It's THE_end's na\u00efve e\u0301clair, don\u2019t I'LL \ufb01ne \u0130stanbul \u1e9e 1 12 123 123456 3e-5"
+         "\n\n \n\u216b \u00bd \u0663\u0664 \uff26\uff55\uff4c\u3000 \u4f60\u597d\uff0c\u4e16\u754c\u3002 \u3053\u3093 "
+         "\ud55c\uad6d \u05e9\u05b8 \u0939\u093f \u0e44\u0e17 \U0001f469\u200d\U0001f467 \u2620\ufe0f\n\tif (a!=b) {c;}"
+         "   // --== \r\n  https://a.b/c?d=e&f#g x@y.org \0\a\u00a0\u200b\ufeff\u2028\ufffd ... !!! \"\u201cq\u201d\" "
+         "\u00abr\u00bb \u2014\u2013- CamelCaseABC snake_case   \n")
 
 
 class Tokenizer:
@@ -27,15 +34,15 @@ class Tokenizer:
 
     vocab_size: its largest id + 1 (a model's may be larger, padded). eos_ids: all ids that end a text, eos_id the first
     of them; bos_id: int; both None where there is none. first_id: the BOS that its template puts before every text, or
-    None. hash: SHA-256 of what decides the ids of a text; token shards carry it. hashes: also that of the files' bytes,
-    which older shards and runs carry.
+    None. file_hash: SHA-256 of the files that decide the ids, which older shards and runs carry instead of `hash`.
     """
 
     def __init__(self, fast, ranks, known: set[int], control: dict[str, int], eos: list[int], bos: list[int],
-                 hashes: tuple[str, str]):
+                 file_hash: str):
         self.fast, self.ranks = fast, ranks                  # one of the two is None
         self.known, self.control = known, control            # all ids that are tokens; {spelling: id} of control tokens
-        self.vocab_size, self.hash, self.hashes = max(known) + 1, hashes[0], hashes
+        self.vocab_size, self.file_hash = max(known) + 1, file_hash
+        self.is_control = np.isin(np.arange(self.vocab_size), list(control.values()))
         self.eos_ids, self.eos_id, self.bos_id = tuple(eos), next(iter(eos), None), next(iter(bos), None)
         # Gemma and Llama put BOS before every text, and Gemma is lost without it; Pythia and SmolLM2 do not.
         template = fast.encode("", add_special_tokens=True).ids if fast else []
@@ -57,10 +64,8 @@ class Tokenizer:
                 fast.no_padding()
                 added = fast.get_added_tokens_decoder()
                 ids = fast.get_vocab(with_added_tokens=True)
-                identity = describe_fast(fast)
-                model = identity["model"]
-                unknown = {model.get("unk_id"), ids.get(model.get("unk_token"))}  # what unknown text becomes
-                control = {token.content: i for i, token in added.items() if token.special and i not in unknown}
+                unknown = getattr(fast.model, "unk_token", "<unk>")  # of text without tokens; Unigram does not tell it
+                control = {token.content: i for i, token in added.items() if token.special and token.content != unknown}
             else:
                 import tiktoken
                 pairs = [line.split() for line in content.splitlines() if line.strip()]
@@ -71,11 +76,11 @@ class Tokenizer:
                 ranks = tiktoken.Encoding(file.name, pat_str=config["pat_str"], mergeable_ranks=merges,
                                           special_tokens=control)
                 content += (folder / "tokenizer_config.json").read_bytes()
-                ids = control | dict(zip(map(repr, merges), merges.values(), strict=True))
-                identity = [sorted((rank, token.hex()) for token, rank in merges.items()), config["pat_str"], control]
+                ids = control | merges
             if not ids:
                 raise ValueError("it has no tokens")
             eos, bos = (special_ids(folder, config, name, ids) for name in ("eos", "bos"))
+            control = control | {added[i].content: i for i in eos + bos if i in added}
         except (KeyboardInterrupt, SystemExit, ImportError):
             raise
         except BaseException as e:                           # tokenizers raises Exception, a panic in Rust even less
@@ -84,9 +89,27 @@ class Tokenizer:
         if vocab_size is not None:
             check_ids(folder, vocab_size, [*ids.values(), *eos[:1], *bos[:1]], added)
             eos = [i for i in eos if i < vocab_size]         # no model says the others
-        digests = (json.dumps(identity, sort_keys=True).encode(), content)
-        return cls(fast, ranks, set(ids.values()), control, eos, bos,
-                   tuple(hashlib.sha256(digest).hexdigest() for digest in digests))
+        return cls(fast, ranks, set(ids.values()), control, eos, bos, hashlib.sha256(content).hexdigest())
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of what each id stands for, and of how text is cut: of the ids of PROBE and of all words. It is the
+        same however the tokenizer's file is written, and token shards carry it."""
+        words = sorted(self.token_bytes().items())
+        digest = hashlib.sha256(repr(words).encode())
+        with suppress(UserError):                            # some refuse text that they have no word for
+            text = PROBE + "\n".join(word.decode("utf-8", "ignore") for _, word in words)
+            for row in self.encode_rows([text, PROBE.lstrip()]):           # some put a space before a text without
+                digest.update(row.astype(np.uint32).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def hashes(self) -> tuple[str, str]:
+        return self.hash, self.file_hash
+
+    def understands(self, other: "Tokenizer") -> bool:
+        """True if the ids of `other` stand for the same here, however either cuts text."""
+        return self.token_bytes() == other.token_bytes() and self.control.items() >= other.control.items()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The text's ids and nothing else: no BOS, no EOS. Control tokens that it spells are text, with `special` their
@@ -135,8 +158,7 @@ class Tokenizer:
         with refusals(texts[0]):
             self.fast.encode_special_tokens = True           # those that a text spells are text
             rows = [np.array(array("I", e.ids)) for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
-            control = list(self.control.values())
-            return [self.encode_spelled(text, control) if np.isin(row, control).any() else row
+            return [self.encode_spelled(text) if self.is_control[row].any() else row
                     for text, row in zip(texts, rows, strict=True)]
 
     def encode_ranks(self, text: str) -> np.ndarray:
@@ -150,35 +172,39 @@ class Tokenizer:
             words = regex.finditer(self.ranks._pat_str, text)
             return np.array([i for word in words for i in self.ranks._encode_single_piece(word[0])], np.uint32)
 
-    def encode_spelled(self, text: str, control: list[int]) -> np.ndarray:
-        """The ids of a text that spells control tokens, for models that have them among their words (Unigram,
-        WordLevel): each spelling is cut in two, and an id that is still one of them left out."""
+    def encode_spelled(self, text: str) -> np.ndarray:
+        """The ids of a text that spells control tokens, for tokenizers that have them among their words (Unigram,
+        WordLevel, or not flagged): each spelling is cut in two, and an id that is still one of them left out."""
         cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, self.control)), text)]
         parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]
         rows = [array("I", e.ids) for e in self.fast.encode_batch_fast(parts, add_special_tokens=False)]
         ids = np.concatenate(rows)
-        return ids[~np.isin(ids, control)]
+        return ids[~self.is_control[ids]]
+
+    def token_bytes(self) -> dict[int, bytes]:
+        """The bytes of text that each id stands for. Special tokens, which stand for none, are not among them."""
+        if self.ranks:
+            return {i: self.ranks.decode_single_token_bytes(i) for i in self.known - set(self.control.values())}
+        added, found = self.fast.get_added_tokens_decoder(), {}
+        to_byte = byte_of_character() if "ByteLevel" in str(self.fast.decoder) else None
+        for token, i in self.fast.get_vocab(with_added_tokens=True).items():
+            if i in added:
+                if not added[i].special:
+                    found[i] = added[i].content.encode()
+            elif to_byte:
+                found[i] = bytes(to_byte.get(c, 0) for c in token)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):     # sentencepiece's single bytes
+                found[i] = bytes.fromhex(token[3:5])
+            else:
+                found[i] = token.replace("\u2581", " ").encode()
+        return found
 
     def byte_lengths(self) -> np.ndarray:
         """How many bytes of text each id stands for, int64 (ids,): 0 for special tokens, also those beyond the rest."""
         special = (i + 1 for i in (self.eos_id, self.bos_id) if i is not None)
         lengths = np.zeros(max([self.vocab_size, *special]), np.int64)
-        if self.ranks:
-            for i in set(range(self.vocab_size)) - {self.ranks.encode_single_token(t)
-                                                    for t in self.ranks.special_tokens_set}:
-                with suppress(KeyError):                     # a number that is not used
-                    lengths[i] = len(self.ranks.decode_single_token_bytes(i))
-            return lengths
-        added, bytewise = self.fast.get_added_tokens_decoder(), "ByteLevel" in str(self.fast.decoder)
-        for token, i in self.fast.get_vocab(with_added_tokens=True).items():
-            if i in added:
-                lengths[i] = 0 if added[i].special else len(added[i].content.encode())
-            elif bytewise:                                   # a character for each byte (`byte_of_character`)
-                lengths[i] = len(token)
-            elif re.fullmatch("<0x[0-9A-F]{2}>", token):     # sentencepiece's single bytes
-                lengths[i] = 1
-            else:
-                lengths[i] = len(token.replace("\u2581", " ").encode())
+        for i, token in self.token_bytes().items():
+            lengths[i] = len(token)
         return lengths
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -255,22 +281,6 @@ def special_ids(folder: Path, config: dict, name: str, ids: dict[str, int]) -> l
     return list(dict.fromkeys(found))
 
 
-def describe_fast(fast) -> dict:
-    """What of a tokenizer.json decides the ids of a text, the same for all spellings of the file: without what is only
-    for the way back or for the next user's limits, and without settings that are off, which older files do not have."""
-    def used(value):
-        if isinstance(value, dict):
-            return {k: used(v) for k, v in value.items() if v not in (None, False, "") and k != "trim_offsets"}
-        return [used(v) for v in value] if isinstance(value, list) else value
-
-    saved = json.loads(fast.to_str())
-    model = {k: v for k, v in saved["model"].items() if k not in ("vocab", "merges")}
-    merges = [m.split(" ") if isinstance(m, str) else m for m in saved["model"].get("merges", [])]
-    added = [[t["id"], t["content"]] if t["special"] else used(t) for t in saved["added_tokens"]]
-    return {"model": used(model), "vocab": saved["model"]["vocab"], "merges": merges, "added": added,
-            "normalizer": used(saved["normalizer"]), "pre_tokenizer": used(saved["pre_tokenizer"])}
-
-
 def check_ids(folder: Path, vocab_size: int, ids: list[int], added: dict) -> None:
     """Raise UserError if some ids are not in the model's vocabulary. added: {id: AddedToken} of the added tokens."""
     beyond = {i for i in ids if i >= vocab_size}
@@ -326,6 +336,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder) -> None:
         raise UserError(f"{folder} has a tokenizer already; give a new folder")
     if vocab_size < 257:
         raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{folder} cannot be written: give a new folder in one that is there and yours")
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
@@ -344,9 +357,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder) -> None:
     config = {"tokenizer_class": "tiktoken", "pat_str": SPLIT_PATTERN,
               "special_tokens": {END_OF_TEXT: vocab_size - 1}, "eos_token": END_OF_TEXT}
     # The ranks come last: what a kill leaves without them is no tokenizer yet, and the same command writes it anew.
-    replace_file(folder / "tokenizer_config.json",
-                 (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    replace_file(folder / "tokenizer.tiktoken", b"".join(lines))
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    try:
+        replace_file(folder / "tokenizer_config.json", text.encode())
+        replace_file(folder / "tokenizer.tiktoken", b"".join(lines))
+    except OSError as e:
+        raise UserError(f"cannot write {folder} ({e.strerror or e}); set it right and train again") from e
 
 
 def replace_file(path: Path, content: bytes) -> None:

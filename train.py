@@ -50,6 +50,7 @@ from runtime import (
     peak_flops,
     peak_memory,
     print0,
+    process_age,
     script,
     start_processes,
     table,
@@ -238,7 +239,8 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
     if args.teacher:
         folder, other = find_donor(args.teacher), f"the donor {args.donor}"
         sources[args.teacher] = donor_config(folder)
-        check_vocabulary(f"--teacher={args.teacher}", folder, sources[args.teacher], other, config, tokenizer)
+        check_vocabulary(f"--teacher={args.teacher}", folder, sources[args.teacher], other, config, tokenizer,
+                         padded=True)
     for name, its in sources.items():
         if args.seq_len > its.n_ctx:
             raise UserError(f"--seq_len={args.seq_len} is longer than the {its.n_ctx} tokens that {name} was made for; "
@@ -246,7 +248,7 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
     if state:
         before = state["history"]["donor_config"]
         changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in asdict(config).items() if v != before.get(k))
-        if changed or state["history"]["tokenizer_hash"] != tokenizer.hash:
+        if changed or state["history"]["tokenizer_hash"] not in tokenizer.hashes:
             raise UserError(f"the donor {args.donor} is of another architecture or tokenizer than when the run in "
                             f"{args.out} started: {changed or 'tokenizer'}; resume with the donor it was made from")
         loops = read_config(args.out).n_loop
@@ -265,8 +267,11 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
         raise UserError(f"--exit_loss={args.exit_loss} needs an exit before the last loop, and this model has 1 loop")
 
 
-def check_vocabulary(name: str, folder, its: Config, other: str, config: Config, tokenizer: Tokenizer) -> None:
-    if its.vocab_size != config.vocab_size or Tokenizer.load(folder, its.vocab_size).hash != tokenizer.hash:
+def check_vocabulary(name: str, folder, its: Config, other: str, config: Config, tokenizer: Tokenizer,
+                     padded: bool = False) -> None:
+    """Raise UserError unless `its` tokenizer is the same, and its vocabulary as large, or padded as it likes."""
+    if ((its.vocab_size != config.vocab_size and not padded)
+            or not Tokenizer.load(folder, its.vocab_size).understands(tokenizer)):
         raise UserError(f"{name} has a vocabulary of {its.vocab_size}, {other} one of {config.vocab_size}, or another "
                         "tokenizer: their words must be the same (--donor names the donor of --ckpt)")
 
@@ -590,7 +595,7 @@ def score(loss: float, n: dict) -> list[str]:
 
 def main(argv=None) -> int:
     """Exit code: 0 if the run is done, 128 and the signal's number if one has stopped it."""
-    began, args = time.perf_counter(), parse_args(TrainConfig, argv)
+    began, args = time.perf_counter() - (process_age() if argv is None else 0.0), parse_args(TrainConfig, argv)
     procs = start_processes(args.device)
     with ExitStack() as held:
         args = replace(args, out=str(Path(args.out).absolute()))

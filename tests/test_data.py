@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -116,6 +118,115 @@ def test_ids_of_padded_embeddings_decode_to_nothing(ranks):
     assert Tokenizer.load(ranks, vocab_size=320).decode([72, 310, 73]) == Tokenizer.load(ranks).decode([72, 73])
 
 
+def test_ids_in_a_gap_decode_to_nothing(ranks, tmp_path):
+    """Ranks below 280 and the special token 299: no token has the ids between, which a model may draw all the same."""
+    copy_tokenizer(ranks, tmp_path)
+    lines = (ranks / "tokenizer.tiktoken").read_bytes().splitlines()
+    (tmp_path / "tokenizer.tiktoken").write_bytes(b"\n".join(lines[:280]))
+    tokenizer = Tokenizer.load(tmp_path, 300)
+    assert tokenizer.decode([72, 285, 298, 73, 299]) == tokenizer.decode([72, 73]) + "<|endoftext|>"
+    stream = TextStream(tokenizer)
+    assert "".join([stream.push(i) for i in (72, 285, 286, 287, 288, 289, 73)]) == tokenizer.decode([72, 73])
+    assert tokenizer.byte_lengths()[280:].sum() == 0 and len(tokenizer.byte_lengths()) == 300
+
+
+@BACKENDS
+def test_control_tokens_that_a_document_spells_are_text(kind, request):
+    tokenizer = Tokenizer.load(request.getfixturevalue(kind))
+    end = tokenizer.decode([tokenizer.eos_id])
+    text = f"a {end} b{end}"
+    for ids in (tokenizer.encode(text), tokenizer.encode_batch(["a", text])[1],
+                tokenizer.encode_documents([text], np.uint16)[0][:-1].tolist()):
+        assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == text
+    prompt = tokenizer.encode_prompt(text)
+    assert prompt.count(tokenizer.eos_id) == 2 and prompt == tokenizer.encode(text, special=True)
+    assert tokenizer.encode_prompt(text, special=False) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("model", [
+    models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -1.0) for c in "ab</s> ")], unk_id=0),
+    models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>")])
+def test_control_tokens_among_the_words_of_a_model(tmp_path, model):
+    """What these find in their vocabulary they take, whatever the added tokens are."""
+    fast = Fast(model)
+    fast.add_special_tokens(["<unk>", "</s>"])
+    if isinstance(model, models.WordLevel):
+        fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer.load(save(fast, tmp_path))
+    ids = tokenizer.encode("a </s> b")
+    assert 1 not in ids and ids[0] == tokenizer.encode("a")[0] and ids[-1] == tokenizer.encode("b")[0]
+    assert ids.count(0) == 2 * isinstance(model, models.WordLevel)             # "</" and "s>" are unknown words
+    assert isinstance(model, models.WordLevel) or tokenizer.decode(ids).replace(" ", "") == "a</s>b"
+
+
+@BACKENDS
+@pytest.mark.parametrize("text", [" " * 1_000_000, "a" * 1_000_000 + "b", "\n" * 600_000 + "x", "\t" * 700_000 + "y",
+                                  "." * 600_000], ids=["spaces", "letters", "lines", "tabs", "points"])
+def test_long_runs(kind, text, request):
+    """tiktoken's own search for words overflows its stack on some: what stands around them is encoded as ever."""
+    tokenizer = Tokenizer.load(request.getfixturevalue(kind))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    document, short = tokenizer.encode_documents([f"One. {text}\nTwo", "the"], np.uint16)
+    assert tokenizer.decode(document[:-1]) == f"One. {text}\nTwo"
+    assert short.tolist() == [*tokenizer.encode("the"), tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("text", [PLAIN, HARD, "\n\n  \n \tx  ", "12345  '’s\r\n"])
+def test_what_stands_in_for_tiktoken_gives_the_same_ids(ranks, monkeypatch, text):
+    tokenizer = Tokenizer.load(ranks)
+    expected = tokenizer.encode(text)
+
+    def panic(*_, **__):
+        raise BaseException("stack overflow")
+    monkeypatch.setattr(type(tokenizer.ranks), "encode_to_numpy", panic)
+    assert tokenizer.encode(text) == expected
+
+
+def test_a_text_that_is_refused_ends_nothing(tmp_path, capsys):
+    """A WordLevel model without a token for unknown words raises; a panic in Rust is not even an Exception."""
+    fast = Fast(models.WordLevel({"a": 0, "</s>": 1}, unk_token="none"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer.load(save(fast, tmp_path))
+    for write in range(2):
+        total, _ = data.write_shards(["a", "a strange word", "a a"], tokenizer, tmp_path / str(write), 300)
+    assert load_tokens(str(tmp_path / "1"), tokenizer, 300)[:].tolist() == [0, 1, 0, 0, 1] and total == 5
+    assert capsys.readouterr().out.count("'a strange word'") == 2
+    for special in (False, True):
+        with pytest.raises(UserError, match="refuses a text .*Missing.* 'strange'"):
+            tokenizer.encode_prompt("strange", special)
+
+
+def test_halves_of_surrogate_pairs(ranks, byte_level):
+    for tokenizer in (Tokenizer.load(ranks), Tokenizer.load(byte_level)):
+        for special in (False, True):
+            assert tokenizer.decode(tokenizer.encode_prompt("a\ud800b\udfff", special)) == "a\ufffdb\ufffd"
+    assert list(Texts(["\ud800"])) == ["\ufffd"]
+
+
+@pytest.mark.parametrize("config,generation,expected", [
+    ({"eos_token_id": 3}, {}, (3,)), ({"eos_token_id": [5, 3]}, {"eos_token_id": [3, 7]}, (5, 3, 7)),
+    ({"eos_token_id": []}, {"eos_token_id": 4}, (4,)), ({"eos_token_id": [None, 6]}, {"eos_token_id": None}, (6,)),
+    ({"eos_token_id": -1}, {}, ()), ({}, {}, ()), ({"eos_token_id": [2, 1000]}, {}, (2,))])
+def test_all_ids_that_end_a_text(byte_level, tmp_path, config, generation, expected):
+    (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = Tokenizer.load(tmp_path, 290)
+    assert tokenizer.eos_ids == expected and tokenizer.eos_id == (expected[0] if expected else None)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')     # the tokenizer's own comes first
+    tokenizer = Tokenizer.load(tmp_path, 290)
+    assert tokenizer.eos_ids == (0, *expected) and tokenizer.eos_id == 0
+
+
+@pytest.mark.parametrize("value", [True, "2", 1.5, {"a": 1}, [1, "x"]])
+def test_an_end_that_is_no_number_is_named(byte_level, tmp_path, value):
+    (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(UserError, match="eos_token_id in config.json is"):
+        Tokenizer.load(tmp_path)
+
+
 def test_training_refuses_too_little(tmp_path):
     with pytest.raises(UserError, match="gives only .* 4096 were asked for"):
         train_tokenizer(["abc abc"], 4096, tmp_path)
@@ -140,6 +251,15 @@ def test_a_tokenizer_of_another_model_is_refused(ranks, byte_level, tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": 1000}')
     with pytest.raises(UserError, match="has 1001 ids"):
         Tokenizer.load(tmp_path, vocab_size=290)
+
+
+def test_added_tokens_beyond_the_vocabulary_are_named(byte_level, tmp_path):
+    fast = Fast.from_file(str(byte_level / "tokenizer.json"))
+    fast.add_special_tokens(["<pad>"])
+    save(fast, tmp_path)
+    Tokenizer.load(tmp_path, 291)
+    with pytest.raises(UserError, match="added tokens that lie beyond the model's vocabulary of 290: '<pad>' .290."):
+        Tokenizer.load(tmp_path, 290)
 
 
 def test_missing_and_corrupt_tokenizers(ranks, tmp_path):
@@ -171,6 +291,84 @@ def test_hash_follows_the_files_that_decide_the_ids(ranks, byte_level, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pat_str": r"\w+|\W"}))
     assert Tokenizer.load(tmp_path).hash != Tokenizer.load(ranks).hash
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "x"}, indent=1))
+    lines = (ranks / "tokenizer.tiktoken").read_bytes().splitlines()
+    (tmp_path / "tokenizer.tiktoken").write_bytes(b"\r\n".join(lines[::-1]))
+    assert Tokenizer.load(tmp_path).hash == Tokenizer.load(ranks).hash
+
+
+def rewritten(file, folder, change):
+    """A tokenizer of a tokenizer.json after change(its content)."""
+    content = json.loads(file.read_text())
+    content = change(content) or content
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content, indent=1, sort_keys=True))
+    return Tokenizer.load(folder)
+
+
+def test_a_tokenizer_is_the_same_however_its_file_is_written(byte_level, tmp_path):
+    """As by other versions of the library, which leave out what is off and spell merges as one word."""
+    file = byte_level / "tokenizer.json"
+    tokenizer = Tokenizer.load(byte_level)
+
+    def older(content):
+        content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+        for key in ("byte_fallback", "ignore_merges"):
+            del content["model"][key]
+        del content["pre_tokenizer"]["use_regex"], content["truncation"]
+        content["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+
+    assert rewritten(file, tmp_path / "a", older).hash == tokenizer.hash
+    assert rewritten(file, tmp_path / "b", lambda c: None).hash == tokenizer.hash
+    others = {"lower": lambda c: c | {"normalizer": {"type": "Lowercase"}}, "nfc": lambda c: c | {
+                  "normalizer": {"type": "NFC"}}, "nfkc": lambda c: c | {"normalizer": {"type": "NFKC"}},
+              "space": lambda c: c["pre_tokenizer"].update(add_prefix_space=True),
+              "cut": lambda c: c | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                  {"type": "Split", "pattern": {"Regex": "e"}, "behavior": "Isolated", "invert": False},
+                  c["pre_tokenizer"]]}},
+              "merges": lambda c: c["model"]["merges"].reverse(),
+              "swapped": lambda c: c["model"]["vocab"].update(a=c["model"]["vocab"]["b"], b=c["model"]["vocab"]["a"])}
+    for name, change in others.items():
+        other = rewritten(file, tmp_path / name, change)
+        assert other.hash != tokenizer.hash, name
+        assert other.understands(tokenizer) == (name != "swapped")
+    more = Fast.from_file(str(file))
+    more.add_special_tokens(["<|user|>"])                    # a chat model of the same family
+    (tmp_path / "chat").mkdir()
+    chat = Tokenizer.load(save(more, tmp_path / "chat"))
+    assert chat.understands(tokenizer) and not tokenizer.understands(chat) and chat.hash == tokenizer.hash
+
+
+def test_a_tokenizer_that_transformers_saved_again(byte_level, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.PreTrainedTokenizerFast(tokenizer_file=str(byte_level / "tokenizer.json")).save_pretrained(tmp_path)
+    again, tokenizer = Tokenizer.load(tmp_path), Tokenizer.load(byte_level)
+    assert again.file_hash != tokenizer.file_hash and again.hash == tokenizer.hash
+
+
+def test_shards_of_older_versions_name_the_bytes_of_the_tokenizer(ranks, byte_level, tmp_path):
+    import hashlib
+    for folder, names in ((ranks, ("tokenizer.tiktoken", "tokenizer_config.json")), (byte_level, ("tokenizer.json",))):
+        old = hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+        tokenizer, out = Tokenizer.load(folder), tmp_path / folder.name
+        data.write_shards(["one"], tokenizer, out, 300)
+        shard = out / "00000.safetensors"
+        shard.write_bytes(shard.read_bytes().replace(tokenizer.hash.encode(), old.encode()))
+        assert load_tokens(str(out), tokenizer, 300)[:-1].tolist() == tokenizer.encode("one")
+
+
+def test_what_belongs_to_a_tokenizer_travels_with_it(byte_level, tmp_path):
+    source = tmp_path / "source"
+    names = ["chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt",
+             "special_tokens_map.json", "additional_chat_templates/tool.jinja"]
+    (source / "additional_chat_templates").mkdir(parents=True)
+    copy_tokenizer(byte_level, source)
+    for name in names:
+        (source / name).write_text(name)
+    (tmp_path / "out").mkdir()
+    for _ in range(2):
+        copy_tokenizer(source, tmp_path / "out")
+    assert all((tmp_path / "out" / name).read_text() == name for name in names)
 
 
 @BACKENDS
@@ -253,11 +451,139 @@ def test_texts_that_cannot_be_read(tmp_path):
             list(Texts(missing))
 
 
-def test_json_without_the_datasets_package(tmp_path, monkeypatch):
+def test_only_the_hub_needs_the_datasets_package(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
     monkeypatch.setitem(sys.modules, "datasets", None)
+    assert list(Texts(str(tmp_path / "a.jsonl"))) == ["x"]
     with pytest.raises(UserError, match="needs the package datasets: pip install"):
+        list(Texts("owner/name"))
+
+
+@pytest.mark.parametrize("name", ["part[1].jsonl", "x*.jsonl", "a,b.jsonl", "a#b.jsonl", "a:b@c.jsonl", "A.JSONL",
+                                  "**.parquet", "[a].txt", "{a,b}.jsonl", "zip::a.jsonl", "hf:a.jsonl", "~a.jsonl"])
+def test_names_are_literal(tmp_path, monkeypatch, name):
+    """Another file matches the name as a pattern; what is read is the one of that name, alone or in its folder."""
+    write = {"jsonl": lambda path, text: path.write_text(json.dumps({"text": text})), "parquet": write_parquet,
+             "txt": lambda path, text: path.write_text(text)}[name.lower().rpartition(".")[-1]]
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run [2], a"
+    folder.mkdir()
+    write(folder / name, "this one")
+    write(folder / re.sub(r"[\[\]*{}]", "", f"part1{name}"), "the other")
+    (tmp_path / "b.txt").write_text("b")
+    assert list(Texts(str(folder / name))) == ["this one"]
+    assert list(Texts(f"b.txt,{folder / name},b.txt")) == ["b", "this one", "b"]
+    assert sorted(Texts(f"b.txt,{folder}")) == ["b", "the other", "this one"]
+    monkeypatch.chdir(folder)
+    assert list(Texts(name)) == ["this one"]
+
+
+def test_load_tokens_of_names_with_commas(ranks, tmp_path):
+    tokenizer, folder = Tokenizer.load(ranks), tmp_path / "a,b"
+    data.write_shards(["one"], tokenizer, folder, 300)
+    (tmp_path / "c,d.txt").write_text("two")
+    tokens = load_tokens(f"{folder},{tmp_path / 'c,d.txt'}", tokenizer, 300)
+    assert tokens[:].tolist() == [*tokenizer.encode("one"), 299, *tokenizer.encode("two")]
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in(ranks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("here")
+    for name in ("", "a.txt,", ",a.txt"):
+        with pytest.raises(UserError, match="empty name"):
+            list(Texts(name))
+        with pytest.raises(UserError, match="empty name"):
+            load_tokens(name, Tokenizer.load(ranks), 300)
+
+
+def write_parquet(path, *texts, **columns):
+    from pyarrow import parquet, table
+    parquet.write_table(table({"text": list(texts)} | columns), path, row_group_size=2)
+
+
+def test_other_columns_do_not_matter(tmp_path):
+    """A column beside that is null, a number, a string, an object, or new in the midst of the file."""
+    meta = [None, 1, "a", {"b": [1, "c"]}, [], 2.5, True]
+    rows = [{"text": str(i), "meta": m} | {f"new{i}": i} for i, m in enumerate(meta)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert list(Texts(str(tmp_path / "a.jsonl"))) == list("0123456")
+    write_parquet(tmp_path / "b.parquet", *"abc", n=[1, None, 3], date=["2020-01-01"] * 3)
+    assert list(Texts(str(tmp_path / "b.parquet"))) == list("abc")
+
+
+@pytest.mark.parametrize("line,text", [
+    ('{"text": "2020-01-01"}', "2020-01-01"), ('{"text": "12"}', "12"), ('{"text": "true"}', "true"),
+    ('\ufeff{"text": "a"}', "a"), ('{"text": "a"}\r', "a"), ('\n \n{"text": "a"}\n\n', "a"),
+    ('{"text": "a", "n": NaN, "m": -Infinity}', "a"), ('{"text": "a", "n": 123456789012345678901234567890}', "a"),
+    ('{"text": "b", "text": "a"}', "a"), (r'{"text": "\ud800a\udc00"}', "\ufffda\ufffd"),
+    (r'{"text": "\ud83d\ude00"}', "\U0001f600"), (r'{"text": "\"a\" \\ \u0000\n\u2028"}', '"a" \\ \0\n\u2028'),
+    ('{"text": "a\u2028b\x85c"}', "a\u2028b\x85c"), ('{\n  "text": "a"\n}', "a"), ('[{"text": "a"}]', "a"),
+    ('[\n{"text": "a"}\n]', "a"), ('\ufeff[{"text": "a"}]\n', "a"), ('["a"]', "a")])
+def test_json_as_it_comes(ranks, tmp_path, line, text):
+    for name, write in (("a.jsonl", lambda p, b: p.write_bytes(b)), ("a.json", lambda p, b: p.write_bytes(b)),
+                        ("a.jsonl.gz", lambda p, b: p.write_bytes(gzip.compress(b)))):
+        write(tmp_path / name, line.encode())
+        assert list(Texts(str(tmp_path / name))) == [text]
+    tokenizer = Tokenizer.load(ranks)
+    data.write_shards(str(tmp_path), tokenizer, tmp_path / "out", 300, valid_share=1e-9)
+    assert tokenizer.decode(load_tokens(str(tmp_path / "out"), tokenizer, 300)[:]) == (text + "<|endoftext|>") * 3
+
+
+@pytest.mark.parametrize("rows,expected", [([], []), ([None], []), ([None, "a", None, "b", None], ["a", "b"])])
+def test_empty_files_and_rows_without_a_text(tmp_path, capsys, rows, expected):
+    import pyarrow
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (tmp_path / "b.json").write_text(json.dumps([{"text": row} for row in rows]))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    write_parquet(tmp_path / "d.parquet", *rows)
+    kinds = (pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))
+    for i, kind in enumerate(kinds):
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(rows, kind)}), tmp_path / f"e{i}.parquet")
+    (tmp_path / "f.jsonl.gz").write_bytes(b"")
+    (tmp_path / "z.jsonl").write_text('{"id": 1}\n{"text": "last"}\n{}\n')
+    capsys.readouterr()
+    assert list(Texts(str(tmp_path))) == [*expected * 6, "last"]
+    said = capsys.readouterr().out
+    assert said.count(f"{rows.count(None)} rows without a text") == 6 * (None in rows)
+    assert said.count("z.jsonl: 2 rows without a text") == 1
+
+
+@pytest.mark.parametrize("name,content,where", [
+    ("a.jsonl", b'{"text": "a"}\n\n{"text": "b', "line 3 is not JSON"), ("a.json", b'[{"text": "a"},\n\n', "line 3"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2"), ("a.jsonl", b'{"text": "a"}{"text": "b"}', "line 1"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": ["b"]}\n', "row 2 it is a list"), ("a.jsonl", b'{"text": "a"}\n7', "row 2"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9], "read behind row"),
+    ("a.jsonl.gz", b'{"text": "a"}\n', "behind row 0 .BadGzipFile"), ("a.parquet", b"PAR1", "behind row 0"),
+    ("a.jsonl", "\ufeff{}".encode("utf-16"), "line 1")])
+def test_damaged_files_are_named_with_the_place(tmp_path, name, content, where):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}.*{where}"):
+        list(Texts(str(tmp_path / name)))
+
+
+def test_a_text_of_another_type_in_parquet(tmp_path):
+    for texts, kind in ([1, 2], "int"), ([b"a"], "bytes"), ([{"a": 1}], "dict"):
+        write_parquet(tmp_path / "a.parquet", *texts)
+        with pytest.raises(UserError, match=f"a.parquet.* in row 1 it is a {kind}"):
+            list(Texts(str(tmp_path / "a.parquet")))
+
+
+def test_a_column_that_no_row_has(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n' * 3)
+    with pytest.raises(UserError, match="its columns are content"):
         list(Texts(str(tmp_path / "a.jsonl")))
+
+
+def test_local_files_need_no_cache(ranks, tmp_path):
+    """HF_HOME may lie where nobody can write, even where root can."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    write_parquet(tmp_path / "b.parquet", "b")
+    p = subprocess.run([sys.executable, "data.py", f"--name={tmp_path / 'a.jsonl'},{tmp_path / 'b.parquet'}",
+                        f"--tokenizer={ranks}", f"--out={tmp_path / 'out'}"],
+                       cwd=Path(data.__file__).parent, capture_output=True, text=True,
+                       env=os.environ | {"HF_HOME": str(tmp_path / "file")})
+    assert p.returncode == 0, p.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,9 +625,13 @@ def test_max_tokens(ranks, tmp_path, limit, monkeypatch):
 def test_shards_of_another_tokenizer_are_refused(ranks, byte_level, tmp_path):
     tokenizer = Tokenizer.load(ranks)
     data.write_shards([PLAIN], tokenizer, tmp_path, 300)
-    for other, vocab_size in ((Tokenizer.load(byte_level), 300), (tokenizer, 320)):
+    for other, vocab_size in ((Tokenizer.load(byte_level), 300), (tokenizer, 299)):
         with pytest.raises(UserError, match="made with another tokenizer"):
             load_tokens(str(tmp_path), other, vocab_size)
+    tokens = load_tokens(str(tmp_path), tokenizer, 300)[:].tolist()
+    assert load_tokens(str(tmp_path), tokenizer, 320)[:].tolist() == tokens      # a model that is padded further
+    data.write_shards([PLAIN], tokenizer, tmp_path / "padded", 320)
+    assert load_tokens(str(tmp_path / "padded"), tokenizer, 300)[:].tolist() == tokens
     with pytest.raises(UserError, match="already holds"):
         data.write_shards([PLAIN], tokenizer, tmp_path, 300)
 
@@ -534,6 +864,40 @@ def test_several_sources_go_on_in_the_middle(tmp_path):
     assert n == 6 and list(Texts(name, texts.position())) == []
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet"])
+def test_what_an_older_version_began_goes_on(ranks, tmp_path, documents, monkeypatch, kind):
+    """It read local files with datasets, whose state counts the same rows, and knew the tokenizer by its bytes."""
+    tokenizer, name = Tokenizer.load(ranks), str(tmp_path / f"a.{kind}")
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in documents)
+    if kind == "parquet":
+        write_parquet(name, *documents)
+    else:
+        content = json.dumps([{"text": t} for t in documents]) if kind == "json" else lines
+        Path(name).write_bytes(gzip.compress(content.encode()) if kind == "jsonl.gz" else content.encode())
+    data.write_shards(name, tokenizer, tmp_path / "whole", 300, **SETTINGS)
+    stop_early(monkeypatch, name, tokenizer, tmp_path / "out", 300, commits=5, **SETTINGS)
+    path = tmp_path / "out" / shards.UNFINISHED
+    with shards.safe_open(path, framework="numpy") as f:
+        state, held = json.loads(f.metadata()["state"]), {name: f.get_tensor(name) for name in ("train", "valid")}
+    assert 0 < state["position"][1] < len(documents)
+    state["position"][2] = {"examples_iterable": {"shard_idx": 0, "type": "ArrowExamplesIterable"}, "epoch": 0}
+    state["settings"]["tokenizer"] = tokenizer.file_hash[:16]
+    path.write_bytes(shards.save(held, {"state": json.dumps(state)}))
+    data.write_shards(name, tokenizer, tmp_path / "out", 300, **SETTINGS)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_rows_without_a_text_are_counted_when_work_goes_on(tmp_path):
+    rows = [None, "a", None, None, "b", None, "c", None]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) + "\n" for row in rows))
+    write_parquet(tmp_path / "b.parquet", *rows)
+    for name in (tmp_path / "a.jsonl", tmp_path / "b.parquet"):
+        texts, expected = Texts(str(name)), ["a", "b", "c"]
+        for n, _ in enumerate(texts, 1):
+            assert list(Texts(str(name), texts.position())) == expected[n:]
+        assert n == 3
+
+
 def test_what_was_begun_goes_on_only_as_it_was(ranks, byte_level, tmp_path, documents, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
     tokenizer, name, out = Tokenizer.load(ranks), str(tmp_path / "a.jsonl"), tmp_path / "out"
@@ -740,6 +1104,14 @@ def test_stream_goes_on_from_a_prompt(metaspace):
     assert "".join(stream.push(i) for i in ids[1:]) == " the"
 
 
+@pytest.mark.parametrize("prompt", [[], [2], [1], [1, 2]])
+def test_a_new_text_begins_as_the_decoder_begins_one(metaspace, prompt):
+    """Behind nothing but control tokens the first word's space is stripped, as it is of the whole text."""
+    tokenizer = Tokenizer.load(metaspace)
+    stream = TextStream(tokenizer, prompt)
+    assert "".join(stream.push(i) for i in tokenizer.encode("a the")) + stream.flush() == "a the"
+
+
 @pytest.mark.parametrize("flag", ["--tokens=0", "--shard_tokens=0", "--valid_share=-0.1", "--valid_share=1"])
 def test_counts_and_shares_out_of_range_are_refused(flag):
     with pytest.raises(UserError, match=f"{flag.rstrip('0')}.* must be at least"):
@@ -758,6 +1130,51 @@ def test_counts_may_be_written_short(capsys):
 def test_a_tokenizer_is_never_replaced(ranks):
     with pytest.raises(UserError, match="has a tokenizer already"):
         train_tokenizer([PLAIN], 300, ranks)
+
+
+def test_a_tokenizer_trained_in_another_locale(tmp_path):
+    (tmp_path / "a.txt").write_text(PLAIN + "naïve ’ 你", encoding="utf-8")
+    train_tokenizer(Texts(str(tmp_path / "a.txt")), 300, tmp_path / "here")
+    subprocess.run([sys.executable, "data.py", f"--name={tmp_path / 'a.txt'}", "--train_tokenizer=300",
+                    f"--out={tmp_path / 'there'}"], cwd=Path(data.__file__).parent, check=True,
+                   env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert files(tmp_path / "there") == files(tmp_path / "here")
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_half_a_tokenizer_bars_no_way(ranks, tmp_path, monkeypatch, call, at):
+    real, calls = getattr(shards.os, call), []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == at:
+            raise OSError("disk full")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.os, call, fail)
+        with pytest.raises(UserError, match="cannot write .*disk full"):
+            train_tokenizer([PLAIN, "?👩?😀?🚀" * 20], 300, tmp_path)
+    with pytest.raises(UserError, match="no tokenizer in"):
+        Tokenizer.load(tmp_path)
+    train_tokenizer([PLAIN, "?👩?😀?🚀" * 20], 300, tmp_path)
+    assert files(tmp_path) == files(ranks)
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UserError, match="cannot be written"):
+            train_tokenizer(interrupted([], 0), 300, out)
+
+
+@pytest.mark.parametrize("flag", ["--tokens=9", "--valid_share=0.1", "--shard_tokens=9", "--tokenizer=x",
+                                  "--vocab_size=9"])
+def test_settings_of_shards_are_refused_where_a_tokenizer_is_trained(tmp_path, flag):
+    with pytest.raises(UserError, match=f"{flag.partition('=')[0]}.* --train_tokenizer writes none"):
+        data.main(["--train_tokenizer=300", f"--out={tmp_path / 'out'}", flag])
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_reads_no_hub_dataset_into_memory(ranks):

@@ -164,6 +164,21 @@ def test_lengths_that_do_not_fit_are_refused():
 # ---------------------------------------------------------------------------------------------------------------------
 # Where gradients go, and in which precision
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [V + 5, V - 4])
+def test_a_teacher_whose_vocabulary_is_padded_differently(kind, rows):
+    """The divergence is over the ids that both have: further ones of the teacher are left out of its softmax, and what
+    only the student has is never predicted by it."""
+    given, (hidden, head) = draw(2)
+    head = torch.cat([head, torch.randn(5, C + 3, dtype=head.dtype)])[:rows]
+    t = F.log_softmax(hidden @ head[:V].t(), -1)
+    t = F.pad(t, (0, V - t.shape[-1]), value=-100.0)
+    want, _ = written_out(*given, teacher=(t, torch.eye(V, dtype=t.dtype)), kind=kind)
+    loss, _ = chunked_loss(*given, teacher=(hidden, head), kind=kind, chunk=5)
+    exactly(loss, want)
+    exactly(gradients(loss, *given[:2]), gradients(want, *given[:2]))
+
+
 def test_a_teacher_gets_no_gradient():
     given, teacher = draw()
     teacher = [x.requires_grad_() for x in teacher]

@@ -2,11 +2,13 @@
 
 import errno
 import inspect
+import io
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ import data
 import evaluate
 import harness
 import runtime
+import sample
 import train
 from runtime import (
     UserError,
@@ -39,6 +42,7 @@ from runtime import (
     settled,
     start_processes,
     table,
+    use_colour,
 )
 
 ROOT = Path(runtime.__file__).parent
@@ -59,6 +63,12 @@ class Settings:
     plain: int = 3
 
 
+def other_process(code: str, *args, **options) -> subprocess.Popen:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen([sys.executable, "-c", f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n{code}",
+                             *map(str, args)], **options)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -76,6 +86,22 @@ def test_flags_fill_the_dataclass(argv, expected):
     assert all(type(getattr(settings, k)) is type(v) for k, v in expected.items())
 
 
+def test_a_home_folder_is_found_in_every_path_but_not_in_a_prompt(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["--name=~/a,b,~/c", "--place=~"]
+    assert parse_args(Settings, given) == Settings(name="/home/me/a,b,/home/me/c", place="/home/me")
+    assert parse_args(Settings, ["--name=a~b/~"]).name == "a~b/~"
+    assert parse_args(sample.SampleConfig, ["--prompt=~/a", "--ckpt=~/a"]).prompt == "~/a"
+
+
+@pytest.mark.parametrize("seed", ["-1", "9223372036854775808", "1e30"])
+def test_seeds_are_what_every_generator_takes(seed):
+    for settings in (train.TrainConfig, convert.ConvertConfig, sample.SampleConfig):
+        assert parse_args(settings, ["--seed=9223372036854775807"]).seed == 2**63 - 1
+        with pytest.raises(UserError, match=rf"--seed={int(float(seed))} must not be negative, and less than 2\*\*63"):
+            parse_args(settings, [f"--seed={seed}"])
+
+
 def test_flags_come_before_given_defaults_and_these_before_the_classes():
     before = Settings(size=5, fill=True, limit=3)
     assert parse_args(Settings, ["--size=6", "--fill=False"], defaults=before) == Settings(size=6, limit=3)
@@ -85,7 +111,9 @@ def test_flags_come_before_given_defaults_and_these_before_the_classes():
 @pytest.mark.parametrize("argv, says", [
     (["--kind=oval"], "choose from 'round', 'square'"), (["--size=1.5"], "invalid int value: '1.5'"),
     (["--fill=yes"], "expected True or False, got 'yes'"), (["--siz=1"], "unrecognized arguments: --siz=1"),
-    (["--limit=None"], "invalid int value"), (["stray"], "unrecognized arguments: stray")])
+    (["--limit=None"], "invalid int value"), (["--limit="], "invalid int value"),
+    (["--share= "], "invalid float value"), (["--name="], "expected a value, got an empty one"), (["--place= "], "expected a value, got an empty one"),
+    (["stray"], "unrecognized arguments: stray")])
 def test_a_wrong_flag_exits_with_2_and_says_what_is_allowed(capsys, argv, says):
     with pytest.raises(SystemExit) as e:
         parse_args(Settings, argv)
@@ -130,6 +158,113 @@ def test_a_script_ends_with_one_line_and_a_code(capsys, error, code, says):
     with pytest.raises(SystemExit) as e:
         script(main)
     assert e.value.code == code and capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize("code", [None, 0, 143])
+def test_a_script_exits_with_what_its_main_returns(code):
+    with pytest.raises(SystemExit) as e:
+        script(lambda: code)
+    assert e.value.code == (code or 0)
+
+
+SCRIPT = "from runtime import print0, script\ndef main():\n    {}\n    open(sys.argv[1], 'w').close()\nscript(main)"
+
+
+@pytest.mark.parametrize("work, code, done", [
+    ("for i in range(20000): print0(i)", 141, True),                   # reports: the work goes on
+    ("for i in range(20000): print(i)", 141, False),                   # the work itself
+    ("for i in range(20000): print0(i)\n    open(sys.argv[1], 'w').close(); return 0", 0, True),
+    ("print0(1); raise SystemExit(3)", 3, False)])
+def test_a_reader_that_leaves_ends_nothing_with_a_traceback(tmp_path, work, code, done):
+    process = other_process(SCRIPT.format(work), tmp_path / "done")
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", code)
+    assert (tmp_path / "done").exists() == done
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk to write to")
+@pytest.mark.parametrize("word, done", [("print0", True), ("print", False)])
+def test_a_full_disk_behind_the_output_is_said(tmp_path, word, done):
+    with open("/dev/full", "w") as f:
+        process = other_process(SCRIPT.format(f"for i in range(20000): {word}(i)"), tmp_path / "done", stdout=f)
+        error = process.stderr.read()
+    assert process.wait() == 2 and error == "error: cannot write to standard output (No space left on device)\n"
+    assert (tmp_path / "done").exists() == done
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_encoding_that_lacks_a_character_ends_nothing(tmp_path, encoding):
+    work = "print('\\u0100', '\\udc80'); print('\\u0100', file=sys.stderr)"
+    process = other_process(SCRIPT.format(work), tmp_path / "done", env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert process.communicate() == ("? ?\n", "?\n") and process.returncode == 0 and (tmp_path / "done").exists()
+
+
+def test_an_error_that_is_not_of_the_output_keeps_its_traceback():
+    with pytest.raises(FileNotFoundError):
+        script(lambda: Path("/nowhere/at all").read_text())
+
+
+def test_colours_are_for_terminals_that_show_them(monkeypatch):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return True
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert use_colour(Stream()) and not use_colour(io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not use_colour(Stream())
+    monkeypatch.setenv("NO_COLOR", "")                                 # as if it were not set: no-color.org
+    assert use_colour(Stream())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not use_colour(Stream())
+
+
+def test_where_results_go_is_tried_at_once(tmp_path, monkeypatch):
+    check = runtime.check_writable
+    (tmp_path / "there").write_text("lines")
+    os.mkfifo(tmp_path / "pipe")
+    for fine in (None, tmp_path / "new", tmp_path / "there", "/dev/null", tmp_path / "pipe"):
+        check("save", fine and str(fine))
+    assert names(tmp_path) == {"there", "pipe"} and (tmp_path / "there").read_text() == "lines"
+    for wrong in (tmp_path, tmp_path / "no" / "folder", tmp_path / "there" / "file", tmp_path / ("n" * 300)):
+        with pytest.raises(UserError, match="--save=.*cannot be written.*give a file in a folder that is there"):
+            check("save", str(wrong))
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr("builtins.open", read_only)                    # root may do all, but not this
+    with pytest.raises(UserError, match="Read-only file system"):
+        check("save", str(tmp_path / "new"))
+
+
+def test_processes_that_cannot_meet_are_told_so(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="the 2 processes cannot meet .*torchrun.*MASTER_PORT"):
+            start_processes("cpu")
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(UserError, match="cannot meet"):
+        start_processes("cpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_is_asked_for_by_a_signal_and_given_back(number):
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with runtime.StopFlag() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.agreed(runtime.Processes(0, 1, torch.device("cpu"))) == number
+        assert signal.signal(number, signal.SIG_IGN) == signal.SIG_DFL
+        with runtime.StopFlag() as stop:                               # as nohup wants it
+            os.kill(os.getpid(), number)
+            assert stop.agreed(runtime.Processes(0, 1, torch.device("cpu"))) == 0
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_bug_of_ours_keeps_its_traceback():
@@ -397,11 +532,6 @@ def test_a_kill_at_any_line_of_replacing_leaves_one_whole_version(tmp_path, monk
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One owner
-
-def other_process(code: str, *args, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n{code}",
-                             *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
 
 def test_a_folder_has_one_owner_until_its_process_ends_however_it_does(tmp_path):
     write(tmp_path / "out", 1)
