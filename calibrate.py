@@ -1,59 +1,64 @@
-"""Calibrated conversion: a recursive model whose maps are fitted to what really runs through them.
+"""Calibrated conversion: fit the recursive model to the activations and gradients of its donor. Ours, not the paper's.
 
-The paper converts from weights alone, as if all directions of a map's input mattered alike, and all of its outputs.
-Here the donor first reads some text, forward and backward, and each map is fitted to what entered it, x, and to how
-much the loss felt of what it put out, g = d loss / d (W x). This is ours, not the paper's. W_l are the donor's weights
-at the depths l that share one stored map W', A_l and B_l the LoRA of that loop. C_l = E[x x^T] E[|g|^2] are the second
-moments of what enters there (plus a ridge), times how much it matters there; and D is diagonal: the mean squares of g
-over all these depths, as shares. To second order, and with the moments of x and of each g taken apart (K-FAC, Martens
-and Grosse 2015, but for D's diagonal: all of E[g g^T] was no better), the loss rises by half of
+The paper converts from weights alone, as if every direction of a layer's input mattered alike, and every output. Here
+the donor first reads some text, forward and backward, and each linear layer is fitted to its inputs x and to the
+gradients g = d loss / d(Wx) of its outputs. For the depths l that share one stored layer:
 
-    E = sum_l tr D (W_l - W' - B_l A_l) C_l (W_l - W' - B_l A_l)^T                                                 (1)
+    W_l        the donor's weight; W' the shared one; A_l, B_l the LoRA of that loop
+    C_l        E[x xᵀ] E[|g|²] plus a ridge: second moments of the input, times how much they matter to the loss
+    D          diagonal: the mean of g² per output over these depths, as shares
 
-and it is lowered by turns, each an exact minimum (but that (3), after its first time, goes only a step or two):
+To second order, and with the moments of x and g taken apart (K-FAC, Martens and Grosse 2015, with only the diagonal of
+E[g gᵀ]: all of it was no better), the loss rises by half of
 
-    weighted tying   W' = (sum_l W_l C_l) (sum_l C_l)^-1                              no LoRA yet                  (2)
-    weighted SVD     B_l A_l = D^(-1/2) [D^(1/2) (W_l - W') C_l^(1/2)]_R C_l^(-1/2),  []_R: the SVD cut at rank R  (3)
-    tying again      W' = (sum_l W_l P_l) (sum_l P_l)^-1,  P_l = C_l - C_l A_l^T (A_l C_l A_l^T)^-1 A_l C_l        (4)
-                     and with it B_l = (W_l - W') C_l A_l^T (A_l C_l A_l^T)^-1
+    E = Σ_l tr D (W_l - W' - B_l A_l) C_l (W_l - W' - B_l A_l)ᵀ                                                   (C1)
 
-(4) is the best W' and B together, given A: P_l is what of the input the LoRA cannot see, so W' serves a loop only where
-that loop cannot serve itself. (3) and (4) alternate until little more is won. With all C_l = D = I, (2) is Average and
-(3) the SVD of Eq. 4. The code keeps A with A C A^T = I, and then B = (W_l - W') C_l A_l^T in (3) too.
+which is lowered by turns. Each step is an exact minimum, but that (C3), after its first time, takes only two steps of
+subspace iteration:
 
-Norm weights are first absorbed into the maps that follow them, else tying them alone costs more than all the rest. A
-bias is one more column of W, over an input that is always 1 and that no LoRA sees. What is stored in the end does the
-same in other scales: the shared norms multiply by what the donor's do on average, and B and A have half of S each. It
-is what lets a good start survive AdamW, whose steps are of one size for all weights.
+    weighted tying   W' = (Σ W_l C_l) (Σ C_l)⁻¹                                       without LoRA                 (C2)
+    weighted SVD     B_l A_l = D^(-1/2) [D^(1/2) (W_l - W') C_l^(1/2)]_R C_l^(-1/2)   []_R: the SVD cut at rank R  (C3)
+    tying again      W' = (Σ W_l P_l) (Σ P_l)⁻¹,  P_l = C_l - C_l A_lᵀ (A_l C_l A_lᵀ)⁻¹ A_l C_l                   (C4)
+                     and with it B_l = (W_l - W') C_l A_lᵀ (A_l C_l A_lᵀ)⁻¹
+
+(C4) is the best W' and B together, given A: P_l is the part of the input that the LoRA does not read, so W' serves a
+loop only where that loop's LoRA cannot. (C3) and (C4) alternate until little more is gained. With all C_l = D = I, (C2)
+is Average and (C3) is the SVD of Eq. 4. The code keeps A C Aᵀ = I, so that B = (W_l - W') C_l A_lᵀ in (C3) too.
+
+Norm scales are first absorbed into the linear layers that follow; tying them alone would cost more than everything
+else. A bias is one more column of W, over an input that is always 1 and that no LoRA reads. What is stored computes
+the same on other scales: the shared norms keep the donors' mean scale, and B and A have half of S each. AdamW takes
+steps of one size for all weights, so without this a good start would not survive uptraining.
 """
 
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from statistics import mean
+from statistics import mean as average
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Tokens, batch, count_windows
+from hf import refuse_looped
 from losses import IGNORE, chunked_loss
-from model import Config, Layer, LayerNorm, RecursiveTransformer, RelaxedLinear, RMSNorm, rope_angles, upcast
+from model import Config, Layer, LayerNorm, RecursiveTransformer, RelaxedLinear, RMSNorm, cast, rope_angles, upcast
 from runtime import UserError, print0, progress, table
 
-# The maps that read the same input, by the one whose input is watched.
-READERS = {"attn.q": ("attn.q", "attn.k", "attn.v"), "attn.o": ("attn.o",), "mlp.up": ("mlp.gate", "mlp.up"),
-           "mlp.down": ("mlp.down",)}
-WIDEST, SKETCH = 8192, 2048  # inputs wider than the first are kept as a sketch of so many rows, not as width x width
+# The linear layers that share an input, by the one whose input is recorded.
+SHARED_INPUT = {"attn.q": ("attn.q", "attn.k", "attn.v"), "attn.o": ("attn.o",), "mlp.up": ("mlp.gate", "mlp.up"),
+                "mlp.down": ("mlp.down",)}
+WIDEST, SKETCH = 8192, 2048  # inputs wider than WIDEST are kept as a sketch of SKETCH rows instead of width x width
 
 
 @dataclass
-class Moments:
-    """What ran through a donor, per token. Summed in fp64 (sketches, few tokens to a row, in fp32 or wider); second
-    moments are kept in the dtype of what they are of."""
-    # "layers.3.attn.q" -> E[x x^T] (in, in), E[x] (in,); of wide inputs a sketch S (rows, in + 1), with S^T S for the
-    # first of x and a 1 beside it
+class ActivationStats:
+    """Means over the calibration tokens, summed in fp64 (sketches, with few tokens per row, in fp32 or wider) and kept
+    in the dtype of the activations."""
+    # "layers.3.attn.q" -> E[x xᵀ] (in, in), E[x] (in,); for wide inputs a sketch S (rows, in + 1) with SᵀS for the
+    # first, of x with a 1 beside it
     inputs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # "layers.3.attn.k" -> E[g^2] (out,)
+    # "layers.3.attn.k" -> E[g²] (out,)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -64,192 +69,235 @@ def is_gemma(norm: Norm) -> bool:
     return isinstance(norm, RMSNorm) and norm.gemma
 
 
-def gain(norm: Norm) -> Tensor:
-    """What a norm multiplies by, in fp32 or wider."""
+def norm_scale(norm: Norm) -> Tensor:
+    """The scale that a norm multiplies by, in fp32 or wider."""
     return upcast(norm.weight.detach()) + (1.0 if is_gemma(norm) else 0.0)
 
 
-def set_gain(norm: Norm, gains: Tensor | float) -> None:
-    """Have a norm multiply by this, and add nothing."""
-    norm.weight[:] = gains - (1.0 if is_gemma(norm) else 0.0)
+def set_norm_scale(norm: Norm, scale: Tensor | float) -> None:
+    """Make a norm multiply by `scale` and add nothing."""
+    norm.weight[:] = scale - (1.0 if is_gemma(norm) else 0.0)
     if norm.bias is not None:
         norm.bias.zero_()
 
 
-@torch.no_grad()
-def absorb(layer: Layer) -> Layer:
-    """The same function, in fp32 or wider, with norm weights one and norm biases zero: the maps that follow have them.
+def linears(layer: Layer, names: tuple[str, ...]) -> list[tuple[str, RelaxedLinear]]:
+    """(name, linear layer) for those of the names that this family has (GPT-NeoX has no gate)."""
+    return [(name, layer.get_submodule(name)) for name in names if name != "mlp.gate" or layer.mlp.gate is not None]
 
-    A map that reads a norm with bias needs a bias of its own, so GPT-NeoX gets biases in attention if it had none.
-    """
+
+@torch.no_grad()
+def absorb_norms(layer: Layer) -> Layer:
+    """A copy that computes the same, in fp32 or wider, with norm scales one and norm biases zero: the linear layers
+    that follow have absorbed them. So GPT-NeoX gets biases in attention if it had none."""
     layer = deepcopy(layer)
     for p in layer.parameters():
         p.data = upcast(p.data)
-    for norm, part, names in ((layer.norm1, layer.attn, "qkv"), (layer.norm2, layer.mlp, ("gate", "up"))):
-        scale = gain(norm)
-        for linear in filter(None, (getattr(part, name) for name in names)):
+    for norm, first in ((layer.norm1, "attn.q"), (layer.norm2, "mlp.up")):
+        scale = norm_scale(norm)
+        for _, linear in linears(layer, SHARED_INPUT[first]):
             if norm.bias is not None:
                 bias = linear.weight @ norm.bias
                 linear.bias = nn.Parameter(bias if linear.bias is None else linear.bias + bias)
             linear.weight *= scale
-        set_gain(norm, 1.0)
+        set_norm_scale(norm, 1.0)
     return layer
 
 
-@torch.no_grad()
-def moments(full: RecursiveTransformer, windows: list[Tensor]) -> Moments:
-    """What runs through each map of a full-size model as it reads token ids (B, T) from `windows` and predicts them.
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs through the donor
 
-    One layer at a time, forward and then backward, so that beside the model there are only the states (tokens, C) that
-    enter each layer, and one layer's graph. An input wider than WIDEST is kept as a sketch: every token is added to one
-    of SKETCH rows with a random sign, so that its square has E[x x^T] as its mean. UserError where an input or a
-    gradient is not finite.
+@torch.no_grad()
+def collect_stats(full: RecursiveTransformer, windows: list[Tensor]) -> ActivationStats:
+    """The inputs and gradients of every linear layer of a full-size model as it predicts token ids (B, T) of `windows`.
+
+    One layer at a time, forward and then backward, so that memory holds the model, the states (tokens, C) before each
+    layer, and the graph of one layer. UserError where an input or a gradient is not finite, and for a
+    model that loops.
     """
+    refuse_looped(full.config, "calibrate its donor")
     windows = [idx.to(full.embed.weight.device) for idx in windows]
     ropes = [rope_angles(torch.arange(idx.size(1), device=idx.device), full.config) for idx in windows]
-    entering = [[upcast(full.first_state(idx)).flatten(0, 1) for idx in windows]]
+    states = [[upcast(full.first_state(idx)).flatten(0, 1) for idx in windows]]      # before each layer, per window
     for layer in progress(full.layers, desc="reading the calibration text", unit="layer"):
-        layer = absorb(layer)
-        entering.append([layer(x, rope, 0, 0, None) for x, rope in zip(entering[-1], ropes, strict=True)])
+        layer = absorb_norms(layer)
+        states.append([layer(x, rope, 0, 0, None) for x, rope in zip(states[-1], ropes, strict=True)])
     head = upcast(full.head_weight.detach())
-    grads = [gradient(full.norm, head, x, idx) for x, idx in zip(entering.pop(), windows, strict=True)]
-    found, count = Moments(), sum(idx.numel() for idx in windows)
+    grads = [loss_gradient(full.norm, head, x, idx) for x, idx in zip(states.pop(), windows, strict=True)]
+
+    stats, count = ActivationStats(), sum(idx.numel() for idx in windows)
     for i in progress(reversed(range(len(full.layers))), desc="and back", unit="layer", total=len(full.layers)):
-        layer = absorb(full.layers[i])
-        watch(layer, f"layers.{i}.", found, count)
-        for j, x in enumerate(entering.pop()):
+        layer = absorb_norms(full.layers[i])
+        add_hooks(layer, f"layers.{i}.", stats, count)
+        for j, x in enumerate(states.pop()):
             with torch.enable_grad():
                 y = layer(x.requires_grad_(), ropes[j], 0, 0, None)
             grads[j], = torch.autograd.grad(y, x, grads[j])
-        for name in (f"layers.{i}.{entry}" for entry in READERS):
-            second, first = found.inputs[name]
-            found.inputs[name] = second.to(x.dtype), first
-    for name in (f"layers.{i}.{entry}" for i in range(len(full.layers)) for entry in READERS):   # the first that fails
-        if not all(part.isfinite().all() for part in found.inputs[name]):
-            raise UserError(f"what enters {name} of the donor is not finite on the calibration text: its weights are "
+        for name in (f"layers.{i}.{first}" for first in SHARED_INPUT):
+            second, mean = stats.inputs[name]
+            stats.inputs[name] = second.to(x.dtype), mean
+    check_finite(stats, len(full.layers))
+    return stats
+
+
+def check_finite(stats: ActivationStats, n_layer: int) -> None:
+    """Raise UserError that names the first linear layer whose inputs are not finite, or says that gradients are not."""
+    for name in (f"layers.{i}.{first}" for i in range(n_layer) for first in SHARED_INPUT):
+        if not all(part.isfinite().all() for part in stats.inputs[name]):
+            raise UserError(f"the input of {name} of the donor is not finite on the calibration text: its weights are "
                             "damaged, or they overflow in this dtype")
-    if not all(squares.isfinite().all() for squares in found.gradients.values()):
+    if not all(squares.isfinite().all() for squares in stats.gradients.values()):
         raise UserError("the donor's loss on the calibration text has gradients that are not finite: its final norm or "
                         "head is damaged, or they overflow in this dtype")
-    return found
 
 
-def gradient(norm: Norm, head: Tensor, x: Tensor, idx: Tensor) -> Tensor:
-    """Of the summed cross entropy of the next tokens of idx (B, T), in what the last layer put out, x (B T, C)."""
+def loss_gradient(norm: Norm, head: Tensor, x: Tensor, idx: Tensor) -> Tensor:
+    """The gradient of the summed cross entropy of the next tokens of idx (B, T) by the last layer's output x (B T, C).
+    """
     targets = F.pad(idx[:, 1:], (0, 1), value=IGNORE).flatten()
     with torch.enable_grad():
-        loss = chunked_loss([norm(x.requires_grad_(), 0)], head, targets)[0] * (targets != IGNORE).sum()
+        loss = chunked_loss([norm(x.requires_grad_())], head, targets)[0] * (targets != IGNORE).sum()
     return torch.autograd.grad(loss, x)[0]
 
 
-def watch(layer: Layer, prefix: str, found: Moments, count: int) -> None:
-    """Have the moments of what runs through the layer's maps, `count` tokens in all, added to `found`."""
+def add_hooks(layer: Layer, prefix: str, stats: ActivationStats, count: int) -> None:
+    """From now on add what runs through the layer's linear layers to `stats`, as means over `count` tokens."""
     draw = torch.Generator().manual_seed(0)
 
-    def forward(name):
+    def record_input(name):
         def hook(_, inputs):
-            x = inputs[0].detach().flatten(0, -2)                        # (tokens, in)
-            width = x.size(1)
-            if name not in found.inputs:
-                found.inputs[name] = (x.new_zeros(SKETCH, width + 1) if width > WIDEST else
-                                      x.new_zeros(width, width, dtype=torch.float64),
-                                      x.new_zeros(width, dtype=torch.float64))
-            second, first = found.inputs[name]
-            if width > WIDEST:
-                row = torch.randint(SKETCH, (len(x),), generator=draw).to(x.device)
-                sign = (torch.randint(2, (len(x), 1), generator=draw) * 2 - 1).to(x.device)
-                second.index_add_(0, row, F.pad(x, (0, 1), value=1.0) * sign / count**0.5)
-            else:
-                second += (x.T @ x).double() / count
-            first += x.sum(0, dtype=torch.float64) / count
+            add_input(stats, name, inputs[0].detach().flatten(0, -2), count, draw)
         return hook
 
-    def backward(name):
+    def record_gradient(name):
         def hook(_, inputs, outputs):
             g = outputs[0].flatten(0, -2)                                # (tokens, out)
-            found.gradients[name] = found.gradients.get(name, 0.0) + g.square().sum(0, dtype=torch.float64) / count
+            stats.gradients[name] = stats.gradients.get(name, 0.0) + g.square().sum(0, dtype=torch.float64) / count
         return hook
 
-    for entry, kinds in READERS.items():
-        layer.get_submodule(entry).register_forward_pre_hook(forward(prefix + entry))
-        for kind in kinds:
-            if kind != "mlp.gate" or layer.mlp.gate is not None:
-                layer.get_submodule(kind).register_full_backward_hook(backward(prefix + kind))
+    for first, names in SHARED_INPUT.items():
+        layer.get_submodule(first).register_forward_pre_hook(record_input(prefix + first))
+        for name, linear in linears(layer, names):
+            linear.register_full_backward_hook(record_gradient(prefix + name))
 
 
-def directions(target: Tensor, root: Tensor, rank: int, before: Tensor | None = None) -> Tensor:
-    """Eq. 3: A (R, in) with A C A^T = I, what a LoRA should read to lower the error of `target` (out, in) most.
-    root: Cholesky's L of C = L L^T. before: an A to start from; then two steps of subspace iteration, which never do
-    worse than it, instead of all singular vectors."""
-    if before is not None:
-        v = root.T @ before.T                                            # of white inputs (in, R)
-        for _ in range(2):
-            v = torch.linalg.qr(root.T @ (target.T @ (target @ (root @ v))))[0]
-        return torch.linalg.solve_triangular(root.T, v, upper=True).T
-    seen = target @ root                                                 # the same map, of white inputs
-    if target.size(0) <= target.size(1):                                 # decompose whichever side is smaller
-        u = torch.linalg.eigh(seen @ seen.T)[1][:, -rank:].flip(1)       # largest first
-        v = torch.linalg.qr(seen.T @ u)[0]
-    else:
-        v = torch.linalg.eigh(seen.T @ seen)[1][:, -rank:].flip(1)
-    return torch.linalg.solve_triangular(root.T, v, upper=True).T
+def add_input(stats: ActivationStats, name: str, x: Tensor, count: int, draw: torch.Generator) -> None:
+    """Add inputs x (tokens, in) to the stats of this linear layer.
 
-
-def fit(targets: list[Tensor], Cs: list[Tensor], rank: int, rounds: int = 0, stop: float = 0.0,
-        biased: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[float]]:
-    """W' (out, in), (A, B) of each loop, and the error (1) at the start and after each round, as a share of the
-    outputs' energy. targets W_l (out, in) and Cs (in, in) of each loop, fp64; biased: the last column is a bias.
-
-    Rounds end early where one lowers the error by less than the share `stop`.
+    Inputs wider than WIDEST go into a sketch: each token is added to one of SKETCH rows with a random sign, so that the
+    square of the sketch has E[x xᵀ] as its mean.
     """
-    d = targets[0].size(1) - biased                                      # what a LoRA sees
-    rank = min(rank, targets[0].size(0), d)
-    roots = [torch.linalg.cholesky(C[:d, :d]) for C in Cs] if rank else []
-    whole, energy = 0.0, 1e-300                                          # whole: sum_l W_l C_l
-    for T, C in zip(targets, Cs, strict=True):
-        TC = T @ C
-        whole, energy = whole + TC, energy + (TC * T).sum()
-    root = torch.linalg.cholesky(sum(Cs))
-    tied = torch.cholesky_solve(whole.T, root).T                         # Eq. 2
-    As = [None] * len(Cs)
-    seen, read = [C[:, :0] for C in Cs], [T[:, :0] for T in targets]     # C_l A_l^T (in, R), W_l C_l A_l^T (out, R)
+    width = x.size(1)
+    if name not in stats.inputs:
+        stats.inputs[name] = (x.new_zeros(SKETCH, width + 1) if width > WIDEST else
+                              x.new_zeros(width, width, dtype=torch.float64), x.new_zeros(width, dtype=torch.float64))
+    second, mean = stats.inputs[name]
+    if width > WIDEST:
+        row = torch.randint(SKETCH, (len(x),), generator=draw).to(x.device)
+        sign = (torch.randint(2, (len(x), 1), generator=draw) * 2 - 1).to(x.device)
+        second.index_add_(0, row, F.pad(x, (0, 1), value=1.0) * sign / count**0.5)
+    else:
+        second += (x.T @ x).double() / count
+    mean += x.sum(0, dtype=torch.float64) / count
 
-    def tie():  # Eq. 4, where P_l = C_l - seen_l seen_l^T, as a change of low rank to Eq. 2 (Woodbury)
-        S = torch.cat(seen, dim=1)
-        reach = torch.cholesky_solve(S, root)
-        share, v = torch.linalg.eigh(torch.eye(S.size(1)).to(S) - S.T @ reach)
-        needed = share > 1e-10                                           # else every loop's LoRA sees it: as in Eq. 2
-        change = (tied @ S - torch.cat(read, dim=1)) @ v[:, needed] / share[needed] @ v[:, needed].T
-        return tied + change @ reach.T, change
 
-    def error(W, change):  # Eq. 1, with the best B; W sum(Cs) is whole + change S^T
-        WS = W @ torch.cat(seen, dim=1)
-        left = energy - (W * whole).sum() + (WS * change).sum() - (torch.cat(read, dim=1) - WS).square().sum()
-        return (left / energy).item()
+# ---------------------------------------------------------------------------------------------------------------------
+# The fit of one linear layer
 
-    def relax(W, loop):  # A of this loop, from Eq. 3
-        T, C = targets[loop] - W, Cs[loop]
-        if biased:                                                       # the bias as far as the inputs tell it
-            T = torch.cholesky_solve(C[:d] @ T.T, roots[loop]).T
-        As[loop] = directions(T, roots[loop], rank, As[loop] if 4 * rank < min(T.shape) else None)
-        seen[loop] = C[:, :d] @ As[loop].T
-        read[loop] = targets[loop] @ seen[loop]
+def lora_input_basis(W: Tensor, chol_C: Tensor, rank: int, before: Tensor | None = None) -> Tensor:
+    """(C3): the A (R, in) with A C Aᵀ = I that a LoRA should read to lower the error of W (out, in) most.
 
-    W = tied
-    for loop in range(len(Cs) if rank else 0):
-        relax(W, loop)
-    errors = [error(W, 0.0)]
-    while rank and len(errors) <= rounds and (len(errors) < 2 or errors[-2] - errors[-1] > stop * errors[-2]):
-        for loop in range(len(Cs) if len(errors) > 1 else 0):            # the first has been relaxed
-            relax(W, loop)
-        W, change = tie()
-        errors.append(error(W, change))
-    return W, [(a, (T - W) @ s) for a, T, s in zip(As, targets, seen, strict=True) if rank], errors
+    chol_C: L with C = L Lᵀ. before: an A to improve on by two steps of subspace iteration, which never do worse than
+    it, instead of computing all singular vectors.
+    """
+    if before is not None:
+        v = chol_C.T @ before.T                                          # (in, R), of whitened inputs
+        for _ in range(2):
+            v = torch.linalg.qr(chol_C.T @ (W.T @ (W @ (chol_C @ v))))[0]
+        return torch.linalg.solve_triangular(chol_C.T, v, upper=True).T
+    white = W @ chol_C                                                   # W for whitened inputs
+    if W.size(0) <= W.size(1):                                           # decompose the smaller side
+        u = torch.linalg.eigh(white @ white.T)[1][:, -rank:].flip(1)     # largest first
+        v = torch.linalg.qr(white.T @ u)[0]
+    else:
+        v = torch.linalg.eigh(white.T @ white)[1][:, -rank:].flip(1)
+    return torch.linalg.solve_triangular(chol_C.T, v, upper=True).T
+
+
+class LayerFit:
+    """The alternation (C2) to (C4) for one linear layer, in fp64, with D already multiplied into the weights.
+
+    W, C: W_l (out, in) and C_l (in, in) of each loop. biased: the last column of W is a bias, which no LoRA reads.
+    """
+
+    def __init__(self, W: list[Tensor], C: list[Tensor], rank: int, biased: bool):
+        self.W, self.C, self.biased = W, C, biased
+        self.d = W[0].size(1) - biased                                   # inputs that a LoRA reads
+        self.rank = min(rank, W[0].size(0), self.d)
+        self.chol_C = [torch.linalg.cholesky(C_l[:self.d, :self.d]) for C_l in C] if self.rank else []
+        self.sum_WC, self.energy = 0.0, 1e-300
+        for W_l, C_l in zip(W, C, strict=True):
+            WC = W_l @ C_l
+            self.sum_WC, self.energy = self.sum_WC + WC, self.energy + (WC * W_l).sum()
+        self.chol_sum_C = torch.linalg.cholesky(sum(C))
+        self.tied = torch.cholesky_solve(self.sum_WC.T, self.chol_sum_C).T         # (C2)
+        self.A: list[Tensor | None] = [None] * len(W)
+        self.CA = [C_l[:, :0] for C_l in C]                              # C_l A_lᵀ (in, R)
+        self.WCA = [W_l[:, :0] for W_l in W]                             # W_l C_l A_lᵀ (out, R)
+
+    def fit_lora(self, shared: Tensor, loop: int) -> None:
+        """(C3): this loop's A for the residual W_l - W'."""
+        residual, C = self.W[loop] - shared, self.C[loop]
+        if self.biased:                                                  # the bias as far as the inputs predict it
+            residual = torch.cholesky_solve(C[:self.d] @ residual.T, self.chol_C[loop]).T
+        before = self.A[loop] if 4 * self.rank < min(residual.shape) else None
+        self.A[loop] = lora_input_basis(residual, self.chol_C[loop], self.rank, before)
+        self.CA[loop] = C[:, :self.d] @ self.A[loop].T
+        self.WCA[loop] = self.W[loop] @ self.CA[loop]
+
+    def tie_again(self) -> tuple[Tensor, Tensor]:
+        """(C4): W', and the change that makes it. P_l = C_l - CA_l CA_lᵀ differs from C_l by low rank, so (C2) is
+        updated by Woodbury's identity: W' = tied + change (Σ C_l)⁻¹ CA, solved for `change` (out, loops R)."""
+        CA, WCA = torch.cat(self.CA, dim=1), torch.cat(self.WCA, dim=1)
+        solved = torch.cholesky_solve(CA, self.chol_sum_C)               # (Σ C_l)⁻¹ CA
+        eigenvalues, v = torch.linalg.eigh(torch.eye(CA.size(1)).to(CA) - CA.T @ solved)
+        kept = eigenvalues > 1e-10                                       # elsewhere every loop's LoRA reads: as in (C2)
+        change = (self.tied @ CA - WCA) @ v[:, kept] / eigenvalues[kept] @ v[:, kept].T
+        return self.tied + change @ solved.T, change
+
+    def error(self, shared: Tensor, change: Tensor | float) -> float:
+        """(C1) with the best B, as a share of Σ tr W_l C_l W_lᵀ. Uses W' Σ C_l = sum_WC + change CAᵀ."""
+        shared_CA = shared @ torch.cat(self.CA, dim=1)
+        left = (self.energy - (shared * self.sum_WC).sum() + (shared_CA * change).sum()
+                - (torch.cat(self.WCA, dim=1) - shared_CA).square().sum())
+        return (left / self.energy).item()
+
+    def lora(self, shared: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(A_l, B_l) of each loop, B_l = (W_l - W') C_l A_lᵀ."""
+        return [(A, (W - shared) @ CA) for A, W, CA in zip(self.A, self.W, self.CA, strict=True) if self.rank]
+
+
+def fit(W: list[Tensor], C: list[Tensor], rank: int, rounds: int = 0, stop: float = 0.0,
+        biased: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[float]]:
+    """W' (out, in), (A, B) of each loop, and the error (C1) at the start and after each round, as a share of the
+    outputs' energy: see LayerFit. It stops early at a round that lowers the error by less than the share `stop`."""
+    layer = LayerFit(W, C, rank, biased)
+    loops = range(len(C)) if layer.rank else ()
+    shared = layer.tied
+    for loop in loops:
+        layer.fit_lora(shared, loop)
+    errors = [layer.error(shared, 0.0)]
+    while loops and len(errors) <= rounds and (len(errors) < 2 or errors[-2] - errors[-1] > stop * errors[-2]):
+        for loop in loops if len(errors) > 1 else ():                    # in the first round it has just been fitted
+            layer.fit_lora(shared, loop)
+        shared, change = layer.tie_again()
+        errors.append(layer.error(shared, change))
+    return shared, layer.lora(shared), errors
 
 
 def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The same B A with half of S in each: the paper's SVD leaves all of S in B, and then a step of AdamW on A moves
-    the map much more than one on W' does. Directions without residual: A Gaussian, B zero (App. C)."""
+    """The same B A with half of S in each. The paper's SVD puts all of S into B, and then a step of AdamW on A moves
+    the layer much more than one on W' does. Directions without residual: A Gaussian, B zero (App. C)."""
     (qb, rb), (qa, ra) = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(rb @ ra.T)
     a, b, dead = s.sqrt()[:, None] * (vh @ qa.T), qb @ (u * s.sqrt()), s <= 1e-6 * s.max().clamp_min(1e-30)
@@ -257,91 +305,111 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b.masked_fill(dead, 0.0)
 
 
-def fit_map(linear: RelaxedLinear, donors: list[RelaxedLinear], entering: list[tuple[Tensor, Tensor]],
-            gradients: list[Tensor], gains: Tensor | float, rounds: int, stop: float, ridge: float) -> list[float]:
-    """Fill `linear` with what fits best the donors' maps, one for each loop, on what ran through them; the errors of
-    `fit`. gains: by how much more enters `linear` than entered the donors' (in,).
+def in_sketched_span(sketches: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """Orthonormal columns (in, all rows) that span the sketches' inputs, and E[x xᵀ], E[x], E[1] of each in them."""
+    basis, r = torch.linalg.qr(torch.cat([S[:, :-1] for S in sketches]).T)
+    stats = [(part @ part.T, part @ S[:, -1].double(), S[:, -1:].double().square().sum(0))
+             for part, S in zip(r.double().split(len(sketches[0]), dim=1), sketches, strict=True)]
+    return basis, stats
 
-    A tied bias is fitted with W' as a column more. One per loop takes up the mean error of its loop, whatever W', A and
-    B are, so that they have only C less that of the mean to fit.
+
+def fit_linear(linear: RelaxedLinear, donors: list[RelaxedLinear], inputs: list[tuple[Tensor, Tensor]],
+               gradients: list[Tensor], scale: Tensor | float, rounds: int, stop: float, ridge: float) -> list[float]:
+    """Fill `linear` with the fit of the donors' linear layers, one for each loop; returns the errors of `fit`.
+
+    inputs, gradients: of each loop, as in ActivationStats. scale (in,): by how much the inputs of `linear` are larger
+    than the donors' were. A tied bias is fitted as one more column of W'. A bias per loop takes up the mean error of
+    its loop, whatever W', A and B are, so they are fitted to inputs less their mean.
     """
-    biased, own = linear.bias is not None, linear.bias is not None and linear.bias.dim() == 2
-    width = linear.weight.size(1)
+    width, per_loop = linear.weight.size(1), linear.bias is not None and linear.bias.dim() == 2
+    tied_bias = linear.bias is not None and not per_loop
     D = sum(gradients) / sum(gradients).mean().clamp_min(1e-30) + ridge
     weights, basis = [donor.weight for donor in donors], None
-    if entering[0][0].size(1) == width:
-        shown = [(second.double(), first, first.new_ones(1)) for second, first in entering]       # means of x x^T, x, 1
-    else:                                                                # sketches: the fit is in what they span
-        basis, r = torch.linalg.qr(torch.cat([S[:, :-1] for S, _ in entering]).T)                 # (in, all their rows)
-        shown = [(part @ part.T, part @ S[:, -1].double(), S[:, -1:].double().square().sum(0))
-                 for part, (S, _) in zip(r.double().split(len(entering[0][0]), dim=1), entering, strict=True)]
+    if inputs[0][0].size(1) == width:
+        stats = [(second.double(), mean, mean.new_ones(1)) for second, mean in inputs]            # E[x xᵀ], E[x], E[1]
+    else:
+        basis, stats = in_sketched_span([sketch for sketch, _ in inputs])
         weights = [W @ basis for W in weights]
-    targets, Cs = [D.sqrt()[:, None] * W for W in weights], []
-    for loop, ((second, first, one), squares) in enumerate(zip(shown, gradients, strict=True)):
-        C = second - (first.outer(first) / one if own else 0.0)
-        C.diagonal().add_(ridge * second.trace().clamp_min(1e-30) / width)
-        if biased and not own:
-            targets[loop] = torch.cat([targets[loop], (D.sqrt() * donors[loop].bias)[:, None]], dim=1)
-            C = torch.cat([torch.cat([C, first[:, None]], dim=1), torch.cat([first, one])[None]])
-        Cs.append(C * squares.sum().clamp_min(1e-30))
-    W, lora, errors = fit(targets, Cs, linear.rank, rounds, stop, biased and not own)
-    W, bias = (W / D.sqrt()[:, None]).split([weights[0].size(1), biased and not own], dim=1)
-    if basis is not None:                                                # elsewhere W' is the average
-        W = sum(donor.weight for donor in donors) / len(donors) + (W - sum(weights) / len(weights)).to(basis) @ basis.T
-    linear.weight.copy_(W / gains)
+
+    W, C = [D.sqrt()[:, None] * weight for weight in weights], []
+    for loop, ((second, mean, one), squares) in enumerate(zip(stats, gradients, strict=True)):
+        C_l = second - (mean.outer(mean) / one if per_loop else 0.0)
+        C_l.diagonal().add_(ridge * second.trace().clamp_min(1e-30) / width)
+        if tied_bias:
+            W[loop] = torch.cat([W[loop], (D.sqrt() * donors[loop].bias)[:, None]], dim=1)
+            C_l = torch.cat([torch.cat([C_l, mean[:, None]], dim=1), torch.cat([mean, one])[None]])
+        C.append(C_l * squares.sum().clamp_min(1e-30))
+    shared, lora, errors = fit(W, C, linear.rank, rounds, stop, tied_bias)
+
+    shared, bias = (shared / D.sqrt()[:, None]).split([weights[0].size(1), int(tied_bias)], dim=1)
+    if basis is not None:                                                # outside of the span W' is the plain average
+        plain = sum(donor.weight for donor in donors) / len(donors)
+        shared = plain + (shared - sum(weights) / len(weights)).to(basis) @ basis.T
+    linear.weight.copy_(shared / scale)
     for loop, (a, b) in enumerate(lora):
         a = a if basis is None else (a.to(basis) @ basis.T).double()
-        linear.lora_a[loop], linear.lora_b[loop] = balanced(a / gains, b / D.sqrt()[:, None])
-    if biased:
-        linear.bias.copy_(torch.stack([
-            donor.bias + donor.weight.double() @ first - linear.merged(loop).double() @ (first * gains)
-            for loop, (donor, (_, first)) in enumerate(zip(donors, entering, strict=True))]) if own else bias[:, 0])
+        linear.lora_a[loop], linear.lora_b[loop] = balanced(a / scale, b / D.sqrt()[:, None])
+    if tied_bias:
+        linear.bias.copy_(bias[:, 0])
+    elif per_loop:
+        linear.bias.copy_(torch.stack([mean_error(linear, loop, donor, mean, scale)
+                                       for loop, (donor, (_, mean)) in enumerate(zip(donors, inputs, strict=True))]))
     return errors
 
 
-def share_gain(norm: Norm, donors: list[Norm]) -> Tensor:
-    """Fill a norm with the donors' root mean square, channel by channel, and return what it multiplies by (C,). Kept
-    from zero, since the maps that read it are divided by it. Its bias is zero: they have absorbed the donors'."""
-    rms = torch.stack([gain(donor) for donor in donors]).square().mean(0).sqrt()
+def mean_error(linear: RelaxedLinear, loop: int, donor: RelaxedLinear, mean: Tensor, scale: Tensor | float) -> Tensor:
+    """What `linear` lacks at this loop, on the mean input, of the donor's output, bias included (out,)."""
+    return donor.bias + donor.weight.double() @ mean - linear.merged(loop).double() @ (mean * scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model
+
+def share_norm_scale(norm: Norm, donors: list[Norm]) -> Tensor:
+    """Fill a norm with the root mean square of the donors' scales, channel by channel, and return its scale (C,). Kept
+    away from zero, since the linear layers that follow are divided by it. Its bias is zero: they have absorbed it."""
+    rms = torch.stack([norm_scale(donor) for donor in donors]).square().mean(0).sqrt()
     rms = rms.clamp_min(0.1 * rms.square().mean().sqrt() + max(1e-6, torch.finfo(norm.weight.dtype).eps))
-    set_gain(norm, rms)
-    return gain(norm).view(-1, norm.weight.size(-1))[0]                  # as it is after rounding
+    set_norm_scale(norm, rms)
+    return norm_scale(norm).view(-1, norm.weight.size(-1))[0]            # as it is after rounding
 
 
 @torch.no_grad()
-def calibrate(full: RecursiveTransformer, seen: Moments, n_loop: int = 2, rank: int = 0, vectors: str = "tied",
+def calibrate(full: RecursiveTransformer, stats: ActivationStats, n_loop: int = 2, rank: int = 0, vectors: str = "tied",
               rounds: int = 8, stop: float = 0.02, ridge: float = 1e-3, dtype: torch.dtype | None = None,
               report: dict | None = None) -> RecursiveTransformer:
-    """The recursive model fitted to a donor and the `moments` of what ran through its maps; dtype None: the donor's.
+    """The recursive model fitted to a donor and its `collect_stats`; dtype None is the donor's.
 
     ridge is added to the diagonals of each C and of D, as a share of their mean; rounds and stop as in `fit`. report,
-    if given, is filled with kind of matrix -> the errors of `fit`, one list per stored layer.
+    if given, is filled with kind of linear layer -> the errors of `fit`, one list per stored layer.
     """
-    biased = full.config.arch == "gpt_neox"                              # see `absorb`
-    with torch.device("meta"):                                           # the weights of another size are never there
-        model = RecursiveTransformer(replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors, attn_bias=biased,
-                                             mlp_bias=biased))
+    refuse_looped(full.config, "calibrate its donor")
+    biased = full.config.arch == "gpt_neox"                              # see `absorb_norms`
+    target = replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors, attn_bias=biased, mlp_bias=biased)
+    with torch.device("meta"):                                           # never allocate weights of another dtype
+        model = RecursiveTransformer(target)
     model = model.to(dtype or full.embed.weight.dtype).to_empty(device=full.embed.weight.device)
     model.load_state_dict({n: w for n, w in full.state_dict().items() if not n.startswith("layers.")}, strict=False)
     for k, layer in enumerate(progress(model.layers, desc="calibrating", unit="layer")):
-        at = range(k, full.config.n_layer, model.config.n_unique)        # of this position, one for each loop
-        donors = [absorb(full.layers[i]) for i in at]
-        gains = {"attn.q": share_gain(layer.norm1, [full.layers[i].norm1 for i in at]),
-                 "mlp.up": share_gain(layer.norm2, [full.layers[i].norm2 for i in at])}
-        for entry, kinds in READERS.items():
-            for kind in kinds:
-                if kind != "mlp.gate" or layer.mlp.gate is not None:
-                    errors = fit_map(layer.get_submodule(kind), [d.get_submodule(kind) for d in donors],
-                                     [seen.inputs[f"layers.{i}.{entry}"] for i in at],
-                                     [seen.gradients[f"layers.{i}.{kind}"] for i in at], gains.get(entry, 1.0),
-                                     rounds, stop, ridge)
-                    if report is not None:
-                        report.setdefault(kind, []).append(errors)
+        depths = range(k, full.config.n_layer, model.config.n_unique)    # the donor layers at this position
+        donors = [absorb_norms(full.layers[i]) for i in depths]
+        scales = {"attn.q": share_norm_scale(layer.norm1, [full.layers[i].norm1 for i in depths]),
+                  "mlp.up": share_norm_scale(layer.norm2, [full.layers[i].norm2 for i in depths])}
+        for first, names in SHARED_INPUT.items():
+            for name, linear in linears(layer, names):
+                errors = fit_linear(linear, [donor.get_submodule(name) for donor in donors],
+                                    [stats.inputs[f"layers.{i}.{first}"] for i in depths],
+                                    [stats.gradients[f"layers.{i}.{name}"] for i in depths],
+                                    scales.get(first, 1.0), rounds, stop, ridge)
+                if report is not None:
+                    report.setdefault(name, []).append(errors)
+    for name, w in model.state_dict().items():                           # a narrow dtype may overflow
+        cast(w, w.dtype, f"{name} of the calibrated model")
     return model.eval()
 
 
 def calibration_windows(tokens: Tokens, n_tokens: int, config: Config, name: str) -> list[Tensor]:
-    """Token ids (B, T) to calibrate on: windows drawn from all over the text. UserError if it has not one."""
+    """Token ids (B, T) to calibrate on: windows drawn from all over the text. UserError if it is too short for one."""
     T = min(config.n_ctx, 512)
     if len(tokens) <= T:
         raise UserError(f"{name} has {len(tokens)} tokens, one window to calibrate on needs {T + 1}; give more text")
@@ -350,26 +418,24 @@ def calibration_windows(tokens: Tokens, n_tokens: int, config: Config, name: str
     n = min(n_tokens // T, count_windows(tokens, T))
     widest = max(config.n_embd, config.n_hidden, config.n_head * config.head_dim)
     if n * T < widest:
-        print0(f"calibrating on {n * T:,} tokens, fewer than the {widest:,} inputs of the widest map: directions that "
-               "they do not show are left to the ridge; give more text or --calib_tokens")
+        print0(f"calibrating on {n * T:,} tokens, fewer than the {widest:,} inputs of the widest linear layer: the "
+               "directions they do not show are left to the ridge; give more text or --calib_tokens")
     return list(batch(tokens, range(n), T, seed=0)[0].split(4))
 
 
 def mean_errors(lists: list[list[float]]) -> list[float]:
-    """The errors by round of several maps, averaged; a map that is done stays at its last."""
-    return [mean([errors[min(i, len(errors) - 1)] for errors in lists]) for i in range(max(map(len, lists)))]
+    """The errors of several linear layers averaged by round; one that stopped early keeps its last."""
+    return [average([errors[min(i, len(errors) - 1)] for errors in lists]) for i in range(max(map(len, lists)))]
 
 
 def to_calibrated(full: RecursiveTransformer, windows: list[Tensor], n_loop: int = 2, rank: int = 0,
                   vectors: str = "tied", dtype: torch.dtype | None = None) -> RecursiveTransformer:
-    """The recursive model of a donor, calibrated on token ids (B, T) from `windows`; says how the error fell."""
-    if full.config.n_loop != 1:
-        raise UserError("this is a recursive model already; calibrate its donor")
+    """The recursive model of a donor, calibrated on token ids (B, T) of `windows`; prints how the error fell."""
     report = {}
-    model = calibrate(full, moments(full, windows), n_loop, rank, vectors, dtype=dtype, report=report)
+    model = calibrate(full, collect_stats(full, windows), n_loop, rank, vectors, dtype=dtype, report=report)
     print0("error left, as a share of the outputs' energy, at the start and after each round: "
            + " ".join(f"{e:.4f}" for e in mean_errors([errors for kind in report.values() for errors in kind])))
-    print0(table([["map", "start", "end"], *([kind, f"{mean([e[0] for e in errors]):.2%}",
-                                              f"{mean([e[-1] for e in errors]):.2%}"]
-                                             for kind, errors in report.items())]) + "\n")
+    rows = [[name, f"{average([e[0] for e in errors]):.2%}", f"{average([e[-1] for e in errors]):.2%}"]
+            for name, errors in report.items()]
+    print0(table([["linear layer", "start", "end"], *rows]) + "\n")
     return model

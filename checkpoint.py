@@ -17,7 +17,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from model import RecursiveTransformer
 from runtime import (
-    TOKENIZER_FILES,
     UserError,
     is_main,
     json_line,
@@ -31,31 +30,27 @@ from runtime import (
 
 
 def save_checkpoint(out: str, model: RecursiveTransformer, optimizer: torch.optim.Optimizer, state: dict,
-                    tokenizer: dict[str, bytes]) -> None:
+                    files: dict[str, bytes]) -> None:
     """Replace the checkpoint in `out`, which stays in out/previous. All processes call, the first one writes.
 
-    state: what the run must know to go on; tokenizer: `read_tokenizer`'s. UserError if the disk is full; the folder is
-    then as it was.
+    state: what the run must know to go on; files: by name, what goes along from the donor (its tokenizer, its
+    licence). UserError if the disk is full; the folder is then as it was.
     """
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=0)               # a step for all: each holds the state of its own share
     if is_main():
         with replace_folder(out, keep=True) as tmp:
             model.write(tmp)
-            for name, content in tokenizer.items():
+            for name, content in files.items():
+                (tmp / name).parent.mkdir(exist_ok=True)
                 (tmp / name).write_bytes(content)
-            sums = {path.name: checksum(path) for path in tmp.iterdir()}
+            sums = {str(path.relative_to(tmp)): checksum(path) for path in tmp.rglob("*") if path.is_file()}
             try:
                 torch.save(state | {"sums": sums, "optimizer": optimizer.state_dict()}, tmp / "train.pt")
             except RuntimeError as e:                        # what torch makes of a full disk
                 raise OSError(f"train.pt: {e} (is the disk full?)") from e
     if dist.is_initialized():
         dist.barrier()
-
-
-def read_tokenizer(folder: Path) -> dict[str, bytes]:
-    """The files of the tokenizer in `folder`, held in memory: a donor may be moved while a run goes on."""
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def checksum(path: Path) -> list[int]:
@@ -128,6 +123,7 @@ def newest_whole(out: str) -> bool:
         print0(f"{e}: going back to the checkpoint before it, of step {state['step']}")
         with replace_folder(out) as tmp:                     # a copy: killed at any moment, the previous one is there
             for name in [*state["sums"], "train.pt"]:
+                (tmp / name).parent.mkdir(exist_ok=True)
                 shutil.copy2(previous / name, tmp)
         shutil.rmtree(previous)
     return True

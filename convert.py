@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from calibrate import calibration_windows, to_calibrated
 from data import load_tokens
-from hf import Donor, load_any, load_full, refuse_looped, to_hf
-from model import Config, RecursiveTransformer, is_matrix
+from hf import Donor, copy_papers, load_any, load_full, refuse_looped, to_hf
+from model import Config, RecursiveTransformer, cast, is_matrix
 from runtime import UserError, check_out, parse_args, print0, progress, replace_folder, script, table
 from tokenizer import Tokenizer, copy_tokenizer
 
@@ -106,24 +107,26 @@ def loop_layers(config: Config, read: Read, target: Config, init: Init = "stepwi
     new = {}
     for name in progress([n for n in model.state_dict() if "lora_" not in n], desc="converting", unit="tensor"):
         if not name.startswith("layers."):
-            new[name] = read(name).to(dtype, copy=True)                  # embedding, final norm, head: the donor's
+            w = read(name)                                               # embedding, final norm, head: the donor's
+            new[name] = cast(w.clone(), dtype or w.dtype, name)
             continue
         _, k, rest = name.split(".", 2)
         donors = [f"layers.{layer}.{rest}" for layer in by_loop[int(k)]]
         store = dtype or read(donors[0]).dtype
         if is_matrix(name):
             shared = mean(read, sources[int(k)], rest)                   # W'_k
-            new[name] = shared.to(store)
+            new[name] = cast(shared, store, name)
             if target.rank:
                 residuals = (read(donor).float() - shared for donor in donors)   # in fp32: bf16 would drown them
                 energy = [0.0, 0.0] if report is None else report.setdefault(rest.removesuffix(".weight"), [0.0, 0.0])
                 factors = relax(residuals, target.rank, lora_init, init == "average" and target.n_loop == 2, energy)
                 for part, stack in zip(("lora_a", "lora_b"), zip(*factors, strict=True), strict=True):
-                    new[name.removesuffix("weight") + part] = torch.stack(stack).to(store)
+                    part = name.removesuffix("weight") + part
+                    new[part] = cast(torch.stack(stack), store, part)
         elif target.vectors == "per_loop":
-            new[name] = torch.stack([read(donor) for donor in donors]).to(store)
+            new[name] = cast(torch.stack([read(donor) for donor in donors]), store, name)
         else:
-            new[name] = mean(read, vector_sources[int(k)], rest).to(store)
+            new[name] = cast(mean(read, vector_sources[int(k)], rest), store, name)
     model.load_state_dict(new, assign=True)
     return model.eval()
 
@@ -163,21 +166,43 @@ def to_recursive(full: RecursiveTransformer, n_loop: int = 2, init: Init = "step
     return loop_layers(full.config, full.state_dict().__getitem__, target, init, lora_init, rounding, norms, dtype)
 
 
+def depths(config: Config, name: str) -> list[str]:
+    """The names in a full-size model of what a stored layer's tensor becomes, one for each loop."""
+    _, i, rest = name.split(".", 2)
+    return [f"layers.{depth}.{rest}" for depth in range(int(i), config.n_layer, config.n_unique)]
+
+
 @torch.no_grad()
-def unroll(model: RecursiveTransformer) -> RecursiveTransformer:
-    """The ordinary full-size model that computes the same: W' + B A written out for every depth."""
+def unroll(model: RecursiveTransformer, dtype: torch.dtype | None = None,
+           report: dict | None = None) -> RecursiveTransformer:
+    """The ordinary full-size model that computes the same: W' + B A written out for every depth, summed in fp32 and
+    rounded once, to `dtype` (None: to that of each tensor).
+
+    `report`, if given, is filled with the squared norms of all merged weights, "merged", of what LoRA adds to them,
+    "added", and of what rounding then does to them, "rounding".
+    """
+    c, out, report = model.config, {}, {} if report is None else report
+    report |= {"merged": 0.0, "added": 0.0, "rounding": 0.0}
+    for name, w in model.state_dict().items():
+        store = dtype or w.dtype
+        if not name.startswith("layers."):
+            out[name] = cast(w.clone(), store, name)
+        elif not is_matrix(name) and "lora_" not in name:
+            for loop, at in enumerate(depths(c, name)):
+                out[at] = cast((w[loop] if c.vectors == "per_loop" else w).clone(), store, at)
+        elif is_matrix(name):
+            linear = deepcopy(model.get_submodule(name.removesuffix(".weight")))
+            linear.to(torch.promote_types(w.dtype, torch.float32))
+            for loop, at in enumerate(depths(c, name)):
+                merged = linear.merged(loop)
+                out[at] = cast(merged.clone(), store, at)
+                if c.rank:
+                    report["merged"] += merged.square().sum().item()
+                    report["added"] += (merged - linear.weight).square().sum().item()
+                    report["rounding"] += (out[at] - merged).square().sum().item()
+    origin = {"recursive": {"n_loop": c.n_loop, "rank": c.rank, "vectors": c.vectors}} if c.n_loop > 1 or c.rank else {}
     with torch.device("meta"):
-        full = RecursiveTransformer(replace(model.config, n_loop=1, rank=0, vectors="tied"))
-    k, state = model.config.n_unique, dict(model.state_dict())
-    out = {n: w.clone() for n, w in state.items() if not n.startswith("layers.")}
-    for name in (n for n in state if n.startswith("layers.") and "lora_" not in n):
-        _, i, rest = name.split(".", 2)
-        for loop in range(model.config.n_loop):
-            if is_matrix(name):
-                w = model.get_submodule(name.removesuffix(".weight")).merged(loop)
-            else:
-                w = state[name][loop] if model.config.vectors == "per_loop" else state[name]
-            out[f"layers.{loop * k + int(i)}.{rest}"] = w.clone()
+        full = RecursiveTransformer(replace(c, n_loop=1, rank=0, vectors="tied", extra=c.extra | origin))
     full.load_state_dict(out, assign=True)
     return full.eval()
 
@@ -202,15 +227,25 @@ class ConvertConfig:
     seed: int = 0                    # for what is random: init=random, zero-residual LoRA
 
 
-def check_calibrated(args) -> None:
-    """Raise UserError for settings, of convert.py or train.py, that --init would ignore."""
-    calibrated = args.init == "calibrated"
-    for name in ("lora_init", "norms", "rounding") if calibrated else ("calib_text", "calib_tokens"):
-        if getattr(args, name, None) != getattr(type(args), name, None):         # not the default
-            why = (("how weights alone are converted", "fits them to text") if calibrated else
-                   ("what is read for --init=calibrated", "reads nothing"))
-            raise UserError(f"--{name}={getattr(args, name)} says {why[0]}, and --init={args.init} {why[1]}: drop "
-                            f"--{name}")
+def check_ignored(args) -> None:
+    """Raise UserError for settings, of convert.py or train.py, that would change nothing beside the others."""
+    weights = "lora_init norms rounding"                                 # how weights alone are converted
+    how = f"loops init rank vectors calib_text calib_tokens seed {weights}"
+    ignored = (  # if so, with this flag, these are ignored, which say that, since the flag does this
+        (getattr(args, "unroll", False), "--unroll", how, "says how to convert", "writes out what is converted"),
+        (args.init == "calibrated", "--init=calibrated", weights, "says how weights alone are converted",
+         "fits them to text"),
+        (args.init != "calibrated", f"--init={args.init}", "calib_text calib_tokens",
+         "says what is read for --init=calibrated", "reads nothing"),
+        (args.init == "random", "--init=random", weights, "says what to make of the donor's weights", "takes none"),
+        (args.init != "stepwise", f"--init={args.init}", "rounding", "says where a step falls", "takes none"),
+        (args.rank == 0, "--rank=0", "lora_init", "says how LoRA starts", "has none"),
+        (args.vectors == "per_loop", "--vectors=per_loop", "norms", "says how the loops' norm weights become one",
+         "keeps them all"))
+    for applies, given, names, what, why in ignored:
+        for name in names.split():
+            if applies and getattr(args, name, None) != getattr(type(args), name, None):  # not the default
+                raise UserError(f"--{name}={getattr(args, name)} {what}, and {given} {why}: drop --{name}")
 
 
 def main(argv=None):
@@ -221,17 +256,22 @@ def main(argv=None):
     check_out(args.out)
     if (Path(args.out) / "train.pt").exists():
         raise UserError(f"--out={args.out} holds a training run; give another folder")
+    check_ignored(args)
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     if args.unroll:
-        model = RecursiveTransformer.load(args.donor)
-        to_hf(unroll(model).to(dtype), args.out, tokenizer=args.donor)
+        model, report = RecursiveTransformer.load(args.donor), {}
+        full = unroll(model, dtype, report)
+        to_hf(full, args.out, tokenizer=args.donor)
         print0(f"{args.donor} unrolled -> {args.out}: {model.config.n_layer} layers, for transformers")
+        if report["rounding"]:
+            size, added = ((report["rounding"] / report[key]) ** 0.5 for key in ("merged", "added"))
+            print0(f"rounding to {str(full.embed.weight.dtype).removeprefix('torch.')} moves the merged weights by "
+                   f"{size:.2%} of their size, {added:.1%} of what LoRA adds to them; --dtype=float32 does not round")
         return
     source, report = Donor(args.donor), {}
     c = source.config
     tokenizer = Tokenizer.load(source.folder, c.vocab_size)  # a wrong one is found out before the work
     target, calibrated = replace(c, n_loop=args.loops, rank=args.rank, vectors=args.vectors), args.init == "calibrated"
-    check_calibrated(args)
     if calibrated:
         windows = calibration_windows(load_tokens(args.calib_text, tokenizer, c.vocab_size), args.calib_tokens, c,
                                       f"--calib_text={args.calib_text}")
@@ -239,6 +279,7 @@ def main(argv=None):
            f"init {args.init}, rank {args.rank}, vectors {args.vectors}")
     with replace_folder(args.out) as tmp:
         copy_tokenizer(source.folder, tmp)
+        copy_papers(source.folder, tmp)
         if calibrated:
             model = to_calibrated(load_full(args.donor), windows, args.loops, args.rank, args.vectors, dtype)
         else:

@@ -1,17 +1,23 @@
 """Hugging Face checkpoints of Gemma, Llama and GPT-NeoX (Pythia): read strictly, one tensor at a time, and written."""
 
 import json
+import math
 import re
+import shutil
+import sys
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import Config, RecursiveTransformer, check_tensors
-from runtime import UserError, progress, replace_folder
-from tokenizer import copy_tokenizer
+from model import Config, RecursiveTransformer, cast, check_tensors, check_type, widest
+from runtime import UserError, is_main, progress, replace_folder
+from tokenizer import Tokenizer, byte_of_character, copy_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face's names for our tensors. NeoX fuses q, k and v head by head: "name#0" is the first third of each head.
@@ -53,6 +59,10 @@ NEOX_NAMES = {
     "layers.{}.mlp.down.bias": "gpt_neox.layers.{}.mlp.dense_4h_to_h.bias",
 }
 NAMES = {"gemma": LLAMA_NAMES, "llama": LLAMA_NAMES, "gpt_neox": NEOX_NAMES}
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
+DONOR_README = "README_donor.md"
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|attention\.(bias|masked_bias)$")  # buffers that old checkpoints carry
 
 
@@ -67,15 +77,43 @@ def hf_name(name: str, arch: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a donor
 
-# What a config may ask for that this code does not do. Silently wrong is the worst outcome: each is refused by name.
-REFUSED = {
-    "rope_scaling": "scaled rotary embeddings", "sliding_window": "sliding-window attention",
-    "layer_types": "layers of different kinds", "attention_bias": "attention biases", "mlp_bias": "MLP biases",
-    "attn_logit_softcapping": "soft-capping", "final_logit_softcapping": "soft-capping",
-    "quantization_config": "quantised weights", "use_bidirectional_attention": "bidirectional attention",
+# Our settings by Hugging Face's names, and what its classes assume where config.json is silent.
+KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_embd": "hidden_size",
+        "n_head": "num_attention_heads", "n_hidden": "intermediate_size", "n_ctx": "max_position_embeddings",
+        "tie_head": "tie_word_embeddings", "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}
+LLAMA_KEYS = KEYS | {"n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "norm_eps": "rms_norm_eps",
+                     "rope_theta": "rope_theta"}
+NEOX_KEYS = KEYS | {"norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base", "rotary_pct": "rotary_pct",
+                    "attn_bias": "attention_bias", "parallel": "use_parallel_residual"}
+KEYS = {"gemma": LLAMA_KEYS, "llama": LLAMA_KEYS, "gpt_neox": NEOX_KEYS}
+DEFAULTS = {
+    "gemma": {"n_ctx": 8192, "norm_eps": 1e-6, "tie_head": True, "head_dim": 256},
+    "llama": {"n_ctx": 2048, "norm_eps": 1e-6, "tie_head": False},
+    "gpt_neox": {"n_ctx": 2048, "norm_eps": 1e-5, "tie_head": False, "attn_bias": True, "mlp_bias": True,
+                 "parallel": True},
 }
 # Gemma's first releases say "gelu" and mean the tanh approximation, as transformers knows too.
 ACTIVATIONS = {"gemma": ("gelu_pytorch_tanh", "gelu"), "llama": ("silu",), "gpt_neox": ("gelu",)}
+
+# What a config may ask for that this code does not do. Silently wrong is the worst outcome: each is refused by name.
+REFUSED = {
+    "rope_scaling": "scaled rotary embeddings", "rope_parameters": "scaled rotary embeddings",
+    "sliding_window": "sliding-window attention", "layer_types": "layers of different kinds",
+    "attention_bias": "attention biases", "mlp_bias": "MLP biases", "attn_logit_softcapping": "soft-capping",
+    "final_logit_softcapping": "soft-capping", "quantization_config": "quantised weights",
+    "use_bidirectional_attention": "bidirectional attention",
+}
+# So is any other setting whose name is about the forward pass; what else there is, goes along into exports.
+ABOUT_FORWARD = re.compile(r"rope|rotary|alibi|attn|attention|norm|scal|multiplier|softcap|window|bias|residual|expert"
+                           r"|moe|clip|activation|hidden_act|interleav")
+HARMLESS = re.compile(  # of training, generation, and what transformers writes into every config.json
+    r"_.*|.*(dropout|pdrop|_token_id|_version|flash.*|implementation|initializer_range)|(max|min)_length|num_labels"
+    r"|(model_type|id2label|label2id|problem_type|architectures|(torch_)?dtype|use_cache|pretraining_tp|tokenizer_class)"
+    r"|output_(attentions|hidden_states|scores)|return_dict.*|torchscript|is_(encoder_)?decoder|chunk_size_feed_forward"
+    r"|max_window_layers|is_llama_config|exported_by|recursive|repetition_penalty|do_sample|temperature|top_[kp]")
+COMPARED = {"num_key_value_heads", "head_dim", "rope_theta", "rotary_emb_base", "rotary_pct", "partial_rotary_factor"}
+DROPPED = {"model_type", "architectures", "dtype", "torch_dtype", "exported_by", "auto_map", "hidden_act",
+           "hidden_activation", "rope_scaling", "rope_parameters", *COMPARED}  # exports have their own
 
 
 def config_from_hf(hf: dict, where="config.json") -> Config:
@@ -86,63 +124,116 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
                         "write it out with python convert.py --unroll first")
     if arch not in NAMES:
         raise UserError(f"{where}: model_type {arch!r} is not supported; donors are of type {', '.join(NAMES)}")
-    for key, meaning in REFUSED.items():
-        off = (None, False) if key != "layer_types" else (None, [], ["full_attention"] * hf.get("num_hidden_layers", 0))
-        if key == "attention_bias" and arch == "gpt_neox":
-            continue
-        if key == "sliding_window" and hf.get("use_sliding_window") is False:
-            continue
-        if key == "rope_scaling" and hf.get(key) == {"rope_type": "default"}:
-            continue
-        if hf.get(key) not in off:
-            raise UserError(f"{where}: {key}={hf[key]!r} ({meaning}) is not supported; choose a donor without it")
-    rope = hf.get("rope_parameters") or {}  # transformers 5; before that, settings of their own
-    if rope.get("rope_type", "default") != "default" or any(isinstance(v, dict) for v in rope.values()):
-        raise UserError(f"{where}: rope_parameters={rope!r} (scaled rotary embeddings) is not supported; "
-                        "choose a donor with rope_type 'default'")
-    act = hf.get("hidden_activation") or hf.get("hidden_act") or ACTIVATIONS[arch][0]
-    if act not in ACTIVATIONS[arch]:
-        raise UserError(f"{where}: activation {act!r} is not supported for {arch}; use {ACTIVATIONS[arch][0]}")
-    neox, gemma = arch == "gpt_neox", arch == "gemma"
+    neox, keys = arch == "gpt_neox", KEYS[arch]
+    refuse_unsupported(hf, arch, where)
+    values = DEFAULTS[arch] | {ours: hf[theirs] for ours, theirs in keys.items() if theirs in hf}
+    for name in ("n_embd", "n_head", "n_layer", "n_hidden", "vocab_size"):
+        if name not in values:
+            raise UserError(f"{where}: setting '{keys[name]}' is missing; is it the config.json of a {arch} model?")
+    values["rope_theta"] = one_of(hf, keys["rope_theta"], "rope_theta", 10000.0, where)
+    if neox:
+        values["rotary_pct"] = one_of(hf, "rotary_pct", "partial_rotary_factor", 0.25, where)
     try:
-        n_embd, n_head = hf["hidden_size"], hf["num_attention_heads"]
-        return Config(
-            arch=arch, vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_embd=n_embd, n_head=n_head,
-            n_kv_head=n_head if neox else hf.get("num_key_value_heads") or n_head,
-            head_dim=(None if neox else hf.get("head_dim")) or (256 if gemma else n_embd // n_head),
-            n_hidden=hf["intermediate_size"], n_ctx=hf.get("max_position_embeddings", 2048),
-            norm_eps=hf.get("layer_norm_eps", 1e-5) if neox else hf.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or hf.get("rotary_emb_base" if neox else "rope_theta") or 10000.0),
-            rotary_pct=float(rope.get("partial_rotary_factor") or hf.get("rotary_pct") or 0.25) if neox else 1.0,
-            tie_head=hf.get("tie_word_embeddings", gemma), attn_bias=neox and hf.get("attention_bias", True),
-            mlp_bias=neox, parallel=neox and hf.get("use_parallel_residual", True),
-            bos_token_id=first(hf.get("bos_token_id")), eos_token_id=first(hf.get("eos_token_id")))
-    except KeyError as e:
-        raise UserError(f"{where}: setting {e} is missing; is this the config.json of a {arch} checkpoint?") from None
-    except UserError:
-        raise
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{where} has a setting of the wrong kind ({e}); download it again") from None
+        for name, value in values.items():
+            if value is not None or name not in ("n_kv_head", "head_dim"):
+                check_type(name, value)
+        derived = {"n_kv_head": values["n_head"], "head_dim": values["n_embd"] // max(values["n_head"], 1)}
+        values |= {name: value for name, value in derived.items() if values.get(name) is None}
+        config = Config(arch=arch, **values, extra={key: value for key, value in hf.items()
+                                                    if key not in DROPPED and key not in keys.values()})
+    except UserError as e:                                               # it begins with our name of the setting
+        name, *rest = str(e).partition("=")
+        raise UserError(f"{where}: {keys.get(name, name)}{''.join(rest)}") from None
+    compared = {"partial_rotary_factor": config.rotary_pct}              # what the family's class does not read
+    compared |= ({"rope_theta": config.rope_theta, "head_dim": config.head_dim, "num_key_value_heads": config.n_head}
+                 if neox else {"rotary_emb_base": config.rope_theta, "rotary_pct": 1.0})
+    for key, value in compared.items():
+        for place in (hf, *ropes(hf)):
+            if place.get(key) not in (None, value):
+                raise UserError(f"{where}: {key}={place[key]!r} is not supported for {arch}, where it is {value}")
+    return config
 
 
-def first(ids: int | list[int] | None) -> int | None:
-    return ids[0] if isinstance(ids, list) else ids
+def ropes(hf: dict) -> list[dict]:
+    return [hf.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+
+
+def one_of(hf: dict, key: str, in_rope: str, default: float, where) -> float:
+    """A setting that stands in config.json itself (before transformers 5) or in its rope_parameters. UserError if both
+    do and they differ."""
+    values = [v for v in (hf.get(key), *(rope.get(in_rope) for rope in ropes(hf))) if v is not None] or [default]
+    if any(v != values[0] for v in values):
+        raise UserError(f"{where}: {key} is given as {' and as '.join(map(repr, values))}; keep the right one")
+    return float(values[0]) if type(values[0]) is int else values[0]
+
+
+def refuse_unsupported(hf: dict, arch: str, where) -> None:
+    """Raise UserError for settings that ask for another forward pass; name, once, those that nobody here knows."""
+    unknown = []
+    for key, value in hf.items():
+        if not value or key in KEYS[arch].values():                      # off, or read
+            continue
+        if key in ("hidden_act", "hidden_activation"):
+            if value not in ACTIVATIONS[arch]:
+                raise UserError(f"{where}: activation {value!r} is not supported for {arch}; "
+                                f"use {ACTIVATIONS[arch][0]}")
+        elif key in REFUSED:
+            if not is_harmless(key, value, hf):
+                raise UserError(f"{where}: {key}={value!r} ({REFUSED[key]}) is not supported; "
+                                "choose a donor without it")
+        elif key in COMPARED or HARMLESS.fullmatch(key):
+            continue
+        elif ABOUT_FORWARD.search(key):
+            raise UserError(f"{where}: {key}={value!r} is not known here, and sounds like another forward pass; choose "
+                            "a donor without it, or remove it if transformers does not read it either")
+        else:
+            unknown.append(key)
+    if unknown:
+        warn(f"config.json has settings that are not known here and change nothing: {', '.join(unknown)}")
+
+
+def is_harmless(key: str, value, hf: dict) -> bool:
+    """True if a setting that is refused otherwise asks for nothing special."""
+    if key == "sliding_window":
+        return hf.get("use_sliding_window") is False
+    if key == "layer_types":
+        return isinstance(value, list) and all(kind == "full_attention" for kind in value)
+    plain = {"rope_type": "default", "type": "default", "factor": 1,     # "type" is the old key
+             "original_max_position_embeddings": hf.get("max_position_embeddings")}
+    return key.startswith("rope_") and isinstance(value, dict) and all(
+        v is None or k in ("rope_theta", "partial_rotary_factor") or k in plain and v == plain[k]
+        for k, v in value.items())
+
+
+@cache
+def warn(message: str) -> None:
+    """Say something on stderr, once."""
+    if is_main():
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def find_donor(donor: str) -> Path:
     """The folder of a donor: a local one, or that of a Hugging Face id, downloaded once. UserError if it is neither."""
-    folder = Path(donor)
+    folder = Path(donor).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(donor)) or folder.parent.is_dir():
+    if not re.fullmatch(HUB_ID, str(donor)):
         raise UserError(f"donor {donor} does not exist; give a folder with config.json and model.safetensors, "
                         "or a Hugging Face id like EleutherAI/pythia-160m")
     from huggingface_hub import snapshot_download
     try:
-        wanted = ["*.json", "*.safetensors", "*.tiktoken", "tokenizer.model"]
+        wanted = ["*.json", "*.safetensors", "*.tiktoken", "*.jinja", "tokenizer.model", "README.md", *LICENCES]
         return Path(snapshot_download(donor, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as e:  # the hub client raises many kinds, all of them "not to be had"
-        raise UserError(f"cannot download {donor} ({str(e).splitlines()[0]}); give a local folder instead") from None
+        raise UserError(f"donor {donor} is no folder, and cannot be downloaded either ({str(e).splitlines()[0]}); give "
+                        "a local folder") from None
+
+
+def donor_name(folder: Path) -> str:
+    """The id that a folder was downloaded as, else the folder's own name."""
+    folder = folder.resolve()
+    cached = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
+    return cached.removeprefix("models--").replace("--", "/", 1) or folder.name
 
 
 class Donor:
@@ -152,18 +243,27 @@ class Donor:
     def __init__(self, donor: str):
         self.folder = find_donor(donor)
         self.config = config_from_hf(read_json(self.folder / "config.json"), self.folder / "config.json")
-        self.files = self.find_files()
-        shapes = {}
+        self.config.extra.setdefault("_name_or_path", donor_name(self.folder))
+        if (self.folder / "adapter_config.json").exists():
+            raise UserError(f"{self.folder} has an adapter beside its weights (adapter_config.json), which is not "
+                            "read; merge the two first (peft's merge_and_unload), or remove it")
+        self.files, shapes, kinds = self.find_files(), {}, {}
         for path in sorted(set(self.files.values())):
             with self.open(path) as f:
-                held = [n for n in f.keys() if self.files.get(n) == path]  # noqa: SIM118 (not a dict)
-                shapes |= {n: tuple(f.get_slice(n).get_shape()) for n in held}
-        alias = {"lm_head.weight": "embed_out.weight"} if self.config.arch == "gpt_neox" else {}
-        self.stored_as = {alias.get(n, n): n for n in shapes}
-        have = {alias.get(n, n): s for n, s in shapes.items() if not NOT_WEIGHTS.search(n)}
-        if self.config.tie_head:  # some checkpoints store the tied head a second time
-            have.pop(hf_name("head.weight", self.config.arch), None)
+                for name in f.keys():  # noqa: SIM118 (not a dict)
+                    if self.files.setdefault(name, path) == path:        # also what the index forgets
+                        shapes[name] = tuple(f.get_slice(name).get_shape())
+                        kinds[name] = f.get_slice(name).get_dtype()
+        head = hf_name("head.weight", self.config.arch)
+        alias = {"lm_head.weight": head} if head not in shapes else {}
+        self.stored_as = {alias.get(n, n): n for n in shapes if not NOT_WEIGHTS.search(n)}
+        have = {n: shapes[stored] for n, stored in self.stored_as.items()}
+        twice = self.config.tie_head and have.pop(head, None)            # some checkpoints store a tied head as well
         check_tensors(hf_shapes(self.config), have, self.folder)
+        self.dtype = widest(FLOATS.get(kinds[self.stored_as[n]], torch.float16) for n in have)
+        if twice and not torch.equal(self.load(head), self.load(hf_name("embed.weight", self.config.arch))):
+            raise UserError(f"{self.folder}: {self.stored_as[head]} differs from the embedding, and config.json says "
+                            "that they are one (tie_word_embeddings); set it to false if the head is meant to count")
 
     def find_files(self) -> dict[str, Path]:
         """Tensor name -> the safetensors file that holds it."""
@@ -189,15 +289,20 @@ class Donor:
         except (OSError, SafetensorError) as e:
             raise UserError(f"cannot read {path} ({e}); the file is cut short or damaged: download it again") from None
 
-    def read(self, name: str) -> Tensor:
-        """Our tensor `name`, in the dtype it is stored in."""
-        theirs, _, part = hf_name(name, self.config.arch).partition("#")
+    def load(self, theirs: str) -> Tensor:
         stored = self.stored_as[theirs]
         with self.open(self.files[stored]) as f:  # opened anew each time: a closed file's pages leave our memory
             w = f.get_tensor(stored).clone()
-        if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if w.dtype not in FLOATS.values():
             raise UserError(f"{self.folder}: {stored} is stored as {w.dtype}; float32, bfloat16 and float16 are read, "
                             "quantised weights are not")
+        return w
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Our tensor `name`, in the donor's dtype (the widest of those it is stored in) or in `dtype`. UserError if it
+        is not finite, or overflows there."""
+        theirs, _, part = hf_name(name, self.config.arch).partition("#")
+        w = cast(self.load(theirs), dtype or self.dtype, f"{self.folder}: {self.stored_as[theirs]}")
         return split_heads(w, self.config)[:, int(part)].flatten(0, 1).contiguous() if part else w
 
 
@@ -219,7 +324,7 @@ def hf_shapes(config: Config) -> dict[str, tuple]:
 
 def read_json(path: Path) -> dict:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}; a donor has config.json and model.safetensors") from None
     except (OSError, ValueError, TypeError) as e:
@@ -227,22 +332,24 @@ def read_json(path: Path) -> dict:
 
 
 def load_full(donor: str, dtype: torch.dtype | None = None) -> RecursiveTransformer:
-    """The full-size model (n_loop=1) of a Hugging Face folder or id, in eval mode; dtype None keeps the stored one."""
+    """The full-size model (n_loop=1) of a Hugging Face folder or id, in eval mode; dtype None keeps the donor's (the
+    widest, where it is stored in several)."""
     source = Donor(donor)
     with torch.device("meta"):
         model = RecursiveTransformer(source.config)
     names = progress(list(model.state_dict()), desc="reading donor", unit="tensor")
-    state = {name: source.read(name) for name in names}
-    model.load_state_dict({k: v.to(dtype) if dtype else v for k, v in state.items()}, assign=True)
+    model.load_state_dict({name: source.read(name, dtype) for name in names}, assign=True)
     return model.eval()
 
 
 def load_any(folder: str, dtype: torch.dtype | None = None) -> RecursiveTransformer:
     """A checkpoint of ours, or else a Hugging Face one at full size."""
-    config = Path(folder) / "config.json"
-    if config.exists() and "model_type" in read_json(config) or not Path(folder).is_dir() and "/" in str(folder):
-        return load_full(folder, dtype)
-    return RecursiveTransformer.load(folder, dtype=dtype)
+    path = Path(folder).expanduser()
+    if not path.is_dir() and "/" in str(folder):
+        path = find_donor(folder)
+    if (path / "config.json").exists() and "model_type" in read_json(path / "config.json"):
+        return load_full(path, dtype)
+    return RecursiveTransformer.load(path, dtype=dtype)
 
 
 def refuse_looped(config: Config, instead: str) -> None:
@@ -255,31 +362,27 @@ def refuse_looped(config: Config, instead: str) -> None:
 # Full-size -> Hugging Face
 
 def hf_config(c: Config, dtype: torch.dtype) -> dict:
-    """The config.json that transformers reads for a full-size model."""
-    hf = {"exported_by": "nanoRRT", "model_type": c.arch,
-          "vocab_size": c.vocab_size, "num_hidden_layers": c.n_layer, "hidden_size": c.n_embd,
-          "num_attention_heads": c.n_head, "intermediate_size": c.n_hidden, "max_position_embeddings": c.n_ctx,
-          "tie_word_embeddings": c.tie_head, "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id,
-          "pad_token_id": None, "torch_dtype": str(dtype).removeprefix("torch.")}
-    if c.arch == "gpt_neox":
-        hf |= {"architectures": ["GPTNeoXForCausalLM"], "layer_norm_eps": c.norm_eps, "rotary_emb_base": c.rope_theta,
-               "rotary_pct": c.rotary_pct, "use_parallel_residual": c.parallel, "attention_bias": c.attn_bias,
-               "hidden_act": "gelu"}
-    else:
-        hf |= {"architectures": [c.arch.capitalize() + "ForCausalLM"], "num_key_value_heads": c.n_kv_head,
-               "head_dim": c.head_dim, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "attention_bias": False,
-               "hidden_act": ACTIVATIONS[c.arch][0]}
-    return hf
+    """The config.json that transformers reads for a full-size model: the donor's, with what is true of this one."""
+    family = "GPTNeoX" if c.arch == "gpt_neox" else c.arch.capitalize()
+    return {"pad_token_id": None, "attention_bias": False} | c.extra | {
+        "exported_by": "nanoRRT", "model_type": c.arch, "architectures": [family + "ForCausalLM"],
+        "hidden_act": ACTIVATIONS[c.arch][0], "torch_dtype": str(dtype).removeprefix("torch.")} | {
+        theirs: getattr(c, ours) for ours, theirs in KEYS[c.arch].items()}
 
 
 def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
     """Write a full-size model that transformers loads as GemmaForCausalLM, LlamaForCausalLM or GPTNeoXForCausalLM.
 
-    `tokenizer`: a folder whose tokenizer files go with it. Raises UserError for a model that loops: transformers has no
-    such class, `unroll` it first.
+    `tokenizer`: a folder whose tokenizer files, README and licence go with it. Raises UserError for a model that loops:
+    transformers has no such class, `unroll` it first.
     """
     c = model.config
     refuse_looped(c, "it has no Hugging Face class: export unroll(model)")
+    hf = hf_config(c, model.embed.weight.dtype)
+    back = config_from_hf(hf).architecture()
+    lost = [f"{name}={value}" for name, value in c.architecture().items() if value != back[name]]
+    if lost:
+        raise UserError(f"transformers' {c.arch} cannot have {', '.join(lost)}: this model has no Hugging Face class")
     tensors, fused = {}, {}
     for name, w in model.state_dict().items():
         theirs, _, part = hf_name(name, c.arch).partition("#")
@@ -291,5 +394,85 @@ def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
     with replace_folder(folder) as tmp:
         if tokenizer:
             copy_tokenizer(tokenizer, tmp)
-        (tmp / "config.json").write_text(json.dumps(hf_config(c, model.embed.weight.dtype), indent=1) + "\n")
+            copy_papers(Path(tokenizer), tmp)
+            if (tmp / "tokenizer.tiktoken").exists():
+                write_fast_tokenizer(tmp, c)
+            (tmp / "README.md").write_text(model_card(c, tmp), encoding="utf-8")
+        (tmp / "config.json").write_text(json.dumps(hf, indent=1) + "\n", encoding="utf-8")
         save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
+
+
+def copy_papers(src: Path, dst: Path) -> None:
+    """Copy the donor's licence, and its README as README_donor.md: of the donor's folder, or of what came of it."""
+    readme, config = src / DONOR_README, src / "config.json"
+    if not readme.exists() and config.exists() and "model_type" in read_json(config):
+        readme = src / "README.md"
+    for path in (*(path for name in LICENCES for path in src.glob(name)), readme):
+        if path.is_file():
+            shutil.copyfile(path, dst / (DONOR_README if path == readme else path.name))
+
+
+def donor_files(folder: Path) -> dict[str, bytes]:
+    """What goes along with a donor's weights, by name, held in memory: a donor may be moved while a run goes on."""
+    with TemporaryDirectory() as tmp:
+        copy_tokenizer(folder, tmp)
+        copy_papers(folder, Path(tmp))
+        return {str(path.relative_to(tmp)): path.read_bytes() for path in Path(tmp).rglob("*") if path.is_file()}
+
+
+def model_card(c: Config, folder: Path) -> str:
+    """What the README of an export says, with the licence as README_donor.md in `folder` has it."""
+    donor, looped = c.extra.get("_name_or_path", "an unnamed donor"), c.extra.get("recursive")
+    papers = sorted(path.name for name in (*LICENCES, DONOR_README) for path in folder.glob(name))
+    readme = (folder / DONOR_README).read_text(encoding="utf-8", errors="replace") if DONOR_README in papers else ""
+    front = re.match(r"---\n(.*?\n)---\n", readme, re.S)
+    lines = re.findall(r"^license(?:_name|_link)?:.*$", front[1] if front else "", re.M)
+    lines += [f"base_model: {donor}"] * bool(re.fullmatch(HUB_ID, donor))
+    donor = donor if re.fullmatch(HUB_ID, donor) else Path(donor).name
+    what = (f"A Relaxed Recursive Transformer of {looped['n_loop']} loops and LoRA rank {looped['rank']}, made from "
+            f"{donor} and written out at full size" if looped else donor)
+    return "".join(f"{line}\n" for line in ["---", *lines, "---", ""] if lines) + (
+        f"# {what}\n\nnanoRRT wrote this folder: {c.n_layer} layers, which transformers loads like any other {c.arch} "
+        f"model. The donor's licence holds for it; {', '.join(papers) or 'no file of the donor'} came along.\n")
+
+
+def write_fast_tokenizer(folder: Path, c: Config) -> None:
+    """Write the tokenizer.tiktoken in `folder`, which few programs read, as a tokenizer.json of the same ids.
+
+    A ranks file names the tokens in the order in which they were merged, not out of which two: those are what is left
+    of a token when only the merges before its own are made.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
+    config_file, encoding = folder / "tokenizer_config.json", Tokenizer.load(folder).ranks
+    config = read_json(config_file)
+    ranks = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
+    character = {b: c for c, b in byte_of_character().items()}
+    spelled = {token: "".join(map(character.get, token)) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+            at = joined.index(min(joined))
+            if joined[at] >= ranks[token]:
+                break
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:                                              # else only a whole word is this token
+            merges.append(tuple(spelled[part] for part in parts))
+    special = config.pop("special_tokens")
+    fast = Fast(models.BPE({spelled[token]: i for token, i in ranks.items()} | special, merges, ignore_merges=True))
+    fast.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(config.pop("pat_str")), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.tiktoken").unlink()
+    by_id = {i: token for token, i in special.items()}
+    eos, *_ = c.eos_token_id if isinstance(c.eos_token_id, list) else [c.eos_token_id]
+    eos = config.get("eos_token") or by_id.get(eos)
+    named = {"bos_token": by_id.get(c.bos_token_id, eos), "eos_token": eos, "unk_token": eos, "pad_token": eos}
+    config = named | config | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.n_ctx,
+                               "clean_up_tokenization_spaces": False}
+    config_file.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

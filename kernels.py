@@ -1,18 +1,18 @@
 """
-Linear maps and attention for decoding a batch whose rows stand at different loops (continuous depth-wise batching).
+Linear layers and attention for decoding a batch whose rows are at different loops (continuous depth-wise batching).
 
-One row is one token of one sequence; `loop` says, row by row, which loop of the shared block it stands at, so which
-LoRA (A_l, B_l) and which part of the cache are its own. Loop -1 is an idle row: its result is zeros, whatever it held.
+One row is one token of one sequence. `loop` holds, for each row, the loop of the shared block that it is at, and with
+it which LoRA (A_l, B_l) and which part of the cache it uses. Loop -1 is an idle row: its result is zeros.
 
-Each operation is a ladder, every rung held to the one before it:
+Each operation has three implementations, each tested against the one before it:
 
-    *_spec      the specification in torch: readable and slow
-    *_concat    the torch path (CPU, fp64, no Triton): LoRAs of all loops stacked to one of rank n_loop * R, and masked;
-                for attention *_sdpa, masked where a row's length ends
-    *_triton    runs through all the depths with row masks: no sorting, no tables, nothing for the host to wait on
+    *_spec      the specification in torch, readable and slow
+    *_concat    the torch path (CPU, fp64, no Triton): the LoRAs of all loops as one of rank n_loop * R, and a mask;
+                for attention *_sdpa, masked beyond each row's length
+    *_triton    goes through all loops with row masks: no sorting, no tables, and the host never waits
 
-Grids and tiles depend on shapes alone, so a CUDA graph may hold any of it, and every sum has a fixed order that knows
-neither the number of rows nor the other rows: a row alone gives, bit by bit, what it gives in a mixed batch.
+Grids and tiles depend on shapes alone, so a CUDA graph may capture any of it. Every sum has a fixed order that depends
+neither on the number of rows nor on the other rows: a row alone gives bit by bit what it gives in a mixed batch.
 
 Shapes in comments: M rows, C width in, O width out, R LoRA rank, H query heads, K key/value heads, D head size,
 S slots (one sequence each), T positions of a slot. Inside the GEMM kernels: N and K, the widths out and in.
@@ -90,7 +90,7 @@ SPLIT_T = 256       # positions that one program of the attention reads
 
 def gemm_tiles(n: int, k: int, copies: int = 1) -> tuple[int, int, int]:
     """(block_n, block_k, splits of k) to multiply rows by a weight (n, k), when `copies` of it are read together."""
-    block_n, block_k = (128, 64) if n > 8192 else (64, 128)  # 16 KB of weight either way; wide maps read x less often
+    block_n, block_k = (128, 64) if n > 8192 else (64, 128)  # 16 KB of weight either way; wide layers read x less often
     splits = 1
     while 2 * splits * copies * -(-n // block_n) <= SMS and k >= 2 * splits * 256:
         splits *= 2
@@ -108,7 +108,7 @@ def attention_tiles(d: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Linear maps: specification and torch path
+# Linear layers: specification and torch path
 
 def lora_rows_spec(x: Tensor, a: Tensor, b: Tensor, loop: Tensor) -> Tensor:
     own = loop.clamp(min=0)
@@ -147,7 +147,7 @@ def linear_rows_concat(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Linear maps: Triton. Tiles lie weights × rows, the product transposed: x fills the side that may be as narrow as 16.
+# Linear layers: Triton. Tiles are weights × rows, the product transposed: x is on the side that may be 16 narrow.
 
 @jit
 def _dot(left, right, acc):
@@ -158,15 +158,15 @@ def _dot(left, right, acc):
 
 
 @jit
-def _finish(y, row_loop, n, bias, bias_l, N):
+def _finish(y, row_loop, n, bias, stride_bias, N):
     """y plus the bias of each row's loop; zeros where the row is idle."""
     if bias is not None:
-        y += tl.load(bias + tl.maximum(row_loop, 0) * bias_l + n, n < N, other=0.0).to(tl.float32)
+        y += tl.load(bias + tl.maximum(row_loop, 0) * stride_bias + n, n < N, other=0.0).to(tl.float32)
     return tl.where(row_loop >= 0, y, 0.0)
 
 
 @jit
-def _shrink(x, a, loops, z, M, R, K, x_m, a_l, a_r, z_s, k_chunk,
+def _shrink(x, a, loops, z, M, R, K, stride_xm, stride_al, stride_ar, stride_zs, k_chunk,
             BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     """z[split, m] = A_l x[m] over the split's share of K. Each program has one loop and writes the rows that stand
     there, so no two write the same place; idle rows stay unwritten."""
@@ -180,15 +180,16 @@ def _shrink(x, a, loops, z, M, R, K, x_m, a_l, a_r, z_s, k_chunk,
         acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
         for k0 in range(split * k_chunk, tl.minimum((split + 1) * k_chunk, K), BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            at = tl.load(a + loop * a_l + r[:, None] * a_r + k[None, :], (r < R)[:, None] & (k < K)[None, :], other=0.0)
-            xt = tl.load(x + m[None, :] * x_m + k[:, None], here[None, :] & (k < K)[:, None], other=0.0)
+            in_a = (r < R)[:, None] & (k < K)[None, :]
+            at = tl.load(a + loop * stride_al + r[:, None] * stride_ar + k[None, :], in_a, other=0.0)
+            xt = tl.load(x + m[None, :] * stride_xm + k[:, None], here[None, :] & (k < K)[:, None], other=0.0)
             acc = _dot(at, xt, acc)
-        tl.store(z + split * z_s + m[None, :] * R + r[:, None], acc, here[None, :] & (r < R)[:, None])
+        tl.store(z + split * stride_zs + m[None, :] * R + r[:, None], acc, here[None, :] & (r < R)[:, None])
 
 
 @jit
-def _linear(x, w, z, b, loops, bias, y, M, N, K, R, n_loop, x_m, w_n, b_l, b_n, bias_l, y_s, k_chunk, r_chunk,
-            PARTIAL: tl.constexpr,
+def _linear(x, w, z, b, loops, bias, y, M, N, K, R, n_loop, stride_xm, stride_wn, stride_bl, stride_bn, stride_bias,
+            stride_ys, k_chunk, r_chunk, PARTIAL: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
     """y[m] = W x[m] (unless w is None) + B_l z[m] in one accumulator, or the split's share of both sums."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -199,8 +200,9 @@ def _linear(x, w, z, b, loops, bias, y, M, N, K, R, n_loop, x_m, w_n, b_l, b_n, 
     if w is not None:
         for k0 in range(split * k_chunk, tl.minimum((split + 1) * k_chunk, K), BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            wt = tl.load(w + n.to(tl.int64)[:, None] * w_n + k[None, :], (n < N)[:, None] & (k < K)[None, :], other=0.0)
-            xt = tl.load(x + m[None, :] * x_m + k[:, None], (m < M)[None, :] & (k < K)[:, None], other=0.0)
+            in_w = (n < N)[:, None] & (k < K)[None, :]
+            wt = tl.load(w + n.to(tl.int64)[:, None] * stride_wn + k[None, :], in_w, other=0.0)
+            xt = tl.load(x + m[None, :] * stride_xm + k[:, None], (m < M)[None, :] & (k < K)[:, None], other=0.0)
             acc = _dot(wt, xt, acc)
     if z is not None:
         for loop in range(n_loop):
@@ -209,23 +211,23 @@ def _linear(x, w, z, b, loops, bias, y, M, N, K, R, n_loop, x_m, w_n, b_l, b_n, 
                 for r0 in range(split * r_chunk, tl.minimum((split + 1) * r_chunk, R), BLOCK_R):
                     r = r0 + tl.arange(0, BLOCK_R)
                     in_b, in_z = (n < N)[:, None] & (r < R)[None, :], here[None, :] & (r < R)[:, None]
-                    bt = tl.load(b + loop * b_l + n[:, None] * b_n + r[None, :], in_b, other=0.0)
+                    bt = tl.load(b + loop * stride_bl + n[:, None] * stride_bn + r[None, :], in_b, other=0.0)
                     zt = tl.load(z + m[None, :] * R + r[:, None], in_z, other=0.0)
                     acc = _dot(bt, zt, acc)
     if not PARTIAL:
-        acc = _finish(acc, row_loop[None, :], n[:, None], bias, bias_l, N)
-    tl.store(y + split * y_s + m[None, :] * N + n[:, None], acc, (m < M)[None, :] & (n < N)[:, None])
+        acc = _finish(acc, row_loop[None, :], n[:, None], bias, stride_bias, N)
+    tl.store(y + split * stride_ys + m[None, :] * N + n[:, None], acc, (m < M)[None, :] & (n < N)[:, None])
 
 
 @jit
-def _sum_splits(part, loops, bias, y, N, bias_l, part_s, splits, BLOCK_N: tl.constexpr):
+def _sum_splits(part, loops, bias, y, N, stride_bias, stride_part, splits, BLOCK_N: tl.constexpr):
     """y[m] = part[0, m] + part[1, m] + …, always in this order."""
     m = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N,), tl.float32)
     for split in range(splits):
-        acc += tl.load(part + split * part_s + m * N + n, n < N, other=0.0)
-    tl.store(y + m * N + n, _finish(acc, tl.load(loops + m), n, bias, bias_l, N), n < N)
+        acc += tl.load(part + split * stride_part + m * N + n, n < N, other=0.0)
+    tl.store(y + m * N + n, _finish(acc, tl.load(loops + m), n, bias, stride_bias, N), n < N)
 
 
 def lora_rows_triton(x: Tensor, a: Tensor, b: Tensor, loop: Tensor) -> Tensor:
@@ -261,17 +263,18 @@ def expand_rows(x: Tensor, w: Tensor | None, z: Tensor | None, b: Tensor | None,
     block_n, block_k, splits = gemm_tiles(n, k) if w is not None else (64, 64, 1)
     block_m = row_tile(m)
     w, b, bias = (along_rows(t) if t is not None else None for t in (w, b, bias))
-    w_n, b_l, b_n = w.stride(0) if w is not None else 0, *(b.stride()[:2] if z is not None else (0, 0))
-    bias_l = bias.stride(0) if bias is not None and bias.dim() == 2 else 0
+    stride_wn = w.stride(0) if w is not None else 0
+    stride_bl, stride_bn = b.stride()[:2] if z is not None else (0, 0)
+    stride_bias = bias.stride(0) if bias is not None and bias.dim() == 2 else 0
     y = x.new_empty(m, n)
     part = y if splits == 1 else x.new_empty(splits, m, n, dtype=torch.float32)
     _linear[-(-n // block_n), -(-m // block_m), splits](
-        x, w, z, b, loop, bias if splits == 1 else None, part, m, n, k, rank, n_loop, x.stride(0), w_n, b_l, b_n,
-        bias_l, m * n, share(k, splits, block_k), share(rank, splits, BLOCK_R), PARTIAL=splits > 1,
+        x, w, z, b, loop, bias if splits == 1 else None, part, m, n, k, rank, n_loop, x.stride(0), stride_wn, stride_bl,
+        stride_bn, stride_bias, m * n, share(k, splits, block_k), share(rank, splits, BLOCK_R), PARTIAL=splits > 1,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=BLOCK_R,
         num_warps=8 if block_m * block_n > 64 * 128 else 4, num_stages=4)   # four warps would spill registers
     if splits > 1:
-        _sum_splits[m, -(-n // 1024)](part, loop, bias, y, n, bias_l, m * n, splits, BLOCK_N=1024)
+        _sum_splits[m, -(-n // 1024)](part, loop, bias, y, n, stride_bias, m * n, splits, BLOCK_N=1024)
     return y
 
 
@@ -314,32 +317,34 @@ def decode_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop: T
 # Pass two merges a row's splits, first to last. Splits are a fixed size, so a row's sums know nothing of the others.
 
 @jit
-def _attend(q, k, v, slots, loops, lengths, part, top, total, q_m, q_h, k_s, k_l, k_t, k_h, k_d,
-            v_s, v_l, v_t, v_h, v_d, scale, D, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-            BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
+def _attend(q, k, v, slots, loops, lengths, part, top, total, stride_qm, stride_qh, stride_ks, stride_kl, stride_kt,
+            stride_kh, stride_kd, stride_vs, stride_vl, stride_vt, stride_vh, stride_vd, scale, D,
+            GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
+            BLOCK_D: tl.constexpr):
     """Of one split: `top`, the highest q k; `total`, the sum of p = exp2((q k - top) scale); `part`, the sum of p v."""
     m, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     loop = tl.load(loops + m).to(tl.int64)
     end = tl.where(loop < 0, 0, tl.load(lengths + m))
     if split * SPLIT < end:  # beyond it nothing is read or written, and _merge does not look there
         slot = tl.load(slots + m).to(tl.int64)
-        k += slot * k_s + loop * k_l + head * k_h
-        v += slot * v_s + loop * v_l + head * v_h
+        k += slot * stride_ks + loop * stride_kl + head * stride_kh
+        v += slot * stride_vs + loop * stride_vl + head * stride_vh
         g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
         h = head * GROUP + g
         heads = (g < GROUP)[:, None] & (d < D)[None, :]
-        qt = tl.load(q + m * q_m + h[:, None] * q_h + d[None, :], heads, other=0.0)
+        qt = tl.load(q + m * stride_qm + h[:, None] * stride_qh + d[None, :], heads, other=0.0)
         high = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         norm = tl.zeros((BLOCK_G,), tl.float32)
         acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
         for t0 in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, end), BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
-            kt = tl.load(k + t[None, :] * k_t + d[:, None] * k_d, (t < end)[None, :] & (d < D)[:, None], other=0.0)
+            in_k, in_v = (t < end)[None, :] & (d < D)[:, None], (t < end)[:, None] & (d < D)[None, :]
+            kt = tl.load(k + t[None, :] * stride_kt + d[:, None] * stride_kd, in_k, other=0.0)
             score = _dot(qt, kt, tl.zeros((BLOCK_G, BLOCK_T), tl.float32))
             score = tl.where((t < end)[None, :], score, float("-inf"))
             higher = tl.maximum(high, tl.max(score, 1))
             p, fade = tl.exp2((score - higher[:, None]) * scale), tl.exp2((high - higher) * scale)  # exact, then scaled
-            vt = tl.load(v + t[:, None] * v_t + d[None, :] * v_d, (t < end)[:, None] & (d < D)[None, :], other=0.0)
+            vt = tl.load(v + t[:, None] * stride_vt + d[None, :] * stride_vd, in_v, other=0.0)
             acc = _dot(p.to(vt.dtype), vt, acc * fade[:, None])
             norm, high = norm * fade + tl.sum(p, 1), higher
         place = (m * tl.num_programs(1) * GROUP + h) * tl.num_programs(2) + split

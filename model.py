@@ -15,9 +15,11 @@ Paper: Relaxed Recursive Transformers, https://arxiv.org/abs/2410.20672
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass, field, fields
+from functools import reduce
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -51,18 +53,37 @@ class Config:
     mlp_bias: bool = False     # biases on the MLP (Pythia)
     parallel: bool = False     # attention and MLP read the same input (Pythia)
     bos_token_id: int | None = None  # the donor's begin-of-text id
-    eos_token_id: int | None = None  # the donor's end-of-text id
+    eos_token_id: int | list[int] | None = None  # the donor's end-of-text id, or ids
+    extra: dict = field(default_factory=dict)    # what else the donor's config.json says: nothing here, for exports
 
     def __post_init__(self):
-        for name in ("vectors", "arch"):
-            allowed = get_args(type(self).__dataclass_fields__[name].type)
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
+        for f in fields(self):
+            check_type(f.name, getattr(self, f.name))
+        for name in ("vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "n_ctx",
+                     "norm_eps", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be positive")
         if self.n_loop < 1 or self.n_layer % self.n_loop:
             raise UserError(f"{self.n_loop} loops do not divide the {self.n_layer} layers; "
                             f"use one of {', '.join(str(n) for n in divisors(self.n_layer))}")
         if self.rank < 0:
             raise UserError(f"rank {self.rank} is negative; use 0 for a tied model or a positive LoRA rank")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_kv_head={self.n_kv_head} does not divide the {self.n_head} heads")
+        rotated = 2 * len(range(0, int(self.head_dim * self.rotary_pct), 2))             # in pairs
+        if not 0 < self.rotary_pct <= 1 or not 0 < rotated <= self.head_dim:
+            name = "head_dim" if self.rotary_pct == 1 else "rotary_pct"
+            raise UserError(f"{name}={getattr(self, name)} rotates {rotated} of each head's {self.head_dim} numbers; "
+                            "use an even head_dim, and a rotary_pct above 0 and up to 1")
+        for name in ("bos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            if not all(0 <= i < self.vocab_size for i in (ids if isinstance(ids, list) else [ids or 0])):
+                raise UserError(f"{name}={ids} is outside the vocabulary of {self.vocab_size}")
+
+    def architecture(self) -> dict:
+        """The settings that a model computes with: all but what is only noted about the donor."""
+        noted = {"bos_token_id", "eos_token_id", "extra"}
+        return {name: value for name, value in asdict(self).items() if name not in noted}
 
     @property
     def n_unique(self) -> int:
@@ -73,6 +94,28 @@ class Config:
     def vector_loops(self) -> int | None:
         """How many of each norm weight and bias there are: one per loop, or None where the loops share one."""
         return self.n_loop if self.vectors == "per_loop" else None
+
+
+def check_type(name: str, value) -> None:
+    """Raise UserError unless `value` is of the type of Config's field `name`."""
+    kind = Config.__dataclass_fields__[name].type
+    if not is_type(value, kind):
+        literal = get_origin(kind) is Literal
+        raise UserError(f"{name}={value!r} is " + (f"unknown; use one of {', '.join(get_args(kind))}" if literal else
+                        f"of the wrong type; it must be {kind.__name__ if type(kind) is type else kind}"))
+
+
+def is_type(value, kind) -> bool:
+    """True if `value` is of the type: an int is a float as well, but a bool is no int and nan no number."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return type(value) is list and len(value) > 0 and all(is_type(v, get_args(kind)[0]) for v in value)
+    if get_args(kind):                                                   # int | None
+        return any(is_type(value, one) for one in get_args(kind))
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
 
 
 def divisors(n: int) -> list[int]:
@@ -397,12 +440,13 @@ class RecursiveTransformer(nn.Module):
 
     def write(self, folder) -> None:
         config = {"format": "nanoRRT"} | asdict(self.config)
-        (Path(folder) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (Path(folder) / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
 
     @classmethod
     def load(cls, folder, device="cpu", dtype=None) -> "RecursiveTransformer":
-        """The checkpoint in `folder`, in eval mode and the dtype it was saved in unless `dtype` says otherwise.
+        """The checkpoint in `folder`, in eval mode and the dtype it was saved in unless `dtype` says otherwise; one of
+        several dtypes is loaded in the widest.
 
         Raises UserError if the folder is missing, is not a checkpoint of ours, or is damaged.
         """
@@ -417,9 +461,8 @@ class RecursiveTransformer(nn.Module):
             raise UserError(f"cannot read {path} ({e}); the file is missing, cut short or damaged") from None
         check_tensors({k: tuple(v.shape) for k, v in model.state_dict().items()},
                       {k: tuple(v.shape) for k, v in tensors.items()}, path)
-        if dtype is not None:
-            tensors = {k: v.to(dtype) for k, v in tensors.items()}
-        model.load_state_dict(tensors, assign=True)
+        dtype = dtype or widest(v.dtype for v in tensors.values())
+        model.load_state_dict({k: cast(v, dtype, f"{k} in {path}") for k, v in tensors.items()}, assign=True)
         return model.eval()
 
 
@@ -434,7 +477,7 @@ def read_config(folder) -> Config:
     if not path.exists():
         raise UserError(f"no checkpoint in {folder}: no config.json; give a folder that convert.py or train.py wrote")
     try:
-        values = dict(json.loads(path.read_text()))
+        values = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path} is not readable JSON ({e})") from None
     if values.pop("format", None) != "nanoRRT":
@@ -444,7 +487,27 @@ def read_config(folder) -> Config:
     unknown = set(values) - {f.name for f in fields(Config)}
     if unknown:
         raise UserError(f"{path} has unknown settings {sorted(unknown)}: written by a newer version?")
-    return Config(**values)
+    try:
+        return Config(**values)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+
+
+def widest(dtypes) -> torch.dtype:
+    """The one dtype that holds what all of these hold (bfloat16 weights beside float32 norms: float32)."""
+    return reduce(torch.promote_types, dtypes)
+
+
+def cast(w: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`w` in this dtype. UserError if it has NaN or infinity, or a number that is too large for the dtype."""
+    low, high = torch.stack(w.aminmax()).tolist()                        # NaN if there is any
+    if not math.isfinite(high - low):
+        raise UserError(f"{name} is not finite (from {low} to {high}): its file is damaged, its training diverged, or "
+                        f"it overflowed in {w.dtype}; use another checkpoint, or bfloat16")
+    if max(-low, high) > torch.finfo(dtype).max:
+        raise UserError(f"{name} has a weight of {high if high > -low else low:.6g}, and {dtype} overflows beyond "
+                        f"{torch.finfo(dtype).max:.6g}; use --dtype=bfloat16 or float32")
+    return w.to(dtype)
 
 
 def check_tensors(want: dict[str, tuple], have: dict[str, tuple], where) -> None:

@@ -27,14 +27,13 @@ from checkpoint import (
     drop_log_after,
     find_state,
     load_optimizer,
-    read_tokenizer,
     resumed_settings,
     save_checkpoint,
     write_log,
 )
-from convert import AnyInit, LoraInit, Norms, Rounding, Vectors, check_calibrated, to_recursive
+from convert import AnyInit, LoraInit, Norms, Rounding, Vectors, check_ignored, to_recursive
 from data import Tokens, batches, load_tokens, validation
-from hf import config_from_hf, find_donor, load_any, read_json, refuse_looped
+from hf import config_from_hf, donor_files, find_donor, load_any, read_json, refuse_looped
 from losses import chunked_loss, exit_weights
 from model import Config, RecursiveTransformer, read_config
 from runtime import (
@@ -192,8 +191,8 @@ def check_settings(args: TrainConfig, resumed: bool) -> None:
             if getattr(args, name) != getattr(TrainConfig, name):
                 raise UserError(f"--{name}={getattr(args, name)} says how a donor is converted, and {given} converts "
                                 "none: drop one of the two")
-    check_calibrated(args)
     if not resumed:                                          # a run that began with them goes on
+        check_ignored(args)
         check_used(args)
     if args.tokens < args.batch_tokens:
         raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
@@ -207,16 +206,9 @@ def check_used(args: TrainConfig) -> None:
     """Raise UserError for settings that would change nothing."""
     distils = args.distill != "none" and (args.teacher or args.ckpt or args.init != "scratch")
     taught = distils or args.exit_distill and args.exit_loss != "last"
-    converts = not args.ckpt and args.init not in ("scratch", "calibrated")      # those are checked elsewhere
     needs = [("exit_coef", args.exit_loss == "aggressive", "--exit_loss=aggressive"),
              ("distill", args.init != "scratch" or args.ckpt or args.teacher or args.distill == "none", "a --teacher"),
-             ("distill_weight", taught, "distillation"), ("temperature", taught, "distillation"),
-             ("rounding", not converts or args.init == "stepwise", "--init=stepwise"),
-             ("norms", not converts or args.init != "random", "a donor's weights, and --init=random takes none"),
-             ("norms", not converts or args.vectors == "tied", "--vectors=tied"),
-             ("lora_init", not converts or args.rank > 0, "a LoRA: give --rank"),
-             ("lora_init", not converts or args.init != "random" or args.lora_init == "zero",
-              "a residual, and --init=random has none")]
+             ("distill_weight", taught, "distillation"), ("temperature", taught, "distillation")]
     for name, used, what in needs:
         if getattr(args, name) != getattr(TrainConfig, name) and not used:
             raise UserError(f"--{name}={getattr(args, name)} would change nothing here, it needs {what}: drop "
@@ -246,8 +238,8 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
             raise UserError(f"--seq_len={args.seq_len} is longer than the {its.n_ctx} tokens that {name} was made for; "
                             f"use --seq_len={its.n_ctx} or less")
     if state:
-        before = state["history"]["donor_config"]
-        changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in asdict(config).items() if v != before.get(k))
+        before, now = state["history"]["donor_config"], config.architecture()
+        changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in now.items() if v != before.get(k))
         if changed or state["history"]["tokenizer_hash"] not in tokenizer.hashes:
             raise UserError(f"the donor {args.donor} is of another architecture or tokenizer than when the run in "
                             f"{args.out} started: {changed or 'tokenizer'}; resume with the donor it was made from")
@@ -373,7 +365,7 @@ class Run:
     objective: nn.Module                    # what is called and differentiated: compiled, in DDP
     optimizer: torch.optim.Optimizer
     train_tokens: Tokens
-    tokenizer: dict[str, bytes]             # its files, which go into every checkpoint
+    files: dict[str, bytes]                 # of the donor, beside its weights, which go into every checkpoint
     valid: list                             # validation batches for the first and the last evaluation
     quick: list                             # and for those between, a quarter of the tokens
     bf16: bool                              # forward passes run in bfloat16 where that is safe
@@ -436,7 +428,7 @@ def prepare(args: TrainConfig, procs: Processes, state: dict | None, began: floa
                     for n in (history["eval_tokens"], args.eval_tokens))
     return Run(args, procs, model, donor, teacher,
                DistributedDataParallel(objective) if procs.world > 1 else objective, optimizer, texts["data"],
-               read_tokenizer(folder), valid, quick, bf16, autocast, steps, micro_steps, step, step, history,
+               donor_files(folder), valid, quick, bf16, autocast, steps, micro_steps, step, step, history,
                peak and peak * procs.world, began - history.get("seconds", 0.0))
 
 
@@ -473,7 +465,7 @@ def count_targets(pairs: list) -> int:
 def save(run: Run) -> None:
     run.history["seconds"] = time.perf_counter() - run.began
     save_checkpoint(run.args.out, run.model, run.optimizer,
-                    {"step": run.step, "args": asdict(run.args), "history": run.history}, run.tokenizer)
+                    {"step": run.step, "args": asdict(run.args), "history": run.history}, run.files)
     run.saved = run.step
 
 

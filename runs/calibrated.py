@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from calibrate import calibrate, calibration_windows, mean_errors, moments
+from calibrate import calibrate, calibration_windows, collect_stats, mean_errors
 from convert import load_full, to_recursive
 from data import batch, load_tokens
 from hf import find_donor
@@ -72,7 +72,7 @@ def main(argv=None) -> None:
                        loss=losses(to_recursive(full, loops, "average", rank, vectors=vectors), texts, procs))
     for n in numbers[2]:
         began = time.perf_counter()
-        seen = moments(full, calibration_windows(calibration, n, full.config, args.calib_text))
+        seen = collect_stats(full, calibration_windows(calibration, n, full.config, args.calib_text))
         reading = time.perf_counter() - began
         for loops in numbers[0]:
             for rank in numbers[1]:

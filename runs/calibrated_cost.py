@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_training import SHAPES
-from calibrate import calibrate, moments
+from calibrate import calibrate, collect_stats
 from model import RecursiveTransformer
 from runtime import UserError, append_line, parse_args, peak_memory, print0, run_info, script
 
@@ -46,7 +46,7 @@ def main(argv=None) -> None:
         for p in full.parameters():
             p.data.normal_(std=0.02)
         began = time.perf_counter()
-        seen = moments(full, windows)
+        seen = collect_stats(full, windows)
         seconds.append(time.perf_counter() - began)
         print0(f"reading, {n_layer} of the layers: {seconds[-1]:.0f} s, peak {peak_memory(cpu):.1f} GiB")
     reading_peak, began = peak_memory(cpu), time.perf_counter()
@@ -56,7 +56,7 @@ def main(argv=None) -> None:
 
     layer = (seconds[1] - seconds[0]) / (args.loops - 1)
     reading = (seconds[0] + (shape.n_layer - 1) * layer) * args.tokens / args.read
-    # What the other layers add to either peak: weights in bf16, moments, and the states that enter each.
+    # What the other layers add to either peak: weights in bf16, collect_stats, and the states that enter each.
     more = (shape.n_layer - args.loops) / args.loops
     weights, kept = gib(full.layers.parameters(), more), gib([t for pair in seen.inputs.values() for t in pair], more)
     states = args.tokens * shape.n_embd * 4 * shape.n_layer / 2**30

@@ -27,5 +27,5 @@ python train.py --init=scratch --donor="$work/tokenizer" --out="$work/model" \
 
 # Hugging Face's layout, in bfloat16.
 python convert.py --unroll --donor="$work/model" --out="$work/donor" --dtype=bfloat16
-cp "$work/donor/"* assets/donor/
+cp "$work/donor/"{config.json,model.safetensors} "$work/tokenizer/"tokenizer* assets/donor/  # the ranks as they are
 cp "$work/model/log.jsonl" runs/donor.jsonl

@@ -18,7 +18,17 @@ from tiny import home, run, story  # noqa: F401 (a fixture)
 
 import calibrate
 import convert
-from calibrate import absorb, balanced, calibration_windows, fit, fit_map, gain, moments, share_gain, to_calibrated
+from calibrate import (
+    absorb_norms,
+    balanced,
+    calibration_windows,
+    collect_stats,
+    fit,
+    fit_linear,
+    norm_scale,
+    share_norm_scale,
+    to_calibrated,
+)
 from convert import load_full, svd_factors, unroll
 from data import Tokens, batch, load_tokens, write_shards
 from model import Config, RecursiveTransformer, RelaxedLinear, rope_angles
@@ -42,7 +52,7 @@ def problem(shape, n_loop=2, tokens=40, biased=False):
 
 
 def error(Ws, Xs, W, factors):
-    """Eq. 1, from the outputs themselves."""
+    """(C1), from the outputs themselves."""
     factors = factors or [(torch.zeros(1, W.size(1)), torch.zeros(W.size(0), 1))] * len(Ws)
     wide = [torch.nn.functional.pad(a.double(), (0, W.size(1) - a.size(1))) for a, _ in factors]  # no LoRA on a bias
     wrong = [X @ (V - W - b.double() @ a).T for V, X, a, (_, b) in zip(Ws, Xs, wide, factors, strict=True)]
@@ -80,7 +90,7 @@ def test_weighted_svd_keeps_the_largest_singular_values_of_the_outputs(shape, bi
 @each_shape
 @pytest.mark.parametrize("biased", [False, True])
 def test_tying_again_is_what_descent_on_the_error_finds(shape, biased):
-    """W' and all B together, given A: from far away, Newton-like steps on Eq. 1 end at the same error."""
+    """W' and all B together, given A: from far away, Newton-like steps on (C1) end at the same error."""
     Ws, Xs, Cs = problem(shape, biased=biased)
     W, factors, errors = fit(Ws, Cs, 2, rounds=3, biased=biased)
     free = [torch.randn_like(W), *(torch.randn_like(b) for _, b in factors)]
@@ -138,7 +148,7 @@ def test_a_direction_without_residual_can_still_learn():
 @each_shape
 @torch.no_grad()
 def test_outputs_count_by_their_gradients(shape):
-    """Eq. 1 with D: the start by singular values, then as low as descent on W', A and B together gets."""
+    """(C1) with D: the start by singular values, then as low as descent on W', A and B together gets."""
     Ws, _, Cs = problem(shape)
     gs = [torch.randn(50, shape[0], dtype=torch.float64) * torch.linspace(1, scale, shape[0]) for scale in (9, 20)]
     Gs = [g.square().mean(0) for g in gs]
@@ -154,7 +164,7 @@ def test_outputs_count_by_their_gradients(shape):
         donors = [RelaxedLinear(shape[1], shape[0], replace(config, rank=0)).double() for _ in Ws]
         for donor, W in zip(donors, Ws, strict=True):
             donor.weight.copy_(W)
-        errors = fit_map(linear, donors, [(C, C[0]) for C in Cs], Gs, 1.0, rounds, 0.0, 0.0)
+        errors = fit_linear(linear, donors, [(C, C[0]) for C in Cs], Gs, 1.0, rounds, 0.0, 0.0)
         return linear.weight.data, [(linear.lora_a[i], linear.lora_b[i]) for i in range(2)] if rank else None, errors
     tied, _, _ = fitted(0, rank=0)
     C = [w * C for C, w in zip(Cs, weights, strict=True)]
@@ -188,7 +198,7 @@ def test_outputs_count_by_their_gradients(shape):
 def absorbed(full):
     biased, new = full.config.arch == "gpt_neox", copy.deepcopy(full)
     new.config = replace(full.config, attn_bias=biased, mlp_bias=biased)
-    new.layers = torch.nn.ModuleList(absorb(layer) for layer in full.layers)
+    new.layers = torch.nn.ModuleList(absorb_norms(layer) for layer in full.layers)
     return new
 
 
@@ -220,9 +230,9 @@ def watched(full, idx):
 @each_arch
 def test_moments_are_of_what_runs_through_each_map(arch):
     full, idx = tiny(arch).double(), tokens(4, 9)
-    seen, want = moments(full, [idx]), watched(full, idx)
+    seen, want = collect_stats(full, [idx]), watched(full, idx)
     assert len(seen.inputs) == 24 and set(seen.gradients) == set(want)
-    for entry, kinds in calibrate.READERS.items():
+    for entry, kinds in calibrate.SHARED_INPUT.items():
         for i, kind in itertools.product(range(6), kinds):
             if f"layers.{i}.{kind}" in want:
                 x, g = want[f"layers.{i}.{kind}"]
@@ -234,9 +244,9 @@ def test_moments_are_of_what_runs_through_each_map(arch):
 
 def test_moments_do_not_depend_on_order_or_batch_size():
     full, idx = tiny("llama").double(), tokens(6, 9)
-    want = moments(full, [idx])
+    want = collect_stats(full, [idx])
     for windows in (idx.split(1), idx.flip(0).split(4)):
-        seen = moments(full, windows)
+        seen = collect_stats(full, windows)
         for name, (second, first) in seen.inputs.items():
             close(second, want.inputs[name][0], 1e-12)
             close(first, want.inputs[name][1], 1e-12)
@@ -246,7 +256,7 @@ def test_moments_do_not_depend_on_order_or_batch_size():
 
 def test_weights_in_half_precision_are_read_in_full():
     full, idx = tiny("gemma").bfloat16(), tokens(4, 9)
-    seen, want = moments(full, [idx]), moments(copy.deepcopy(full).float(), [idx])
+    seen, want = collect_stats(full, [idx]), collect_stats(copy.deepcopy(full).float(), [idx])
     for name, (second, _) in seen.inputs.items():
         close(second, want.inputs[name][0], 1e-2 if "layers.0" in name else 2e-2)
         assert second.dtype == torch.float32
@@ -255,13 +265,13 @@ def test_weights_in_half_precision_are_read_in_full():
 @torch.no_grad()
 def test_wide_inputs_are_sketched(monkeypatch):
     full, idx = tiny("llama").double(), tokens(8, 60)
-    want = moments(full, [idx])
+    want = collect_stats(full, [idx])
     exact = calibrate.calibrate(full, want, 2, 3)
     monkeypatch.setattr(calibrate, "WIDEST", 39)                         # attn.o and mlp.down read 40, the others 32
 
-    def far(rows):  # of each sketch from the moments, several tokens in a row where rows are few
+    def far(rows):  # of each sketch from the collect_stats, several tokens in a row where rows are few
         monkeypatch.setattr(calibrate, "SKETCH", rows)
-        seen = moments(full, idx.split(3)).inputs
+        seen = collect_stats(full, idx.split(3)).inputs
         assert {len(s) for n, (s, _) in seen.items() if n.endswith(("attn.o", "down"))} == {rows}
         assert all(torch.allclose(s, want.inputs[n][0]) for n, (s, _) in seen.items()
                    if not n.endswith(("attn.o", "down")))
@@ -270,7 +280,7 @@ def test_wide_inputs_are_sketched(monkeypatch):
         return max(((s[:-1, :-1] - second).norm() / second.norm()).item() for s, second, _ in found.values())
     assert 0 < far(20_000) < 0.1 < far(400) < 0.6
     monkeypatch.setattr(calibrate, "SKETCH", 20_000)
-    near = calibrate.calibrate(full, moments(full, [idx]), 2, 3)
+    near = calibrate.calibrate(full, collect_stats(full, [idx]), 2, 3)
     close(near.layers[1].mlp.down.merged(1), exact.layers[1].mlp.down.merged(1), 0.05)
 
 
@@ -281,11 +291,11 @@ def test_wide_inputs_with_biases(monkeypatch, vectors, rows):
     """The mean of a sketched input comes from the sketch as well: with the exact one, C would not be a covariance."""
     full, idx = tiny("gpt_neox").double(), tokens(12, 60)
     full.layers[1].mlp.down.weight.data *= 5
-    exact = calibrate.calibrate(full, moments(full, [idx]), 2, 3, vectors)
+    exact = calibrate.calibrate(full, collect_stats(full, [idx]), 2, 3, vectors)
     monkeypatch.setattr(calibrate, "WIDEST", 39)
     monkeypatch.setattr(calibrate, "SKETCH", rows)
     report = {}
-    near = calibrate.calibrate(full, moments(full, [idx]), 2, 3, vectors, report=report)
+    near = calibrate.calibrate(full, collect_stats(full, [idx]), 2, 3, vectors, report=report)
     assert all(-1e-9 < e < 1 for errors in report["mlp.down"] for e in errors)
     if rows == 2000:
         close(near.layers[1].mlp.down.merged(1), exact.layers[1].mlp.down.merged(1), 0.2)
@@ -309,7 +319,7 @@ def test_a_fit_in_what_sketches_span_is_that_in_all_directions(vectors):
         linear = RelaxedLinear(40, 20, config, bias=True).double()
         torch.manual_seed(1)
         means = [one @ S for S, one in zip(sketches, ones, strict=True)]
-        errors = fit_map(linear, donors, list(zip(seconds, means, strict=True)), grads, gains, 6, 0.0, 1e-7)
+        errors = fit_linear(linear, donors, list(zip(seconds, means, strict=True)), grads, gains, 6, 0.0, 1e-7)
         found.append((errors, torch.cat([linear(S * gains, loop) for loop, S in enumerate(sketches)]),
                       linear.weight * gains))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
@@ -321,16 +331,32 @@ def test_a_fit_in_what_sketches_span_is_that_in_all_directions(vectors):
 def test_an_input_that_is_not_finite_is_named():
     full = tiny("llama")
     full.layers[2].attn.v.weight.data[3, 4] = float("nan")
-    with pytest.raises(UserError, match=r"what enters layers\.2\.attn\.o .* not finite"):
-        moments(full, [tokens(1, 9)])
+    with pytest.raises(UserError, match=r"input of layers\.2\.attn\.o .* not finite"):
+        collect_stats(full, [tokens(1, 9)])
     full = tiny("llama")
     full.norm.weight.data[3] = float("nan")
     with pytest.raises(UserError, match="gradients that are not finite: its final norm or head"):
-        moments(full, [tokens(1, 9)])
+        collect_stats(full, [tokens(1, 9)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole model
+
+@pytest.mark.parametrize("changes", [{"n_loop": 2}, {"rank": 2}, {"vectors": "per_loop"}], ids=str)
+def test_a_recursive_model_is_not_calibrated_again(changes):
+    model, full = tiny("llama", **changes), tiny("llama")
+    with pytest.raises(UserError, match="recursive model already.*calibrate its donor"):
+        collect_stats(model, [tokens(1, 9)])
+    with pytest.raises(UserError, match="recursive model already.*calibrate its donor"):
+        calibrate.calibrate(model, collect_stats(full, [tokens(1, 9)]))
+
+
+def test_calibrated_weights_that_overflow_are_refused_by_name():
+    full = tiny("llama")
+    full.layers[1].mlp.down.weight.data *= 1e6
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down\.\S+ of the calibrated model is not finite.*float16"):
+        calibrate.calibrate(full, collect_stats(full, [tokens(4, 40)]), 2, dtype=torch.float16)
+
 
 def calibrated(full, n_loop=2, rank=3, vectors="tied", idx=None):
     return to_calibrated(full, list((tokens(12, 60) if idx is None else idx).split(4)), n_loop, rank, vectors)
@@ -361,7 +387,7 @@ def test_one_loop_is_the_donor(arch, rank, vectors):
 @torch.no_grad()
 def test_every_map_fits_the_donors_better_than_the_papers_start(arch, vectors, rank):
     full, idx = tiny(arch).double(), tokens(12, 60)
-    donor, ours, seen = absorbed(full), calibrated(full, 2, rank, vectors, idx), moments(full, [idx])
+    donor, ours, seen = absorbed(full), calibrated(full, 2, rank, vectors, idx), collect_stats(full, [idx])
     paper = convert.to_recursive(donor, 2, "average", rank=rank, vectors=vectors, dtype=torch.float64)
     inputs = {name: x for name, (x, _) in watched(full, idx).items()}
     for kind in (n for n, m in ours.layers[0].named_modules() if hasattr(m, "rank")):
@@ -371,11 +397,11 @@ def test_every_map_fits_the_donors_better_than_the_papers_start(arch, vectors, r
                 at = [f"layers.{i + 3 * loop}.{kind}" for loop in range(2)]
                 G = sum(seen.gradients[name] for name in at)
                 norm = model.layers[i].norm1 if kind[5:] in "qkv" else model.layers[i].norm2
-                gains = 1.0 if kind in ("attn.o", "mlp.down") else gain(norm).view(-1, norm.weight.size(-1))[0]
+                gains = 1.0 if kind in ("attn.o", "mlp.down") else norm_scale(norm).view(-1, norm.weight.size(-1))[0]
                 for loop, name in enumerate(at):
                     y = (model.layers[i].get_submodule(kind)(inputs[name] * gains, loop)
                          - donor.layers[i + 3 * loop].get_submodule(kind)(inputs[name], 0))
-                    wrong[which] += seen.gradients[name].sum() * (y.square() @ G).sum()           # Eq. 1
+                    wrong[which] += seen.gradients[name].sum() * (y.square() @ G).sum()           # (C1)
                     if model is ours and vectors == "per_loop" and arch == "gpt_neox":
                         assert y.mean(0).abs().max() < 1e-9                                # the bias takes up the mean
         assert wrong[0] < wrong[1], kind
@@ -398,16 +424,16 @@ def test_shared_norms_have_the_donors_root_mean_square(arch):
     shut[3], open_[3], shut[4] = (-1.0, -1.0, -1.0) if arch == "gemma" else (0.0, 0.0, 0.0)
     ours = calibrated(full)
     for name in ("norm1", "norm2"):
-        one, two = (gain(full.layers[i].get_submodule(name)) for i in (1, 4))
+        one, two = (norm_scale(full.layers[i].get_submodule(name)) for i in (1, 4))
         want, norm = ((one.square() + two.square()) / 2).sqrt(), ours.layers[1].get_submodule(name)
         least = 0.1 * want.square().mean().sqrt()
-        close(gain(norm), want.clamp_min(least + 1e-6), 1e-12)
+        close(norm_scale(norm), want.clamp_min(least + 1e-6), 1e-12)
         assert (norm.bias == 0).all() if arch == "gpt_neox" else norm.bias is None
-    assert (want[4] > least) and gain(ours.layers[1].norm1)[3] > 0
+    assert (want[4] > least) and norm_scale(ours.layers[1].norm1)[3] > 0
     half = copy.deepcopy(full.layers[1].norm1).bfloat16()
     half.weight.fill_(-0.999 if arch == "gemma" else 0.001)
     shared = copy.deepcopy(half)
-    assert torch.equal(share_gain(shared, [half, half]), gain(shared)) and (gain(shared) > 0).all()
+    assert torch.equal(share_norm_scale(shared, [half, half]), norm_scale(shared)) and (norm_scale(shared) > 0).all()
     x = torch.randn(7, full.config.n_embd, dtype=torch.float64)
     rope = rope_angles(torch.arange(7), full.config)
     layer, exact = full.layers[1], calibrated(full, 2, 1000, "per_loop").layers[1]
@@ -430,7 +456,7 @@ def test_few_tokens_are_enough_to_run_and_are_said_to_be_few(capsys):
     assert [w.shape for w in windows] == [(1, 64)] and not capsys.readouterr().out  # 64 tokens, 40 inputs
     full.config.n_ctx = 32
     windows = calibration_windows(text, 32, full.config, "it")
-    assert "32 tokens, fewer than the 40 inputs of the widest map" in capsys.readouterr().out
+    assert "32 tokens, fewer than the 40 inputs of the widest linear layer" in capsys.readouterr().out
     assert last(to_calibrated(full, windows, rank=3), tokens(2, 9)).isfinite().all()
     assert sum(len(w) for w in calibration_windows(text, 10**9, full.config, "it")) == 3999 // 32   # all there is
 

@@ -394,3 +394,20 @@ def test_an_error_of_the_first_process_is_everybodys(home, out, tmp_path, start)
     assert join(processes) == [2, 2]
     said = (tmp_path / "output").read_text()
     assert said.count("error: ") == said.count("--resume=auto goes back") == 2 and "Traceback" not in said
+
+
+def test_a_run_from_before_several_end_ids_were_kept_goes_on(home, tmp_path):
+    """A run's record of its donor is compared by what is computed with; its licence came along."""
+    donor, out = tmp_path / "donor", tmp_path / "out"
+    shutil.copytree(home / "donor", donor)
+    config = json.loads((donor / "config.json").read_text())
+    (donor / "config.json").write_text(json.dumps(config | {"eos_token_id": [319, 7]}))
+    (donor / "LICENSE").write_text("all yours")
+    train.main([*flags(home, out, "--tokens=256"), f"--donor={donor}"])
+    assert (out / "LICENSE").read_text() == "all yours"
+    state = torch.load(out / "train.pt")
+    del state["history"]["donor_config"]["extra"]
+    state["history"]["donor_config"]["eos_token_id"] = 319
+    torch.save(state, out / "train.pt")
+    train.main(["--resume", f"--out={out}", "--tokens=384"])
+    assert torch.load(out / "train.pt")["step"] == 3

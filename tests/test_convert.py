@@ -324,6 +324,8 @@ def refused(donor, message, **flags):
     {"layer_types": ["full_attention", "sliding_attention"] * 3}, {"attn_logit_softcapping": 50.0},
     {"final_logit_softcapping": 30.0}, {"attention_bias": True}, {"mlp_bias": True},
     {"quantization_config": {"quant_method": "gptq"}}, {"hidden_act": "relu"}, {"hidden_activation": "gelu"},
+    {"rope_parameters": {"type": "linear", "factor": 4.0}}, {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
+    {"rope_parameters": "yarn"}, {"partial_rotary_factor": 0.5}, {"rotary_pct": 0.25}, {"rotary_emb_base": 500.0},
 ], ids=str)
 def test_unsupported_donors_are_refused_by_name(changes, donor):
     edit_config(donor / "config.json", **changes)
@@ -338,7 +340,74 @@ def test_settings_that_change_nothing_are_accepted(donor):
                 layer_types=["full_attention"] * 6, quantization_config=None, rope_parameters={"rope_type": "default"},
                 eos_token_id=[7, 8])
     full = load_full(donor)
-    assert torch.equal(last(full, tokens(1, 5)), want) and full.config.eos_token_id == 7
+    assert torch.equal(last(full, tokens(1, 5)), want) and full.config.eos_token_id == [7, 8]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"qk_norm": True}, "qk_norm=True is not known here"),
+    ({"attention_multiplier": 0.5}, "attention_multiplier=0.5 is not"),
+    ({"rope_theta": 500.0, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is given as 500.0 and as 10000.0"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
+    ({"hidden_size": 32.0}, "hidden_size=32.0 is of the wrong type; it must be int"),
+    ({"hidden_size": True}, "hidden_size=True is of the wrong type"),
+    ({"num_attention_heads": 0}, "heads=0 must be positive"),
+    ({"num_attention_heads": None}, "num_attention_heads=None is of the wrong type"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide the 4 heads"),
+    ({"head_dim": 15}, "head_dim=15 rotates 16"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' is of the wrong type"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
+    ({"eos_token_id": []}, "eos_token_id=.. is of the wrong type"),
+    ({"eos_token_id": [1, True]}, "eos_token_id=.1, True."),
+    ({"eos_token_id": [1, 53]}, r"eos_token_id=\[1, 53\] is outside the vocabulary of 53"),
+    ({"bos_token_id": -1}, "bos_token_id=-1 is outside"),
+    ({"rope_theta": "1e4"}, "rope_theta='1e4' is of the wrong type"),
+    ({"max_position_embeddings": None}, "max_position_embeddings=None is of the wrong type"),
+], ids=str)
+def test_settings_of_the_wrong_kind_are_refused_by_name(changes, message, donor):
+    edit_config(donor / "config.json", **changes)
+    refused(donor, "config.json: .*" + message)
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_key_value_heads": 2}, {"head_dim": 16}, {"rope_theta": 500.0}, {"partial_rotary_factor": 0.5},
+    {"rotary_pct": 0.0}, {"rotary_pct": 1.5}, {"use_parallel_residual": None}], ids=str)
+def test_neox_settings_that_contradict_each_other(changes, tmp_path):
+    folder = hf_folder("gpt_neox", tmp_path / "donor")
+    edit_config(folder / "config.json", **changes)
+    ((key, value),) = changes.items()
+    refused(folder, f"{key}={value!r}")
+
+
+def test_settings_that_nobody_knows_are_named_once_and_go_along(donor, tmp_path, capsys):
+    own = {"unsloth_version": "2025.1", "model_name": "mine", "auto_map": {"AutoModel": "x.Y"},
+           "initializer_range": 0.5, "_attn_implementation": "sdpa", "max_window_layers": 3,
+           "attention_dropout": 0.1, "pad_token_id": 8,
+           "eos_token_id": [7, 8]}
+    edit_config(donor / "config.json", **own)
+    run(donor=donor, out=tmp_path / "looped")
+    load_full(donor)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(said) == 1 and "model_name, auto_map" in said[0] and "initializer_range" not in said[0]
+    run(donor=tmp_path / "looped", unroll=True, out=tmp_path / "hf")
+    hf = json.loads((tmp_path / "hf/config.json").read_text())
+    del own["auto_map"]                                                  # code that does not come along
+    assert hf | own == hf and hf["recursive"] == {"n_loop": 2, "rank": 0, "vectors": "tied"}
+    assert load_full(tmp_path / "hf").config.eos_token_id == [7, 8]
+
+
+def test_licence_and_readme_go_along(donor, tmp_path):
+    (donor / "README.md").write_text("---\nlicense: gemma\n---\nA donor é.", encoding="utf-8")
+    (donor / "LICENSE.txt").write_text("all yours")
+    edit_config(donor / "config.json", _name_or_path="acme/tiny")
+    run(donor=donor, rank=2, init="average", out=tmp_path / "looped")
+    (tmp_path / "looped/README.md").write_text("my notes")
+    run(donor=tmp_path / "looped", unroll=True, out=tmp_path / "hf")
+    card = (tmp_path / "hf/README.md").read_text()
+    assert all(word in card for word in ("license: gemma\n", "base_model: acme/tiny\n", "2 loops", "rank 2"))
+    assert (tmp_path / "hf/README_donor.md").read_bytes() == (donor / "README.md").read_bytes()
+    assert (tmp_path / "hf/LICENSE.txt").read_text() == "all yours"
+    assert (tmp_path / "looped/README.md").read_text() == "my notes"
 
 
 def test_hidden_act_of_gemma_and_neox(tmp_path):
@@ -405,6 +474,75 @@ def test_damaged_donors_are_refused(kind, donor):
             load_full(donor)
 
 
+def test_everything_stored_is_read_or_refused(donor):
+    """What the index forgets, an adapter beside the weights, a head that should be the embedding and is not."""
+    shard(donor)
+    edit_tensors(donor / "model-00001-of-00002.safetensors", lambda t: t.update(odd=torch.ones(1)))
+    refused(donor, r"1 unexpected \(odd\)")
+    edit_tensors(donor / "model-00001-of-00002.safetensors", lambda t: t.pop("odd"))
+    edit_config(donor / CONFIG, tie_word_embeddings=True)
+    refused(donor, r"lm_head\.weight differs from the embedding")
+    edit_config(donor / CONFIG, tie_word_embeddings=False)
+    (donor / "adapter_config.json").write_text("{}")
+    refused(donor, "has an adapter beside its weights")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(number, donor, tmp_path):
+    tiny("llama").save(tmp_path / "ours")
+    edit_tensors(tmp_path / "ours" / WEIGHTS, lambda t: t["layers.1.attn.q.weight"].__setitem__((2, 3), number))
+    with pytest.raises(UserError, match=r"layers\.1\.attn\.q\.weight .* is not finite"):
+        RecursiveTransformer.load(tmp_path / "ours")
+    edit_tensors(donor / WEIGHTS, lambda t: t[Q].__setitem__((2, 3), number))
+    refused(donor, f"{Q} is not finite")
+    with pytest.raises(UserError, match=f"{Q} is not finite"):
+        load_full(donor)
+
+
+def test_numbers_too_large_for_float16_are_refused_by_name(donor, tmp_path):
+    """On the way in, at conversion, at export and on loading; bfloat16 holds them."""
+    edit_tensors(donor / WEIGHTS, lambda t: t[Q].__setitem__((2, 3), -70144.0))
+    message = "has a weight of -70144, and torch.float16 overflows beyond 65504; use .*bfloat16"
+    refused(donor, f"layers.1.attn.q.weight {message}", dtype="float16", init="lower")
+    with pytest.raises(UserError, match=f"{Q} {message}"):
+        load_full(donor, torch.float16)
+    run(donor=donor, init="lower", dtype="bfloat16", out=tmp_path / "looped")
+    refused(tmp_path / "looped", f"layers.1.attn.q.weight {message}", dtype="float16", unroll=True)
+    with pytest.raises(UserError, match=f"layers.1.attn.q.weight .*{message}"):
+        RecursiveTransformer.load(tmp_path / "looped", dtype=torch.float16)
+
+
+def test_a_donor_of_several_dtypes_is_read_in_the_widest(donor, tmp_path):
+    exact = load_full(donor)
+    edit_tensors(donor / WEIGHTS, lambda t: t.update({n: w.bfloat16() for n, w in t.items() if "norm" not in n}))
+    full = load_any(donor)
+    assert {p.dtype for p in full.parameters()} == {torch.float32}
+    assert torch.equal(full.norm.weight, exact.norm.weight)
+    close(last(full, tokens(1, 5)), last(exact, tokens(1, 5)), 0.1)
+    run(donor=donor, init="average", rank=2, out=tmp_path / "looped")
+    assert {p.dtype for p in RecursiveTransformer.load(tmp_path / "looped").parameters()} == {torch.float32}
+    assert {p.dtype for p in load_full(donor, torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_export_merges_in_float32_and_says_what_rounding_costs(donor, tmp_path, capsys):
+    """A bf16 checkpoint exported in fp32 computes what the checkpoint does in fp32."""
+    run(donor=donor, init="average", rank=3, dtype="bfloat16", out=tmp_path / "looped")
+    capsys.readouterr()
+    want = last(RecursiveTransformer.load(tmp_path / "looped", dtype=torch.float32), tokens(2, 9))
+    run(donor=tmp_path / "looped", unroll=True, dtype="float32", out=tmp_path / "wide")
+    assert "rounding" not in capsys.readouterr().out
+    run(donor=tmp_path / "looped", unroll=True, out=tmp_path / "narrow")
+    moved, added = re.search(r"rounding to bfloat16 .* by ([\d.]+)% of .*, ([\d.]+)% of what LoRA adds",
+                             capsys.readouterr().out).groups()
+    assert 0.1 < float(moved) < 0.4 and float(moved) < float(added)
+    wide, narrow = (load_full(tmp_path / name, torch.float32) for name in ("wide", "narrow"))
+    close(last(wide, tokens(2, 9)), want)
+    assert (last(narrow, tokens(2, 9)) - want).abs().max() > 1e-3
+    for name, w in narrow.state_dict().items():
+        assert torch.equal(w, wide.state_dict()[name].bfloat16().float()), name  # rounded once
+
+
 def test_whole_shards_are_read(donor):
     want = last(load_full(donor), tokens(1, 5))
     shard(donor)
@@ -418,6 +556,17 @@ def test_whole_shards_are_read(donor):
 ], ids=str)
 def test_flags_that_do_not_fit(flags, message, donor):
     refused(donor, message, **flags)
+
+
+@pytest.mark.parametrize("flags, named", [
+    ({"unroll": True, "rank": 64}, "rank"), ({"unroll": True, "init": "average"}, "init"),
+    ({"unroll": True, "seed": 1}, "seed"),
+    ({"init": "random", "norms": "pick"}, "norms"), ({"init": "random", "rank": 2, "lora_init": "zero"}, "lora_init"),
+    ({"init": "average", "rounding": "floor"}, "rounding"), ({"lora_init": "zero"}, "lora_init"),
+    ({"vectors": "per_loop", "norms": "average"}, "norms"), ({"calib_tokens": 512}, "calib_tokens"),
+], ids=str)
+def test_settings_that_would_change_nothing(flags, named, donor):
+    refused(donor, f"^--{named}=.*drop --{named}$", **flags)
 
 
 def test_donor_must_exist_and_output_must_not_hold_something_else(donor, tmp_path):
@@ -464,6 +613,23 @@ def test_source_layers_refuses():
         source_layers(6, 2, "magic")
     with pytest.raises(UserError, match="4 loops do not divide the 6 layers"):
         source_layers(6, 4, "average")
+
+
+def test_ids_home_and_owners(tmp_path, monkeypatch, donor):
+    """`~` is the home folder, and an id is one even where a folder has its owner's name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_full("~/donor").config == load_any("~/donor").config == load_full(donor).config
+    cached = tmp_path / "hub/models--acme--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("abc")
+    shutil.copytree(donor, cached / "snapshots/abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "acme/other").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert load_full("acme/tiny").config.extra["_name_or_path"] == "acme/tiny"
+    with pytest.raises(UserError, match="acme/third is no folder, and cannot be downloaded either"):
+        load_full("acme/third")
 
 
 def test_load_full_of_nothing(tmp_path):

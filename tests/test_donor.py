@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from convert import load_full
+from convert import load_full, to_hf
 from data import load_tokens, validation
 from sample import generate
 from tokenizer import Tokenizer
@@ -67,3 +67,18 @@ def test_uptraining_wins_loss_back_and_the_start_matters(tmp_path):
         final[init] = log[-1]["full_val_loss"]
         assert final[init] < log[0]["full_val_loss"]
     assert final["stepwise"] < final["random"] - 0.3
+
+
+def test_its_tokenizer_in_the_outside_world(donor, tmp_path):
+    """An export has a tokenizer.json of the same ids, and names the tokens that others ask for."""
+    transformers = pytest.importorskip("transformers")
+    to_hf(donor, tmp_path / "hf", tokenizer=DONOR)
+    ours, again = Tokenizer.load(DONOR, 4096), Tokenizer.load(tmp_path / "hf", 4096)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert not (tmp_path / "hf/tokenizer.tiktoken").exists() and again.eos_id == ours.eos_id == theirs.eos_token_id
+    assert {theirs.bos_token, theirs.eos_token, theirs.unk_token, theirs.pad_token} == {"<|endoftext|>"}
+    for text in ((ROOT / "assets/books/valid.txt").read_text(encoding="utf-8"), "",
+                 "  a\n\n“Whither?” 日本 naïve don't 1234\r\n\x85\u3000 🙂"):
+        ids = ours.encode(text)
+        assert again.encode(text) == theirs(text, verbose=False)["input_ids"] == ids
+        assert again.decode(ids) == theirs.decode(ids) == text

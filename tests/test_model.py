@@ -107,6 +107,17 @@ def test_cache_that_is_full_says_so():
     ({"rank": -1}, "rank -1 is negative; use 0"),
     ({"vectors": "some"}, "vectors='some' is unknown; use one of tied, per_loop"),
     ({"arch": "bert"}, "arch='bert' is unknown; use one of gemma, llama, gpt_neox"),
+    ({"n_embd": 32.0}, "n_embd=32.0 is of the wrong type; it must be int"),
+    ({"n_ctx": None}, "n_ctx=None is of the wrong"),
+    ({"rank": True}, "rank=True is of the wrong type"),
+    ({"tie_head": "false"}, "tie_head='false' is of the wrong type"),
+    ({"norm_eps": float("inf")}, "norm_eps=inf is of the wrong type"),
+    ({"norm_eps": 0.0}, "norm_eps=0.0 must be positive"),
+    ({"n_hidden": -1}, "n_hidden=-1 must be positive"), ({"n_kv_head": 3}, "n_kv_head=3 does not divide the 4 heads"),
+    ({"head_dim": 7}, "head_dim=7 rotates 8"), ({"rotary_pct": 1.5}, "rotary_pct=1.5"),
+    ({"rotary_pct": -1}, "rotary_pct=-1"),
+    ({"rotary_pct": 1e-3}, "rotary_pct=0.001 rotates 0"), ({"eos_token_id": [3, 53]}, "outside the vocabulary of 53"),
+    ({"eos_token_id": []}, "eos_token_id=[] is of the wrong type"), ({"extra": []}, "extra=[] is of the wrong type"),
 ])
 def test_config_refuses(changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
@@ -249,6 +260,21 @@ def test_load_keeps_the_dtype_or_changes_it(tmp_path):
     assert last(RecursiveTransformer.load(tmp_path / "ckpt"), tokens(1, 3)).dtype == torch.float32
 
 
+def test_a_checkpoint_of_several_dtypes_is_loaded_in_the_widest(tmp_path):
+    tiny("llama").save(tmp_path)
+    edit_tensors(tmp_path / WEIGHTS, lambda t: t.update({n: w.bfloat16() for n, w in t.items() if "norm" not in n}))
+    assert {p.dtype for p in RecursiveTransformer.load(tmp_path).parameters()} == {torch.float32}
+    assert {p.dtype for p in RecursiveTransformer.load(tmp_path, dtype=torch.float16).parameters()} == {torch.float16}
+
+
+def test_a_checkpoint_from_before_there_was_anything_extra(tmp_path):
+    tiny("llama").save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config.pop("extra") == {}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert RecursiveTransformer.load(tmp_path).config == tiny("llama").config
+
+
 def test_saving_again_replaces_and_keeps_the_rest(tmp_path):
     tiny("llama").save(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -297,6 +323,7 @@ DAMAGE = {
                     r"norm\.weight is \(7,\), expected \(32,\)"),
     "fewer layers": (lambda d: edit_config(d / CONFIG, n_layer=4), "23 unexpected"),
     "unknown setting": (lambda d: edit_config(d / CONFIG, moe=8), r"unknown settings \['moe'\]"),
+    "wrong type": (lambda d: edit_config(d / CONFIG, rope_theta="1e4"), "config.json: rope_theta='1e4' is of"),
     "bad setting": (lambda d: edit_config(d / CONFIG, n_loop=4), "do not divide"),
     "other format": (lambda d: edit_config(d / CONFIG, format="x", model_type="llama"), r"Hugging Face one \(llama\)"),
 }

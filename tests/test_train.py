@@ -154,7 +154,7 @@ def test_a_run_of_many_tokens_is_announced_in_few_characters():
     (["--init=stepwise"], {"n_loop": 2, "rank": 0, "vectors": "tied"}),
     (["--init=average", "--rank=4"], {"n_loop": 2, "rank": 4}),
     (["--init=lower", "--loops=4", "--vectors=per_loop", "--rank=2"], {"n_loop": 4, "rank": 2, "vectors": "per_loop"}),
-    (["--init=random", "--rank=4", "--lora_init=zero"], {"n_loop": 2, "rank": 4}),
+    (["--init=random", "--rank=4"], {"n_loop": 2, "rank": 4}),
     (["--init=scratch"], {"n_loop": 1, "rank": 0}),
     (["--init=stepwise", "--distill=none", "--norms=average", "--rounding=floor"], {"n_loop": 2}),
     (["--init=stepwise", "--dtype=bfloat16"], {"n_loop": 2}),
