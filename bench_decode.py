@@ -18,7 +18,7 @@ from bench_training import by_comma, shape_of
 from convert import to_hf, unroll
 from engine import Engine
 from exits import decode
-from hf import load_full
+from hf import find_donor, load_any, load_full
 from model import KVCache, RecursiveTransformer
 from rules import SCORED, Gate, Rule
 from runtime import UserError, pick_device, progress, table
@@ -112,7 +112,7 @@ def model_to_decode(config, device: torch.device) -> RecursiveTransformer:
     """--ckpt as it is, the shipped donor with its weights, or random ones of a shape; fp32, bf16 on a GPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if config.ckpt:
-        return RecursiveTransformer.load(config.ckpt, dtype=dtype).to(device)
+        return load_any(find_donor(config.ckpt), dtype).to(device)
     shape = shape_of(config)
     if config.shape == "donor" and not (config.layers or config.vocab):
         return load_full(config.donor, dtype).to(device).eval()

@@ -8,7 +8,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from data import IGNORED, count_windows, load_tokens, windows
 from exits import observe, outcome, statistics
+from hf import find_donor, load_any
 from model import RecursiveTransformer
 from rules import SCORED, Gate, Rule, read_thresholds
 from runtime import (
@@ -38,7 +38,7 @@ from tokenizer import Tokenizer
 
 @dataclass
 class EvaluateConfig:
-    ckpt: str = "out"                      # checkpoint folder
+    ckpt: str = "out"                      # checkpoint: one of ours, or a Hugging Face folder or id
     text: str = "assets/books/valid.txt"   # texts, token shards, or slimpajama, redpajama, pg19#test, owner/name#split
     tokens: int = 16_384                   # tokens of it, in windows spread evenly; of a data set by name the first
     seq_len: int = 256                     # tokens in a window
@@ -127,7 +127,7 @@ def evaluate_exits(model: RecursiveTransformer, pairs: list, rules: list[Rule], 
             for threshold in find_thresholds(seen.score[rule.name], given, found[keys].get(rule.name))]
     for keys, rule, threshold in progress(work, desc="thresholds", unit="pass"):
         out = outcome(model, pairs, seen, replace(rule, threshold=threshold), keys)
-        promise = calibrated[keys]["agreement"] if found[keys].get(rule.name) == threshold else None
+        promise = calibrated[keys].get("agreement") if found[keys].get(rule.name) == threshold else None
         rows.append({"rule": rule.name, "keys": keys, "threshold": threshold, "calibrated_for": promise}
                     | statistics(out, seen))
     return {"tokens": seen.ce.size(1), "exit_loss": ce, "rows": [oracle, *rows]}
@@ -170,17 +170,18 @@ def main(argv=None) -> None:
     names = by_comma("rules", config.rules, SCORED)
     policies = by_comma("keys", config.keys, ("exact", "copy"))
     given, device = check_settings(config), pick_device(config.device)
-    model = RecursiveTransformer.load(config.ckpt, dtype=None if device.type == "cuda" else torch.float32).to(device)
+    folder = find_donor(config.ckpt)
+    model = load_any(folder, None if device.type == "cuda" else torch.float32).to(device)
     if model.config.n_loop == 1:
         if config.plot:
             raise UserError(f"{config.ckpt} has 1 loop, so there are no exits to plot: leave out --plot")
         names = []
         print0(f"{config.ckpt} has 1 loop: nothing can leave before the last")
-    if "gate" in names and config.rules == EvaluateConfig.rules and not (Path(config.ckpt) / GATE_FILE).exists():
+    if "gate" in names and config.rules == EvaluateConfig.rules and not (folder / GATE_FILE).exists():
         names.remove("gate")
         print0(f"{config.ckpt} has no gate yet: python exits.py --ckpt={config.ckpt} trains one")
-    rules = [Rule(name, gate=Gate.load(config.ckpt, model) if name == "gate" else None) for name in names]
-    tokenizer, calibrated = Tokenizer.load(config.ckpt, model.config.vocab_size), read_thresholds(config.ckpt)
+    rules = [Rule(name, gate=Gate.load(folder, model) if name == "gate" else None) for name in names]
+    tokenizer, calibrated = Tokenizer.load(folder, model.config.vocab_size), read_thresholds(folder)
     pairs = read_text(config, model, tokenizer)
     (size, stride), number = window(config, model), sum(len(idx) for idx, _ in pairs)
     n_bytes = max(1, count_bytes(pairs, tokenizer))

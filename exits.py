@@ -36,6 +36,7 @@ from runtime import (
     THRESHOLDS_FILE,
     UserError,
     append_line,
+    check_writable,
     parse_args,
     pick_device,
     print0,
@@ -346,6 +347,7 @@ def check_settings(config: ExitsConfig, n_loop: int) -> None:
     for name in ("gate_tokens", "tokens", "seq_len"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name}={getattr(config, name)} must be at least 1")
+    check_writable("save", config.save)
     if n_loop < 2:
         raise UserError(f"{config.ckpt} has 1 loop, and nothing can leave before the last: give a model with 2 or more")
     need = math.ceil(math.log(1 - config.confidence) / math.log(config.agreement))
@@ -415,7 +417,8 @@ def main(argv=None) -> None:
                         "it; ask for a lower --agreement, give more --tokens, or train the exits (--exit_loss)")
     found = {"agreement": config.agreement, "confidence": config.confidence, "thresholds": thresholds}
     everything = read_thresholds(config.ckpt) | {config.keys: found}
-    write_beside(config.ckpt, THRESHOLDS_FILE, lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))
+    write_beside(config.ckpt, THRESHOLDS_FILE, lambda path: path.write_text(json.dumps(everything, indent=1) + "\n",
+                                                                            encoding="utf-8"))
     if config.save:
         append_line(config.save, {"what": "exits", "settings": asdict(config)} | run_info() | found | {
             "tokens": count[1:], "oracle": best, "calibration_and_check": measured})

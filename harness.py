@@ -43,6 +43,7 @@ try:
     import lm_eval.tasks
     from lm_eval.api.model import TemplateLM
     from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:                                          # named when it is needed: --help works without
     lm_eval, TemplateLM = None, object
@@ -59,6 +60,12 @@ LOCAL = {
     "arc_challenge": ("arc", {"question", "choices", "answerKey"}),
     "openbookqa": ("openbookqa", {"question_stem", "choices", "answerKey"}), "wikitext": ("wikitext", {"page"}),
 }
+
+# What a task may ask of its texts: settings that greedy text has no use for, and those that leave it as it is if they
+# are as here. Any other is refused.
+DRAWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed"}
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "length_penalty": 1, "min_length": 0,
+           "no_repeat_ngram_size": 0, "min_new_tokens": 0, "early_stopping": False, "use_cache": True}
 
 
 @dataclass
@@ -100,7 +107,10 @@ class HarnessLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What a text without a context is said to follow."""
-        return self.words.eos_id if self.words.bos_id is None else self.words.bos_id
+        start = self.words.eos_id if self.words.bos_id is None else self.words.bos_id
+        if start is None:
+            raise UserError("a text without a context has nothing to follow: the tokenizer has neither BOS nor EOS")
+        return start
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Ids, behind BOS where the tokenizer's template has it (Gemma, Llama) and the text does not say it itself."""
@@ -163,18 +173,20 @@ class HarnessLM(TemplateLM):
         """Greedy text after each request's context, up to the first of its stop strings or the end of the text."""
         texts, n_ctx, device = [], self.model.config.n_ctx, self.model.embed.weight.device
         for request in progress(requests, desc="generating", unit="request"):
-            context, asked = request.args
-            stops, n = asked.get("until") or [], asked.get("max_gen_toks", 256)
-            stops = [stops] if isinstance(stops, str) else stops
-            if asked.get("do_sample") or asked.get("temperature"):
-                raise UserError(f"the task asks for drawn text ({asked}): only greedy text is made here")
+            context, given = request.args
+            asked = normalize_gen_kwargs(given)              # as the harness' own models read the task's settings
+            stops, n = list(filter(None, asked["until"])), asked["max_gen_toks"]
+            other = {key for key, value in asked.items() if key not in DRAWN and value not in (None, NEUTRAL.get(key))}
+            if asked["do_sample"] or other:
+                raise UserError(f"the task asks for drawn text, or by other settings than are known here ({given}): "
+                                "only greedy text is made")
             if n >= n_ctx:
                 raise UserError(f"the task asks for {n} new tokens, but the model's context is {n_ctx}")
             ids = self.tok_encode(context)[-(n_ctx - n):] or [self.prefix_token_id]
             text, out = "", TextStream(self.words, ids)
             for token, _ in decode(self.model, torch.tensor([ids], device=device), n, self.rule, self.keys,
-                                   eos_id=self.words.eos_id):
-                if token == self.words.eos_id or any(stop in text for stop in stops):
+                                   eos_id=self.words.eos_ids):
+                if token in self.words.eos_ids or any(stop in text for stop in stops):
                     break
                 text += out.push(token.item())
             text += out.flush()
@@ -222,10 +234,17 @@ def hub_columns(task: str, row: dict) -> dict:
             "choices": {"text": choices, "label": labels}, "answerKey": labels[row["gold"]]}
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path} ({e}); give a UTF-8 file with a line of JSON per item") from None
+
+
 def read_items(path: Path, task: str) -> list[dict]:
     """The items of a local file. UserError for lines that the task could not read: it would take blanks for them."""
     items = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n")):  # JSON may hold other ends of lines
+    for i, line in enumerate(read_text(path).split("\n")):   # JSON may hold other ends of lines
         if not line.strip():
             continue
         try:
@@ -290,6 +309,18 @@ def compare(ours: list[tuple], theirs: list[tuple]) -> dict:
             "other_greedy": sum(a != b for (_, a), (_, b) in zip(ours, theirs, strict=True))}
 
 
+def load_other(config: HarnessConfig, model: RecursiveTransformer):
+    """The harness' own model of --against, in the dtype and on the device of ours. UserError where it cannot be had."""
+    from lm_eval.models.huggingface import HFLM
+    try:
+        return HFLM(config.against, dtype=str(model.embed.weight.dtype).removeprefix("torch."),
+                    device=str(model.embed.weight.device), batch_size=config.batch)
+    except Exception as e:                                   # transformers raises many kinds, over many lines
+        why = " ".join(str(e).split())[:200]
+        raise UserError(f"--against={config.against} cannot be loaded by transformers ({type(e).__name__}: {why}); "
+                        "give a folder with a model and a tokenizer that it reads, such as tokenizer.json") from e
+
+
 def find_rule(config: HarnessConfig, folder, model: RecursiveTransformer) -> Rule:
     name = config.rule or ("never" if config.exit_loop is None else "fixed")
     if (name == "fixed") != (config.exit_loop is not None):
@@ -297,6 +328,9 @@ def find_rule(config: HarnessConfig, folder, model: RecursiveTransformer) -> Rul
                         "for all tokens to leave there, or another rule without it")
     if config.threshold is not None and name in ("never", "fixed"):
         raise UserError(f"--threshold={config.threshold} needs a rule that compares scores with it: --rule=gate, ...")
+    if config.keys != HarnessConfig.keys and name == "never":
+        raise UserError(f"--keys={config.keys} is about tokens that leave early, and none does: give --exit_loop or a "
+                        "--rule as well")
     if name == "fixed" and model.config.n_loop == 1 == config.exit_loop:
         return Rule()                                        # its one exit is the last
     return load_rule(folder, model, name, config.threshold, config.exit_loop or 1, config.keys)
@@ -329,9 +363,7 @@ def main(argv=None) -> None:
                    config.keys, config.batch)
     other = None
     if config.against:
-        from lm_eval.models.huggingface import HFLM
-        other = HFLM(config.against, dtype=str(model.embed.weight.dtype).removeprefix("torch."), device=str(device),
-                     batch_size=config.batch)
+        other = load_other(config, model)
     tasks = load_tasks(list(dict.fromkeys(config.tasks.split(","))), config.files)
     print0(f"{config.ckpt}: {model.config.n_loop} loops, rule {lm.rule.name}"
            + f", exit after loop {config.exit_loop}" * (config.exit_loop is not None))

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,8 @@ class Gate(nn.Module):
             hidden = tensors["b1"].shape[1]
             gate = cls(c.n_loop - 1, c.n_embd, hidden)
             gate.load_state_dict(tensors)
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise RuntimeError("its weights are not finite")
         except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as e:
             raise UserError(f"{path} is not the gate of this model ({str(e).splitlines()[0]}); train it anew with "
                             f"python exits.py --ckpt={folder} --new_gate") from None
@@ -91,6 +93,10 @@ class Rule:
     threshold: float = math.inf
     exit_loop: int = 0                                       # fixed: the index of the loop
     gate: Gate | None = None
+
+    def __post_init__(self):
+        if self.name not in get_args(RuleName):
+            raise UserError(f"the rule {self.name!r} is unknown; use one of {', '.join(get_args(RuleName))}")
 
     @property
     def reads_logits(self) -> bool:
@@ -145,7 +151,7 @@ def load_rule(folder, model: RecursiveTransformer, name: RuleName, threshold: fl
 def read_thresholds(folder) -> dict:
     path = Path(folder) / THRESHOLDS_FILE
     try:
-        found = dict(json.loads(path.read_text())) if path.exists() else {}
+        found = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
         if not all(0 <= t <= 1 for by_keys in found.values() for t in by_keys["thresholds"].values()):
             raise ValueError("a threshold is not between 0 and 1")
         return found

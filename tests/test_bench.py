@@ -200,7 +200,7 @@ def test_a_measurement_comes_back_from_its_process():
 @pytest.mark.parametrize("what", ["train", "lora"])
 @pytest.mark.parametrize("flag, message", [
     ("--ranks=full", "--ranks=full must be whole numbers by comma; use for example --ranks=2,3"),
-    ("--ranks=", "--ranks= must be whole numbers by comma"),
+    ("--ranks=2,", "--ranks=2, must be whole numbers by comma"),
     ("--ranks=-1", "rank -1 is negative; use 0 for a tied model or a positive LoRA rank"),
     ("--layers=7", "--layers=7, but --shape=donor has 6 of them; use 1 to 6, or 0 for all"),
     ("--layers=-1", "--layers=-1, but --shape=donor has 6 of them"),

@@ -777,6 +777,7 @@ def test_a_run_goes_on_beside_them_and_leaves_them_with_the_weights_they_are_for
     ("--ckpt=nowhere", r"no checkpoint in nowhere: no config.json; give a folder"),
     ("--ckpt=FULL", r"full has 1 loop, and nothing can leave before the last: give a model with 2 or more"),
     ("--device=abacus", "--device=abacus cannot be used here"),
+    ("--save=nowhere/a.jsonl", "--save=nowhere/a.jsonl cannot be written"), ("--save=.", "cannot be written"),
 ])
 def test_what_cannot_be_is_refused_and_nothing_is_lost(home, out, tmp_path, given, message):
     (tmp_path / "SHORT.txt").write_text("The cat")

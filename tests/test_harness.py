@@ -9,6 +9,7 @@ from tiny import story
 
 import harness
 from convert import to_hf
+from exits import decode
 from harness import SEVEN, HarnessLM, hub_columns
 from hf import load_any
 from model import Config, RecursiveTransformer
@@ -123,11 +124,42 @@ def test_greedy_text_is_the_harness_own_models(donor):
              (story(8, 20), {"until": ["."], "max_gen_toks": 12}), ("My aunt", {"until": "a", "max_gen_toks": 25})]
     want, got = (lm.generate_until(requests("generate_until", asked)) for lm in (theirs, ours))
     assert got == want and got[0] == long[:long.index(long[5:7])]
-    for refused in ({"do_sample": True}, {"temperature": 0.5}):
+    for refused in ({"do_sample": True}, {"temperature": 0.5}, {"num_beams": 4}, {"repetition_penalty": 1.5},
+                    {"min_new_tokens": 9}, {"do_sample": True, "temperature": 0}):
         with pytest.raises(UserError, match="asks for drawn text"):
             ours.generate_until(requests("generate_until", [("A", refused)]))
     with pytest.raises(UserError, match="256 new tokens, but the model's context is 32"):
         ours.generate_until(requests("generate_until", [("A", {})]))
+
+
+@needs
+@pytest.mark.parametrize("given", [
+    {"until": None, "max_new_tokens": 7}, {"max_tokens": 7}, {"max_completion_tokens": 7, "until": "\0"},
+    {"max_gen_toks": 7, "max_new_tokens": 3}, {"do_sample": False, "temperature": 1, "max_gen_toks": 7},
+    {"max_gen_toks": 7, "top_p": 0.9, "num_beams": 1, "repetition_penalty": 1.0}, {"max_gen_toks": "7", "until": [""]}])
+def test_every_spelling_of_a_tasks_settings_is_read(donor, given):
+    lm = adapter(donor)
+    text, want = (lm.generate_until(requests("generate_until", [("The cat", kwargs)]))[0]
+                  for kwargs in (given, {"until": [], "max_gen_toks": 7}))
+    assert text == want != ""
+
+
+@needs
+def test_any_end_of_text_ends_it(donor, monkeypatch):
+    lm = adapter(donor)
+    ids = [token.item() for token, _ in decode(lm.model, torch.tensor([lm.tok_encode("The cat")]), 12)]
+    monkeypatch.setattr(lm.words, "eos_ids", (1, ids[4]))
+    ended = lm.generate_until(requests("generate_until", [("The cat", {"max_gen_toks": 12})]))[0]
+    assert ended == lm.words.decode(ids[:ids.index(ids[4])]) != lm.words.decode(ids)
+
+
+@needs
+def test_logits_that_are_not_finite_are_an_error(donor):
+    lm = adapter(donor)
+    lm.model.norm.weight.data[0] = math.nan
+    for kind, args in (("loglikelihood", ("The", " cat")), ("generate_until", ("The", {"max_gen_toks": 4}))):
+        with pytest.raises(UserError, match="not finite"):
+            getattr(lm, kind)(requests(kind, [args]))
 
 
 @needs
@@ -304,6 +336,8 @@ def test_a_mistake_is_named_before_any_work(looped, donor, tmp_path, monkeypatch
         refused("do not go together", "--rule=fixed")
         refused("needs a rule that compares scores", "--threshold=0.5")
         refused("has no gate", "--rule=gate")
+        refused("--keys=copy is about tokens that leave early", "--keys=copy")
+        refused("--against=.* cannot be loaded by transformers", f"--against={tmp_path}")
         refused("no calibrated threshold of max_prob", "--rule=max_prob")
         refused("needs one file hellaswag.jsonl", f"--files={tmp_path}", "--tasks=hellaswag")
         refused("donor .* does not exist", f"--ckpt={tmp_path}/nothing")

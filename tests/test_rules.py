@@ -254,12 +254,23 @@ def test_a_checkpoint_without_a_gate_says_so(ckpt, model):
     assert load_rule(ckpt, model, "max_prob", 0.5).threshold == 0.5
 
 
+def not_finite(path):
+    gate = random_gate(torch.float32, 2, 32)
+    gate.w2.data[1, 3] = math.nan
+    gate.save(path.parent)
+
+
+def test_a_rule_that_is_unknown_is_refused():
+    with pytest.raises(UserError, match="'margins' is unknown; use one of never, fixed, max_prob"):
+        Rule("margins", 0.5)
+
+
 @pytest.mark.parametrize("damage", [
     lambda path: cut(path, 0.9), lambda path: cut(path, 0), lambda path: path.write_bytes(b"\xff" * 999),
     lambda path: path.write_bytes((path.parent / "model.safetensors").read_bytes()),
     lambda path: random_gate(torch.float32, 1, 32).save(path.parent),
-    lambda path: random_gate(torch.float32, 2, 30).save(path.parent),
-], ids=["cut", "empty", "garbage", "a model", "fewer loops", "narrower"])
+    lambda path: random_gate(torch.float32, 2, 30).save(path.parent), not_finite,
+], ids=["cut", "empty", "garbage", "a model", "fewer loops", "narrower", "not finite"])
 def test_the_gate_of_another_model_or_a_damaged_one_is_named(ckpt, model, damage):
     damage(ckpt / GATE_FILE)
     before = contents(ckpt)
