@@ -42,7 +42,17 @@ from convert import svd_factors, to_hf, to_recursive, unroll
 from data import Texts, load_tokens, windows, write_shards
 from hf import find_donor, hf_config, hf_shapes, load_full
 from model import Config, RecursiveTransformer
-from runtime import UserError, append_line, json_line, parse_args, progress, run_info, script, table
+from runtime import (
+    UserError,
+    append_line,
+    check_writable,
+    json_line,
+    parse_args,
+    progress,
+    run_info,
+    script,
+    table,
+)
 from sample import generate
 from tokenizer import Tokenizer, copy_tokenizer
 
@@ -206,9 +216,10 @@ def write_random_checkpoint(config: Config, folder: Path, layers_per_shard: int 
         names = [n for n in shapes if shard_of[n] == shard]
         save_file({n: (torch.randn(shapes[n], generator=generator) * 0.02).bfloat16() for n in names}, folder / file)
         weight_map |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}),
+                                                          encoding="utf-8")
     hf = hf_config(config, torch.bfloat16)
-    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "config.json").write_text(json.dumps(hf), encoding="utf-8")
     copy_tokenizer(HERE / "assets/donor", folder)
 
 
@@ -256,8 +267,44 @@ def bench_tokenise(config: BenchConfig) -> dict:
     return {"documents": len(documents), "tokens": total, "tokens_per_s": speed, "ratio": ratio, "seconds": seconds}
 
 
+ONLY = {  # settings that would do nothing in other measurements, by those that they are for
+    "convert": "inits", "loss": "width", "decision": "vocab_sizes", "scale tokenise": "tmp", "train decode": "compile",
+    "batching decode": "ckpt prompt_len new_tokens",
+    "batching": "slots requests mean_loops exit_prob variants exits keys refill head_rows simulate times plot"}
+
+
+def check_settings(config: BenchConfig) -> None:
+    """UserError for settings that cannot be or would silently do nothing, and for a --save that cannot be written."""
+    def given(name):
+        return getattr(config, name) != getattr(BenchConfig, name)
+    for name in ("tokens", "seq_len", "micro_batch", "steps", "rounds", "slots", "prompt_len", "new_tokens"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name}={getattr(config, name)} must be positive")
+    if not config.mean_loops >= 1:
+        raise UserError(f"--mean_loops={config.mean_loops} must be 1 or more")
+    if config.exit_prob is not None and not 0 <= config.exit_prob <= 1:
+        raise UserError(f"--exit_prob={config.exit_prob} is a probability: 0 to 1")
+    for name in ("requests", "head_rows", "vocab", "width"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name}={getattr(config, name)} must be 0 or more")
+    for measurements, names in ONLY.items():
+        for name in names.split():
+            if given(name) and config.what not in measurements.split():
+                raise UserError(f"--{name}={getattr(config, name)} is for --what={' or '.join(measurements.split())}, "
+                                f"and --what={config.what} does not read it: drop one of the two")
+    if given("times") and not config.simulate:
+        raise UserError(f"--times={config.times} is read by --simulate alone: give it as well")
+    for other, name in itertools.product(("ckpt", "simulate"), ("shape", "layers", "vocab")):
+        if given(other) and given(name):
+            raise UserError(f"--{name}={getattr(config, name)} is of random weights, --{other} needs none: drop one")
+    if config.simulate and (config.plot or config.ckpt):
+        raise UserError("--simulate runs no model and draws nothing: leave out --ckpt and --plot")
+    check_writable("save", config.save)
+
+
 def main(argv=None):
     config = parse_args(BenchConfig, argv)
+    check_settings(config)
     benches = {"tokenise": bench_tokenise, "convert": bench_convert, "svd": bench_svd, "scale": bench_scale,
                "train": bench_train, "loss": bench_loss, "lora": bench_lora, "decision": bench_decision,
                "batching": bench_simulate if config.simulate else bench_batching, "decode": bench_decode,

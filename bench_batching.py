@@ -248,25 +248,18 @@ def show(rows: list[dict], times: dict) -> str:
 
 def check_settings(config, n_loop: int, n_ctx: int, known: list[str]) -> None:
     """UserError for what cannot be measured. known: kinds of exits that can be had."""
-    for name in ("slots", "prompt_len", "rounds"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name}={getattr(config, name)} must be positive")
     if config.new_tokens < 3:
         raise UserError(f"--new_tokens={config.new_tokens}: a request's first token is the prompt's, and lengths are "
                         "drawn from half of this on; use 3 or more")
     if not 1 <= config.refill <= config.slots:
         raise UserError(f"--refill={config.refill} must be 1 to {config.slots}, the --slots")
-    for name, most in (("requests", None), ("head_rows", config.slots)):
-        if getattr(config, name) < 0 or most and getattr(config, name) > most:
-            raise UserError(f"--{name}={getattr(config, name)} must be 0 or more" + (f", at most {most}, the --slots"
-                                                                                    if most else ""))
+    if config.head_rows > config.slots:
+        raise UserError(f"--head_rows={config.head_rows} must be at most {config.slots}, the --slots")
     if n_loop < 2:
         raise UserError(f"{n_loop} loop: rows cannot stand at different ones; use --loops=2 or more, or a --ckpt that "
                         "convert.py made with as many")
     if not 1 <= config.mean_loops <= n_loop:
         raise UserError(f"--mean_loops={config.mean_loops} of {n_loop} loops; use 1 to {n_loop}")
-    if config.exit_prob is not None and not 0 <= config.exit_prob <= 1:
-        raise UserError(f"--exit_prob={config.exit_prob} is a probability: 0 to 1")
     for name, allowed in (("exits", known), ("keys", ["exact", "copy"])):
         for word in getattr(config, name).split(",") if getattr(config, name) else ():
             if word not in allowed:

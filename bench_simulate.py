@@ -100,7 +100,7 @@ def simulate(work: list[np.ndarray], slots: int, pass_s: float, how: How = "dept
 def read_times(path: str) -> list[Times]:
     """The rows of a file: [{"name": ..., "n_loop": 2, "batch": 43, "ms": 0.265, "left": [0.8]}, ...]."""
     try:
-        with open(path) as f:
+        with open(path, encoding="utf-8-sig") as f:
             rows = [Times(**row) for row in json.load(f)]
         for row in rows:
             row.tokens_per_s, row.left = tuple(row.tokens_per_s), tuple(row.left)

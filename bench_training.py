@@ -49,15 +49,10 @@ def by_comma(name: str, text: str) -> list[int]:
 
 def shape_of(config) -> Config:
     """The full-size model to measure. Raises UserError for settings that nothing can be measured with."""
-    for name in ("seq_len", "micro_batch", "steps", "rounds"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name}={getattr(config, name)} must be positive")
     shape = SHAPES.get(config.shape) or donor_config(find_donor(config.donor))
     if not 0 <= config.layers <= shape.n_layer:
         raise UserError(f"--layers={config.layers}, but --shape={config.shape} has {shape.n_layer} of them; "
                         f"use 1 to {shape.n_layer}, or 0 for all")
-    if config.vocab < 0:
-        raise UserError(f"--vocab={config.vocab} must be positive, or 0 for the shape's own")
     return replace(shape, n_layer=config.layers or shape.n_layer, n_loop=1, rank=0,
                    vocab_size=config.vocab or shape.vocab_size)
 
