@@ -12,11 +12,12 @@ import pytest
 import torch
 from tiny import interrupt_at, read_log, weights
 
-import experiments
 import train
-from experiments import MODELS, beside, conclusions, matrix
+from experiments import matrix as experiments
+from experiments.matrix import MODELS, beside, conclusions, matrix
+from lib.cli import UserError, parse_args
+from lib.results import append_line, read_lines
 from model import RecursiveTransformer, read_config
-from runtime import UserError, append_line, parse_args, read_lines
 
 ROOT = Path(experiments.__file__).parent
 SMALL = ("--tokens=512 --batch_tokens=128 --seq_len=16 --micro_batch=8 --eval_tokens=256 --eval_every=2 --log_every=1 "
