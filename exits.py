@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 from data import IGNORED, batch, count_windows, load_tokens, windows
 from losses import distill_loss, exit_weights  # noqa: F401 (also found here)
 from model import KVCache, RecursiveTransformer
-from rules import SCORED, Gate, Keys, Rule, read_thresholds, write_beside
+from rules import SCORED, Gate, Keys, Rule, check_keys, read_thresholds, write_beside
 from runtime import (
     GATE_FILE,
     THRESHOLDS_FILE,
@@ -115,6 +114,7 @@ def oracle_exits(model: RecursiveTransformer, idx: Tensor) -> Tensor:
 @torch.no_grad()
 def run_exits(model: RecursiveTransformer, idx: Tensor, rule: Rule, keys: Keys = "exact") -> tuple[Tensor, Tensor]:
     """(state (B, T, C) that each token of idx (B, T) leaves with, index of the loop (B, T) after which it does)."""
+    check_keys(keys)
     (B, T), last = idx.shape, model.config.n_loop - 1
     x = out = model.first_state(idx)
     cache = KVCache(model.config, B, T, x.device, x.dtype) if keys == "copy" else None
@@ -211,8 +211,7 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
     if not 0 < T <= c.n_ctx:
         raise UserError(f"a prompt of {T} tokens: give 1 (a BOS, or whatever begins a text) to {c.n_ctx - 1}, so that "
                         "one more fits the model's context")
-    if keys not in get_args(Keys):
-        raise UserError(f"keys={keys!r} is unknown; use one of {', '.join(get_args(Keys))}")
+    check_keys(keys)
     steps = min(max_new_tokens, c.n_ctx - T)
     state = model.first_state(idx[:, :0])                    # (B, 0, C)
     cache = KVCache(c, B, T + steps, state.device, state.dtype)

@@ -28,6 +28,11 @@ Keys = Literal["exact", "copy"]                              # of tokens that le
 SCORED = ("max_prob", "margin", "entropy", "gate")           # the rules that have a threshold
 
 
+def check_keys(keys: str) -> None:
+    if keys not in get_args(Keys):
+        raise UserError(f"keys={keys!r} is unknown; use one of {', '.join(get_args(Keys))}")
+
+
 class Gate(nn.Module):
     """A probe on the hidden state at each exit but the last: how likely is it that the last loop would say the same?
 
