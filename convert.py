@@ -263,7 +263,7 @@ def main(argv=None):
         full = unroll(model, dtype, report)
         to_hf(full, args.out, tokenizer=args.donor)
         print0(f"{args.donor} unrolled -> {args.out}: {model.config.n_layer} layers, for transformers")
-        if report["rounding"]:
+        if report["rounding"] and report["added"]:
             size, added = ((report["rounding"] / report[key]) ** 0.5 for key in ("merged", "added"))
             print0(f"rounding to {str(full.embed.weight.dtype).removeprefix('torch.')} moves the merged weights by "
                    f"{size:.2%} of their size, {added:.1%} of what LoRA adds to them; --dtype=float32 does not round")

@@ -222,7 +222,8 @@ def find_donor(donor: str) -> Path:
                         "or a Hugging Face id like EleutherAI/pythia-160m")
     from huggingface_hub import snapshot_download
     try:
-        wanted = ["*.json", "*.safetensors", "*.tiktoken", "*.jinja", "tokenizer.model", "README.md", *LICENCES]
+        wanted = ["*.json", "*.safetensors", "*.tiktoken", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt",
+                  "README.md", *LICENCES]
         return Path(snapshot_download(donor, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as e:  # the hub client raises many kinds, all of them "not to be had"
         raise UserError(f"donor {donor} is no folder, and cannot be downloaded either ({str(e).splitlines()[0]}); give "
@@ -395,7 +396,7 @@ def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
         if tokenizer:
             copy_tokenizer(tokenizer, tmp)
             copy_papers(Path(tokenizer), tmp)
-            if (tmp / "tokenizer.tiktoken").exists():
+            if not (tmp / "tokenizer.json").exists():
                 write_fast_tokenizer(tmp, c)
             (tmp / "README.md").write_text(model_card(c, tmp), encoding="utf-8")
         (tmp / "config.json").write_text(json.dumps(hf, indent=1) + "\n", encoding="utf-8")

@@ -53,15 +53,17 @@ def integer(text: str) -> int:
 integer.__name__ = "int"                                     # argparse names it in "invalid int value: '1.5'"
 
 
-def words(text: str) -> str:
-    """A str that is not empty, as an unset variable of a shell would make it, with ~ at the start of each part between
-    commas replaced by the home folder: behind a "=" no shell does that."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("expected a value, got an empty one; give one, or leave the flag out")
+def at_home(text: str) -> str:
+    """The text with ~ at the start of each part between commas replaced by the home folder: behind a "=" no shell does
+    that."""
     return ",".join(map(os.path.expanduser, text.split(",")))
 
 
-words.__name__ = "str"
+def filled(text: str) -> str:
+    """`at_home` of a text that is not empty, as an unset variable of a shell would make it: that is not "not given"."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a value, got an empty one; give one, or leave the flag out")
+    return at_home(text)
 
 
 def parse_args(cls, argv=None, defaults=None):
@@ -89,9 +91,11 @@ def parse_args(cls, argv=None, defaults=None):
             if "yes" in get_args(kind):  # a switch with more than two positions may be given bare
                 options |= {"nargs": "?", "const": "yes"}
         else:
-            text_or_none = f.default == "" or f.name == "prompt"  # may be empty; a prompt may begin with ~ as well
-            convert = {int: integer, str: str if text_or_none else words}.get(kind, kind)
-            options |= {"type": convert, "metavar": kind.__name__.upper()}
+            if kind is str and f.name != "prompt":           # which may be empty, or begin with ~
+                options["type"] = at_home if f.default == "" or "," in str(f.default) else filled  # lists check theirs
+            else:
+                options["type"] = integer if kind is int else kind
+            options["metavar"] = kind.__name__.upper()
         parser.add_argument("--" + f.name, **options)
     settings = cls(**vars(parser.parse_args(argv)))
     if not 0 <= getattr(settings, "seed", 0) < 2**63:        # what both torch and numpy take
@@ -320,7 +324,7 @@ def check_writable(name: str, path: str | None) -> None:
         if new or os.path.isfile(path) or os.path.isdir(path):       # not a pipe, which would wait for its reader
             open(path, "ab").close()                         # tried: modes do not tell of root or of a read-only disk
         if new:
-            os.unlink(path)
+            os.unlink(os.path.realpath(path))                # not a link that led to it
     except OSError as e:
         raise UserError(f"--{name}={path} cannot be written ({e.strerror}): give a file in a folder that is there and "
                         "may be written to") from None
@@ -525,7 +529,8 @@ def replace_folder(folder, keep: bool = False):
     keep: a run's checkpoint that is replaced stays in the folder previous inside.
     """
     with own_folder(folder) as folder:
-        check_out(folder)
+        if not keep:                                         # a run did so when it began
+            check_out(folder)
         new = folder / NEW
         try:
             shutil.rmtree(new, ignore_errors=True)

@@ -152,10 +152,10 @@ def read_parquet(file: Path) -> Iterator[dict]:
     except ImportError:
         raise UserError(f"reading {file} needs the package pyarrow: pip install pyarrow") from None
     with ParquetFile(file) as table:
-        names, n = table.schema_arrow.names, table.metadata.num_rows
-        if "text" not in names and n:
+        names = table.schema_arrow.names
+        if "text" not in names and table.metadata.num_rows:
             raise UserError(f"{file} needs a column `text` of strings; its columns are {', '.join(names)}")
-        for batch in table.iter_batches(100, columns=["text"]) if n else ():  # by row group; books are large
+        for batch in table.iter_batches(100, columns=["text"]):  # of a row group; books are large
             yield from batch.to_pylist()
 
 
@@ -172,8 +172,8 @@ def read_json_rows(file: Path) -> Iterator:
                 row = json.loads(line + b"\n" + lines.read() if whole else line)
             except ValueError as e:
                 number += getattr(e, "lineno", 1) - 1
-                raise UserError(f"{file} cannot be read: line {number} is not JSON, or only a part ({str(e)[:200]}); "
-                                "mend or remove it") from e
+                raise UserError(f"{file} cannot be read: line {number} is not JSON, or only a part ("
+                                f"{getattr(e, 'msg', e)}); mend or remove it") from e
             yield from row if whole and isinstance(row, list) else [row]
             first = False
 

@@ -312,6 +312,10 @@ def build(args: TrainConfig, folder: Path, config: Config, device, resumed: bool
     donor = None
     if not scratch:
         donor = check_finite(load_any(str(folder), torch.float32), args.donor).requires_grad_(False).to(device)
+    teacher = None if args.distill == "none" else donor
+    if args.teacher:
+        teacher = load_any(str(find_donor(args.teacher)), torch.float32)
+        teacher = check_finite(teacher, args.teacher).requires_grad_(False).to(device)
     if resumed or args.ckpt:
         student = RecursiveTransformer.load(args.out if resumed else args.ckpt, dtype=torch.float32)
     elif scratch:
@@ -323,10 +327,6 @@ def build(args: TrainConfig, folder: Path, config: Config, device, resumed: bool
                                args.rounding, args.norms)
     check_finite(student, args.out if resumed else args.ckpt or f"what --init={args.init} makes of the donor")
     student.checkpointing = args.checkpointing
-    teacher = None if args.distill == "none" else donor
-    if args.teacher:
-        teacher = load_any(str(find_donor(args.teacher)), torch.float32)
-        teacher = check_finite(teacher, args.teacher).requires_grad_(False).to(device)
     return student.to(device), donor, teacher
 
 

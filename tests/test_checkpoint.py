@@ -33,7 +33,7 @@ from tiny import (
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import train
-from checkpoint import check_whole, find_state, load_optimizer, load_state
+from checkpoint import check_whole, drop_log_after, find_state, load_optimizer, load_state
 from model import RecursiveTransformer
 from runtime import UserError, check_out, own_folder, replace_folder
 
@@ -235,6 +235,81 @@ def test_a_checkpoint_with_a_damaged_config_may_be_replaced_but_nothing_else(out
     (out / "train.pt").rename(tmp_path / "train.pt")
     with pytest.raises(UserError, match="not a checkpoint of this project"), replace_folder(out):
         pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What happens around a run
+
+def test_a_run_has_its_folder_alone(home, out, start, tmp_path):
+    code = "import sys, time; sys.path.insert(0, sys.argv[1])\nfrom runtime import own_folder\n" \
+           "with own_folder(sys.argv[2]): print('here', flush=True); time.sleep(100)"
+    holder = subprocess.Popen([sys.executable, "-c", code, ROOT, out], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "here\n"
+    before = contents(out)
+    for how in ("yes", "auto", "no"):
+        with pytest.raises(UserError, match=rf"process {holder.pid} on .* is writing in \S*out"):
+            run(home, out, *HOW, f"--resume={how}")
+    processes = start_two(start, flags(home, out, *HOW, "--micro_batch=4", "--resume"), tmp_path / "output")
+    assert join(processes) == [2, 2] and (tmp_path / "output").read_text().count(f"process {holder.pid} on") == 2
+    assert contents(out) == before
+    holder.kill()
+    holder.wait()
+    resume(out)
+    assert check_whole(out)["step"] == 10
+
+
+def test_a_donor_that_is_moved_and_a_log_that_is_gone_end_no_run(home, tmp_path, straight):
+    donor, out = shutil.copytree(home / "donor", tmp_path / "donor"), tmp_path / "out"
+
+    def disturb():
+        donor.rename(tmp_path / "elsewhere")
+        out.rename(tmp_path / "moved")
+        os.chdir(tmp_path)
+    before = os.getcwd()
+    try:
+        os.chdir(home)
+        with interrupt_at(7, disturb):
+            run(home, out, f"--donor={donor}", *HOW)
+    finally:
+        os.chdir(before)
+    assert_same_weights(straight, out)
+    assert check_whole(out)["sums"].keys() == check_whole(straight)["sums"].keys()
+    assert check_whole(tmp_path / "moved")["step"] == 6
+    assert [line["step"] for line in read_log(out) if "loss" in line] == [8, 9, 10]
+
+
+def test_a_reader_at_any_moment_of_a_save_reads_one_version_and_changes_nothing(home, tmp_path, monkeypatch):
+    """Before every call of `os` that moves a file."""
+    out, seen = tmp_path / "out", []
+
+    def watched(name, really):
+        def call(*args, **kwargs):
+            if (out / "train.pt").exists():
+                seen.append((weights(out), load_state(out)["step"]))
+            return really(*args, **kwargs)
+        monkeypatch.setattr(os, name, call)
+    monkeypatch.setattr(time, "sleep", lambda _: None)                 # nobody finishes while this process reads
+    for name in ("rename", "replace", "link", "fsync"):
+        watched(name, getattr(os, name))
+    run(home, out, *HOW, "--save_every=5")
+    monkeypatch.undo()
+    of_step = {}
+    for state, step in seen:
+        first = of_step.setdefault(step, state)
+        assert all(torch.equal(first[name], w) for name, w in state.items()), step
+    assert len(seen) > 20 and list(of_step) == [0, 5, 10]
+
+
+@pytest.mark.parametrize("held, step, kept", [
+    ('{"step": 1}\n\n{"step": 2}\n', 2, '{"step": 1}\n{"step": 2}\n'),             # a blank line
+    ('{"step": 1}\n{"step": 2, "l{"step": 2}\n{"step": 3}\n{"step": 4}', 3, '{"step": 1}\n{"step": 3}\n'),   # torn
+    ('{"step": 1}\n{"step": 2}', 2, '{"step": 1}\n{"step": 2}\n'),                  # no newline at its end
+    ('{"step": 1}\n{"step": 2, "final": true}\n', 2, '{"step": 1}\n'), ("", 2, "")])
+def test_a_log_loses_what_comes_after_the_checkpoint_and_damaged_lines(tmp_path, held, step, kept):
+    (tmp_path / "log.jsonl").write_text(held)
+    drop_log_after(tmp_path / "log.jsonl", step)
+    assert (tmp_path / "log.jsonl").read_text() == kept
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -543,6 +543,13 @@ def test_export_merges_in_float32_and_says_what_rounding_costs(donor, tmp_path, 
         assert torch.equal(w, wide.state_dict()[name].bfloat16().float()), name  # rounded once
 
 
+def test_export_in_half_precision_where_lora_adds_nothing_yet(donor, tmp_path, capsys):
+    run(donor=donor, init="average", rank=3, lora_init="zero", out=tmp_path / "looped")
+    run(donor=tmp_path / "looped", unroll=True, dtype="bfloat16", out=tmp_path / "hf")
+    assert "rounding" not in capsys.readouterr().out
+    assert {p.dtype for p in load_full(tmp_path / "hf").parameters()} == {torch.bfloat16}
+
+
 def test_whole_shards_are_read(donor):
     want = last(load_full(donor), tokens(1, 5))
     shard(donor)

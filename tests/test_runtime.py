@@ -112,7 +112,8 @@ def test_flags_come_before_given_defaults_and_these_before_the_classes():
     (["--kind=oval"], "choose from 'round', 'square'"), (["--size=1.5"], "invalid int value: '1.5'"),
     (["--fill=yes"], "expected True or False, got 'yes'"), (["--siz=1"], "unrecognized arguments: --siz=1"),
     (["--limit=None"], "invalid int value"), (["--limit="], "invalid int value"),
-    (["--share= "], "invalid float value"), (["--name="], "expected a value, got an empty one"), (["--place= "], "expected a value, got an empty one"),
+    (["--share= "], "invalid float value"), (["--name="], "expected a value, got an empty one"),
+    (["--place= "], "expected a value, got an empty one"),
     (["stray"], "unrecognized arguments: stray")])
 def test_a_wrong_flag_exits_with_2_and_says_what_is_allowed(capsys, argv, says):
     with pytest.raises(SystemExit) as e:
@@ -226,7 +227,9 @@ def test_where_results_go_is_tried_at_once(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     for fine in (None, tmp_path / "new", tmp_path / "there", "/dev/null", tmp_path / "pipe"):
         check("save", fine and str(fine))
-    assert names(tmp_path) == {"there", "pipe"} and (tmp_path / "there").read_text() == "lines"
+    (tmp_path / "link").symlink_to("new")
+    check("save", str(tmp_path / "link"))
+    assert names(tmp_path) == {"there", "pipe", "link"} and (tmp_path / "there").read_text() == "lines"
     for wrong in (tmp_path, tmp_path / "no" / "folder", tmp_path / "there" / "file", tmp_path / ("n" * 300)):
         with pytest.raises(UserError, match="--save=.*cannot be written.*give a file in a folder that is there"):
             check("save", str(wrong))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -393,6 +394,95 @@ def test_a_run_may_be_made_longer_and_moved(home, tmp_path, monkeypatch):
         train.main(["--resume", "--tokens=2560"])
 
 
+@pytest.mark.parametrize("name", ["data", "valid", "donor", "teacher"])
+def test_resume_refuses_other_contents_under_the_same_name(home, tmp_path, name):
+    places = {"data": "train.txt", "valid": "valid.txt", "donor": "donor", "teacher": "full"}
+    for place in places.values():
+        (shutil.copytree if (home / place).is_dir() else shutil.copy)(home / place, tmp_path / place)
+    how = [f"--{n}={tmp_path / place}" for n, place in places.items()]
+    run(home, tmp_path / "out", *how, "--tokens=256")
+    before = contents(tmp_path / "out")
+    if name in ("data", "valid"):
+        with open(tmp_path / places[name], "a") as f:
+            f.write(" One more cat.")
+    elif name == "donor":
+        write_donor(RecursiveTransformer(DONOR), home / "tokenizer", tmp_path / "donor")
+    else:
+        model = RecursiveTransformer.load(home / "full")
+        model.norm.weight.data[3] += 1
+        model.save(tmp_path / "full")
+    with pytest.raises(UserError, match=rf"--{name}=\S+: the content differs from what the run in \S+out began with"):
+        train.main(["--resume", f"--out={tmp_path}/out", "--tokens=512"])
+    assert contents(tmp_path / "out") == before
+    train.main(["--resume", f"--out={tmp_path}/out", "--tokens=512",  # the same contents under other names
+                f"--{name}={home / places[name]}"])
+
+
+def test_a_run_of_an_earlier_version_goes_on(home, tmp_path):
+    out, more = tmp_path / "out", ["--save_every=4", "--rank=2"]
+    want = run(home, tmp_path / "straight", *more)
+    with interrupt_at(7, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
+        run(home, out, *more)
+    state = torch.load(out / "train.pt")
+    state["history"] = {name: state["history"][name] for name in (
+        "donor_config", "tokenizer_hash", "skipped", "donor", "converted")} | {"tokenizer": str(home / "donor")}
+    state["args"]["exit_coef"] = 0.3                                   # changes nothing, and was once accepted
+    torch.save(state, out / "train.pt")
+    train.main(["--resume", f"--out={out}"])
+    assert read_log(out) == want
+    assert_same_weights(tmp_path / "straight", out)
+
+
+@pytest.mark.parametrize("seq_len, asked, at_end, between", [
+    (16, 64, 256, 64), (64, 128, 512, 128), (64, 65, 256, 64), (16, 10**9, None, None), (32, 16, 64, 32)])
+def test_an_evaluation_reads_what_was_asked_for_and_says_how_much(home, tmp_path, seq_len, asked, at_end, between):
+    how = ["--tokens=1024", "--batch_tokens=512", "--eval_every=1", f"--seq_len={seq_len}", f"--eval_tokens={asked}"]
+    log = run(home, tmp_path / "out", *how)
+    there = len(load_tokens(f"{home}/valid.txt", Tokenizer.load(home / "donor"), DONOR.vocab_size))
+    whole = (there - 1) // seq_len * seq_len
+    first, = (line["val_tokens"] for line in log if "donor_loss" in line)
+    under_way, = (line["val_tokens"] for line in log if "val_loss" in line)
+    assert (first, under_way) == (at_end or whole, between or whole) and log[-1]["val_tokens"] == first
+    assert log[0]["valid"][0] == there and [line["tokens"] for line in log if "lr" in line] == [512, 1024]
+    train.main(["--resume", f"--out={tmp_path}/out", "--tokens=1536", "--eval_tokens=48"])  # its end is like its start
+    assert read_log(tmp_path / "out")[-1]["val_tokens"] == first
+
+
+def test_a_small_micro_batch_is_one_for_evaluations_too(home, tmp_path, monkeypatch):
+    rows, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda model, pairs, *rest: rows.extend(
+        len(idx) for idx, _ in pairs) or evaluate(model, pairs, *rest))
+    run(home, tmp_path / "out", "--micro_batch=2", "--tokens=256", "--eval_every=1")
+    assert max(rows) == 2
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_legs(home, tmp_path):
+    out = tmp_path / "out"
+    with interrupt_at(3, lambda: (time.sleep(2), os.kill(os.getpid(), signal.SIGTERM))):
+        assert train.main(flags(home, out)) == 128 + signal.SIGTERM
+    began = time.perf_counter()
+    assert train.main(["--resume", f"--out={out}"]) == 0
+    seconds = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["seconds"]
+    assert 2 < seconds - (time.perf_counter() - began) < 20
+
+
+def test_a_warm_up_that_never_ends_is_said(home, tmp_path, capsys):
+    run(home, tmp_path / "a", "--tokens=256", "--warmup=200", "--lr=1e-3")
+    assert "warning: the warm-up of 200 steps" in (said := capsys.readouterr().out) and "ends at 1.0e-05" in said
+    run(home, tmp_path / "b", "--tokens=256", "--warmup=2")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_what_compile_lacks_is_named_at_the_start(home, tmp_path, monkeypatch):
+    def missing(_):
+        raise RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found\n\nSet TORCH")
+    monkeypatch.setattr(torch, "compile", missing)
+    monkeypatch.setattr(train, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="--compile does not work here .InvalidCxxCompiler: No working.*leave out"):
+        run(home, tmp_path / "out", "--compile")
+    assert not any(tmp_path.iterdir())
+
+
 def test_only_the_first_process_writes_the_log(tmp_path, monkeypatch):
     log, lines = tmp_path / "log.jsonl", '{"step": 1}\n{"step": 2}\n{"st'
     log.write_text(lines)
@@ -490,6 +580,22 @@ BAD = {  # flags -> what the message says
     "--min_lr=-1": r"--min_lr=-1.0 must not be negative",
     "--rank=-1": r"--rank=-1 must not be negative",
     "--seed=-1": r"--seed=-1 must not be negative",
+    "--lr=inf": r"--lr=inf must be positive and finite",
+    "--weight_decay=inf": r"--weight_decay=inf must not be negative, and must be finite",
+    "--min_lr=nan": r"--min_lr=nan must not be negative",
+    "--exit_coef=0.3": r"--exit_coef=0.3 would change nothing here, it needs --exit_loss=aggressive",
+    "--exit_coef=0.3 --exit_loss=weighted": r"--exit_coef=0.3 would change nothing",
+    "--distill=none --temperature=2": r"--temperature=2.0 would change nothing here, it needs distillation",
+    "--distill=none --distill_weight=0.5": r"--distill_weight=0.5 would change nothing",
+    "--init=scratch --temperature=2": r"--temperature=2.0 would change nothing",
+    "--init=scratch --distill=rkl": r"--distill=rkl would change nothing here, it needs a --teacher",
+    "--init=random --norms=average": r"--norms=average would change nothing",
+    "--init=average --vectors=per_loop --norms=pick": r"--norms=pick would change nothing here, .* --vectors=tied",
+    "--init=average --rounding=floor": r"--rounding=floor would change nothing here, it needs --init=stepwise",
+    "--lora_init=zero": r"--lora_init=zero would change nothing here, it needs a LoRA: give --rank",
+    "--donor={home}/nan": r"nan has weights that are not finite, in 1 tensors \(layers.1.mlp.up.weight\)",
+    "--teacher={home}/nan": r"nan has weights that are not finite",
+    "--ckpt={home}/nan_start": r"nan_start has weights that are not finite, in 1 tensors \(norm.weight\)",
     "--beta2=1": r"--beta2=1.0 must be at least 0 and less than 1",
     "--loops=3": r"3 loops do not divide the 4 layers; use one of 1, 2, 4",
     "--loops=0": r"0 loops do not divide the 4 layers; use one of 1, 2, 4",
@@ -543,6 +649,13 @@ def mistakes(home):
     RecursiveTransformer(replace(small, n_loop=2)).save(home / "other_vocabulary")
     write_donor(RecursiveTransformer(DONOR), home / "other_tokenizer", home / "other_words")
     write_donor(RecursiveTransformer(replace(DONOR, n_ctx=8)), home / "tokenizer", home / "short")
+    broken = RecursiveTransformer(DONOR)
+    broken.layers[1].mlp.up.weight.data[3, 4] = float("nan")
+    write_donor(broken, home / "tokenizer", home / "nan")
+    start = RecursiveTransformer(replace(DONOR, n_loop=2))
+    start.norm.weight.data[0] = float("inf")
+    start.save(home / "nan_start")
+    copy_tokenizer(home / "tokenizer", home / "nan_start")
     shutil.copytree(home / "full", home / "damaged")
     (home / "damaged" / "train.pt").write_bytes((home / "full" / "train.pt").read_bytes()[:1000])
     return home
