@@ -18,13 +18,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from exits import NOT_FINITE, Keys, Rule, end_ids, likeliest, whole
+from exits import NOT_FINITE, Keys, Rule, check_keys, end_ids, likeliest, whole
 from kernels import decode_attention
 from lib.cli import UserError
 from model import Config, KVCache, RecursiveTransformer, rope_angles
@@ -96,8 +96,7 @@ class Engine:
                                                                c.n_ctx if max_len is None else max_len))
         except TypeError as e:
             raise UserError(f"slots, head, refill and max_len are whole numbers: {e}") from None
-        if keys not in get_args(Keys):
-            raise UserError(f"keys={keys!r} is unknown; use one of {', '.join(get_args(Keys))}")
+        check_keys(keys)
         if slots < 1 or not 0 <= head <= slots or not 1 <= refill <= slots or not 2 <= max_len <= c.n_ctx:
             raise UserError(f"slots={slots}, head={head}, refill={refill}, max_len={max_len}: an engine has 1 slot or "
                             "more, a head for 0 to as many rows, a refill of 1 to as many slots, and a max_len from 2 "

@@ -31,6 +31,11 @@ Keys = Literal["exact", "copy"]                              # of tokens that le
 SCORED = ("max_prob", "margin", "entropy", "gate")           # the rules that have a threshold
 
 
+def check_keys(keys: str) -> None:
+    if keys not in get_args(Keys):
+        raise UserError(f"keys={keys!r} is unknown; use one of {', '.join(get_args(Keys))}")
+
+
 class Gate(nn.Module):
     """A probe on the hidden state at each exit but the last: how likely is it that the last loop would say the same?
 
@@ -242,6 +247,7 @@ def oracle_exits(model: RecursiveTransformer, idx: Tensor) -> Tensor:
 @torch.no_grad()
 def run_exits(model: RecursiveTransformer, idx: Tensor, rule: Rule, keys: Keys = "exact") -> tuple[Tensor, Tensor]:
     """(state (B, T, C) that each token of idx (B, T) leaves with, index of the loop (B, T) after which it does)."""
+    check_keys(keys)
     (B, T), last = idx.shape, model.config.n_loop - 1
     x = out = model.first_state(idx)
     cache = KVCache(model.config, B, T, x.device, x.dtype) if keys == "copy" else None
@@ -338,8 +344,7 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
     if not 0 < T <= c.n_ctx:
         raise UserError(f"a prompt of {T} tokens: give 1 (a BOS, or whatever begins a text) to {c.n_ctx - 1}, so that "
                         "one more fits the model's context")
-    if keys not in get_args(Keys):
-        raise UserError(f"keys={keys!r} is unknown; use one of {', '.join(get_args(Keys))}")
+    check_keys(keys)
     steps = min(max_new_tokens, c.n_ctx - T)
     state = model.first_state(idx[:, :0])                    # (B, 0, C)
     cache = KVCache(c, B, T + steps, state.device, state.dtype)

@@ -92,12 +92,12 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.words.eos_id
+        return next(iter(self.words.eos_ids), None)
 
     @property
     def prefix_token_id(self) -> int:
         """What a text without a context is said to follow."""
-        start = self.words.eos_id if self.words.bos_id is None else self.words.bos_id
+        start = self.eot_token_id if self.words.bos_id is None else self.words.bos_id
         if start is None:
             raise UserError("a text without a context has nothing to follow: the tokenizer has neither BOS nor EOS")
         return start

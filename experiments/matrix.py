@@ -27,7 +27,7 @@ from lib.cli import UserError, parse_args, print0, script
 from lib.data import load_tokens, validation
 from lib.donors import find_donor, read_json
 from lib.folders import replace_folder
-from lib.results import append_line, json_line, read_lines
+from lib.results import append_line, check_writable, json_line, read_lines
 from lib.system import run_info, start_processes
 from lib.tokenizer import Tokenizer, copy_tokenizer
 from model import RecursiveTransformer, read_config
@@ -159,10 +159,10 @@ def chosen(model_name: str, only: str) -> list[str]:
 def prepare(donor: str, work: Path) -> None:
     """What two of the runs start from: the shape of the half-size model, and a tied one whose norm weights are zero."""
     folder = find_donor(donor)
-    if not (work / "half").exists():
+    if not (work / "half" / "config.json").exists():         # which is written last
         config = read_json(folder / "config.json")
         config["num_hidden_layers"] //= 2
-        (work / "half").mkdir(parents=True)
+        (work / "half").mkdir(parents=True, exist_ok=True)
         copy_tokenizer(folder, work / "half")
         (work / "half" / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     if not (work / "zeroed" / "config.json").exists():
@@ -265,8 +265,22 @@ def other_settings(line: dict) -> tuple:
                  and not str(want[key]).startswith(ExperimentsConfig.out))
 
 
+def finish(command: list[str]) -> int:
+    """The command's exit code. Ctrl-C is the command's to heed, which saves first: this waits for it."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+
+
 def main(argv=None) -> None:
     config = parse_args(ExperimentsConfig, argv)
+    if config.seeds is not None and config.seeds < 1:
+        raise UserError(f"--seeds={config.seeds} must be at least 1")
+    if not config.dry:
+        check_writable("save", config.save)
     work, model = Path(config.out) / config.model, MODELS[config.model]
     asked = set(config.only.split(","))
     runs, base = commands(config), [*shared_flags(config), *shlex.split(config.more)]
@@ -284,7 +298,7 @@ def main(argv=None) -> None:
         print0(f"+ python {shlex.join(command)}" + f"   # {i + 1} of {len(todo)}" * (not config.dry))
         if config.dry:
             continue
-        code = subprocess.run([sys.executable, *command]).returncode
+        code = finish([sys.executable, *command])
         line = result(config, name, seed, words, out)
         if code or not line:
             raise UserError(f"{name}, seed {seed}, did not finish (exit code {code}); started again, it goes on there")
@@ -293,7 +307,7 @@ def main(argv=None) -> None:
     exits = [line for line in read_lines("results/exits_seeds.jsonl") if exit_run(line)]
     if config.model == "toy" and (not config.only or asked & {"exits", "relaxed_exits"}) and len(exits) < 24:
         print0(f"+ {EXITS}")
-        if not config.dry and subprocess.run(EXITS.split()).returncode:
+        if not config.dry and finish(EXITS.split()):
             raise UserError(f"{EXITS} did not finish; started again, it goes on where it was")
 
 

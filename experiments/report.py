@@ -184,10 +184,11 @@ def block_conclusions(results: Path) -> str:
         rows.append([f"**{i} {c.name}**: {c.says}", f"**{verdict(c, losses)}**", c.metric])
         rows += [[label, ours(run), paper] for run, (label, paper) in c.rows.items()]
     tied = first(runs["stepwise"])
-    tokens, donor, valid = tied["settings"]["tokens"], tied["donor_loss"], tied["valid_tokens"]
+    tokens, donor = tied["settings"]["tokens"], tied["donor_loss"]
+    valid = f"{tied['valid_tokens']:,}" if tied["valid_tokens"] else "some"  # of runs by older versions it is not known
     text = [
         wrap(f"The donor has a loss of {donor:.3f}; each run of 1 to 5 and 8 trained on {tokens:,} tokens, without "
-             f"distillation where nothing else is said, and was measured on {valid:,} of a book that neither it nor "
+             f"distillation where nothing else is said, and was measured on {valid} of a book that neither it nor "
              "the donor had seen: loss right after conversion → loss after training. (The learning rate is train.py's "
              "default, too high for what starts near the donor: that, and the donor itself, ends worse.) 6 and 7 are "
              "the models of \"Leaving early\". Mean ± standard deviation over the seeds there are, three unless a list "
@@ -252,6 +253,8 @@ def block_calibrated(results: Path) -> str:
 def read_starts(results: Path, donor: str) -> dict[tuple, dict]:
     """(init, loops, rank, tokens calibrated on) -> its line of calibrated.jsonl."""
     lines = [line for line in read_lines(results / "calibrated.jsonl") if line["settings"]["donor"] == donor]
+    if not lines:
+        raise LookupError(f"no line of {donor} in calibrated.jsonl")
     return {(line["init"], line["loops"], line["rank"], line.get("calib_tokens")): line
             for line in alike(lines, settings_but("loops", "ranks", "calib_tokens"))}
 

@@ -224,7 +224,7 @@ def encode_batches(texts: Texts, tokenizer: Tokenizer, vocab_size: int) -> Itera
 
     The ids have the smallest type that holds the model's vocabulary.
     """
-    if tokenizer.eos_id is None:
+    if not tokenizer.eos_ids:
         raise UserError("the tokenizer names no end-of-text token, so documents would run together; "
                         "set eos_token in tokenizer_config.json")
     for held, position in ahead(read_batches(texts)):

@@ -35,9 +35,9 @@ PROBE = ("  It's THE_end's na\u00efve e\u0301clair, don\u2019t I'LL \ufb01ne \u0
 class Tokenizer:
     """A checkpoint's own tokenizer: `tokenizer.json` through tokenizers, `tokenizer.tiktoken` through tiktoken.
 
-    vocab_size: its largest id + 1 (a model's may be larger, padded). eos_ids: all ids that end a text, eos_id the first
-    of them; bos_id: int; both None where there is none. first_id: the BOS that its template puts before every text, or
-    None. file_hash: SHA-256 of the files that decide the ids, which older shards and runs carry instead of `hash`.
+    vocab_size: its largest id + 1 (a model's may be larger, padded). eos_ids: the ids that end a text; the first stands
+    between documents. bos_id: int or None. first_id: the BOS that its template puts before every text, or None.
+    file_hash: SHA-256 of the files that decide the ids, which older shards and runs carry instead of `hash`.
     """
 
     def __init__(self, fast, ranks, known: set[int], control: dict[str, int], eos: list[int], bos: list[int],
@@ -46,7 +46,7 @@ class Tokenizer:
         self.known, self.control = known, control            # all ids that are tokens; {spelling: id} of control tokens
         self.vocab_size, self.file_hash = max(known) + 1, file_hash
         self.is_control = np.isin(np.arange(self.vocab_size), list(control.values()))
-        self.eos_ids, self.eos_id, self.bos_id = tuple(eos), next(iter(eos), None), next(iter(bos), None)
+        self.eos_ids, self.bos_id = tuple(eos), next(iter(bos), None)
         # Gemma and Llama put BOS before every text, and Gemma is lost without it; Pythia and SmolLM2 do not.
         template = fast.encode("", add_special_tokens=True).ids if fast else []
         self.first_id = template[0] if template[:1] == [self.bos_id] else None
@@ -114,6 +114,11 @@ class Tokenizer:
         """True if the ids of `other` stand for the same here, however either cuts text."""
         return self.token_bytes() == other.token_bytes() and self.control.items() >= other.control.items()
 
+    @property
+    def eos_id(self) -> int | tuple[int, ...] | None:
+        """What ends a text, as `decode` and the engine take it: an id, or several."""
+        return self.eos_ids[0] if len(self.eos_ids) == 1 else self.eos_ids or None
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The text's ids and nothing else: no BOS, no EOS. Control tokens that it spells are text, with `special` their
         ids. Raises UserError for what the tokenizer's library refuses."""
@@ -130,7 +135,7 @@ class Tokenizer:
 
         special: control tokens that it spells, as chats need them, become their ids."""
         ids = [self.first_id] * (self.first_id is not None) + self.encode(text, special)
-        start = self.eos_id if self.bos_id is None else self.bos_id
+        start = next(iter(self.eos_ids), None) if self.bos_id is None else self.bos_id
         if not ids and start is None:
             raise UserError("the prompt is empty and the tokenizer has no token to begin with; give a prompt")
         return ids or [start]
@@ -149,7 +154,7 @@ class Tokenizer:
                 return [row for text in texts for row in self.encode_documents([text], dtype)]
             print0(f"warning: {e}; it is left out")
             return [np.empty(0, dtype)]
-        documents = [np.full(len(row) + 1, self.eos_id, dtype) for row in rows]
+        documents = [np.full(len(row) + 1, self.eos_ids[0], dtype) for row in rows]
         for document, row in zip(documents, rows, strict=True):
             document[:-1] = row
         return documents
@@ -204,7 +209,7 @@ class Tokenizer:
 
     def byte_lengths(self) -> np.ndarray:
         """How many bytes of text each id stands for, int64 (ids,): 0 for special tokens, also those beyond the rest."""
-        special = (i + 1 for i in (self.eos_id, self.bos_id) if i is not None)
+        special = (i + 1 for i in (*self.eos_ids, self.bos_id) if i is not None)
         lengths = np.zeros(max([self.vocab_size, *special]), np.int64)
         for i, token in self.token_bytes().items():
             lengths[i] = len(token)

@@ -33,7 +33,8 @@ def used_clone(tmp_path_factory):
     RecursiveTransformer(DONOR).save(clone / "out")
     torch.save({"step": 1}, clone / "out" / "train.pt")
     (clone / "out" / "log.jsonl").write_text('{"step": 1, "final": true}\n')
-    outs = re.findall(r"--out=(\S+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    pages = (path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    outs = re.findall(r"--out=(out\w*)", " ".join(pages))
     for name in {*outs, "out_experiments/toy/average-s0"} - {"out"}:
         shutil.copytree(clone / "out", clone / name)
     before = os.getcwd()

@@ -214,10 +214,11 @@ def test_all_ids_that_end_a_text(byte_level, tmp_path, config, generation, expec
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     tokenizer = Tokenizer.load(tmp_path, 290)
-    assert tokenizer.eos_ids == expected and tokenizer.eos_id == (expected[0] if expected else None)
+    assert tokenizer.eos_ids == expected
+    assert tokenizer.eos_id == (expected if len(expected) > 1 else expected[0] if expected else None)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')     # the tokenizer's own comes first
     tokenizer = Tokenizer.load(tmp_path, 290)
-    assert tokenizer.eos_ids == (0, *expected) and tokenizer.eos_id == 0
+    assert tokenizer.eos_ids == (0, *expected)
 
 
 @pytest.mark.parametrize("value", [True, "2", 1.5, {"a": 1}, [1, "x"]])
@@ -236,7 +237,7 @@ def test_training_refuses_too_little(tmp_path):
 
 
 @pytest.mark.parametrize("config,expected", [
-    ({"eos_token_id": 3}, 3), ({"eos_token_id": [5, 3]}, 5), ({}, None), ({"eos_token_id": None}, None)])
+    ({"eos_token_id": 3}, 3), ({"eos_token_id": [5, 3]}, (5, 3)), ({}, None), ({"eos_token_id": None}, None)])
 def test_eos_falls_back_to_the_models_config(byte_level, tmp_path, config, expected):
     (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -616,7 +617,7 @@ def test_shards_hold_the_documents_each_with_eos(ranks, tmp_path, vocab_size, dt
 
 def test_large_ids_survive(ranks, tmp_path, monkeypatch):
     tokenizer = Tokenizer.load(ranks)
-    monkeypatch.setattr(tokenizer, "eos_id", 255_999)
+    monkeypatch.setattr(tokenizer, "eos_ids", (255_999,))
     data.write_shards(["a"], tokenizer, tmp_path, 256_000)
     assert load_tokens(str(tmp_path), tokenizer, 256_000)[-1:].tolist() == [255_999]
 
@@ -697,7 +698,7 @@ def test_empty_text(ranks, tmp_path):
         load_tokens(str(tmp_path / "a.txt"), tokenizer, 300)
     with pytest.raises(UserError, match="is empty"):
         data.write_shards([""], tokenizer, tmp_path, 300)
-    tokenizer.eos_id = None
+    tokenizer.eos_ids = ()
     with pytest.raises(UserError, match="names no end-of-text token"):
         data.write_shards(["a"], tokenizer, tmp_path, 300)
 

@@ -5,8 +5,9 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,9 +37,8 @@ def driver(home, tmp_path, monkeypatch):
         with interrupt_at(here.stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM)):
             train.main(command[2:])
         here.stop_at = None
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: here(command) if "train.py" in command
-                        else SimpleNamespace(returncode=0, stdout="commit"))
+        return 0
+    monkeypatch.setattr(experiments, "finish", here)
 
     def drive(*flags, stop_at=None):
         ran.clear()
@@ -164,10 +164,27 @@ def test_dry_runs_nothing(driver, capsys):
     assert ["--init=stepwise" in words for words in said] == 6 * [True]
 
 
+def test_ctrl_c_waits_until_the_command_has_saved(tmp_path):
+    command = (f"import signal, time, pathlib\nsignal.signal(signal.SIGINT, lambda *_: (time.sleep(1), pathlib.Path("
+               f"'{tmp_path}/saved').touch(), exit(130)))\npathlib.Path('{tmp_path}/ready').touch()\ntime.sleep(60)")
+    driver = subprocess.Popen([sys.executable, "-c", f"import experiments, sys\n"
+                               f"experiments.finish([sys.executable, '-c', {command!r}])"],
+                              cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    until = time.time() + 60
+    while not (tmp_path / "ready").exists() and time.time() < until:
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGINT)                     # as a terminal does, to both
+    assert driver.wait(60) != 0 and (tmp_path / "saved").exists()
+
+
 def test_unknown_names_and_failures_are_told(driver, monkeypatch):
+    with pytest.raises(UserError, match="--seeds=0 must be at least 1"):
+        driver("--seeds=0")
+    with pytest.raises(UserError, match="cannot be written"):
+        driver("--save=nowhere/lines.jsonl")
     with pytest.raises(UserError, match="'ranks' is unknown; use inits, relaxed, rank"):
         driver("--only=inits,ranks")
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: SimpleNamespace(returncode=3, stdout=""))
+    monkeypatch.setattr(experiments, "finish", lambda command: 3)
     with pytest.raises(UserError, match="exit code 3"):
         driver("--only=distill")
 

@@ -111,9 +111,11 @@ def test_missing_empty_and_torn_results_end_nothing(tmp_path, monkeypatch, name,
             (tmp_path / name).write_text(content)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    readme = "".join(f"<!-- {block} -->\nold\n<!-- /{block} -->\n" for block in report.BLOCKS)
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8")
     report.main([f"--results={tmp_path}", "--write", "--plots"])
-    assert len((tmp_path / "README.md").read_text(encoding="utf-8").splitlines()) >= len(README.splitlines()) - 30
+    kept = (tmp_path / "README.md").read_text(encoding="utf-8").count("-->\nold\n<!--")
+    assert kept == {"experiments.jsonl": 2, "calibrated.jsonl": 2, "calibrated_smollm2.jsonl": 0}.get(name, 1)
 
 
 def test_lines_of_the_plots(tmp_path):
