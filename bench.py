@@ -39,22 +39,15 @@ from bench_decode import bench_decision, bench_decode, bench_kernels
 from bench_simulate import bench_simulate
 from bench_training import GEMMA_2B, bench_lora, bench_loss, bench_train, by_comma
 from convert import svd_factors, to_hf, to_recursive, unroll
-from data import Texts, load_tokens, windows, write_shards
-from hf import find_donor, hf_config, hf_shapes, load_full
+from hf import hf_config, hf_shapes, load_full
+from lib.cli import UserError, parse_args, progress, script, table
+from lib.data import Texts, load_tokens, windows, write_shards
+from lib.donors import find_donor
+from lib.results import append_line, check_writable, json_line
+from lib.system import run_info
+from lib.tokenizer import Tokenizer, copy_tokenizer
 from model import Config, RecursiveTransformer
-from runtime import (
-    UserError,
-    append_line,
-    check_writable,
-    json_line,
-    parse_args,
-    progress,
-    run_info,
-    script,
-    table,
-)
 from sample import generate
-from tokenizer import Tokenizer, copy_tokenizer
 
 HERE = Path(__file__).parent
 What = Literal["convert", "svd", "scale", "tokenise", "train", "loss", "lora", "decision", "batching", "decode",

@@ -30,13 +30,14 @@ import torch
 from bench_simulate import draw_exits, leave_probability, simulate
 from bench_training import by_comma, shape_of
 from convert import unroll
-from data import load_tokens
 from engine import Engine, Request
-from exits import oracle_exits
+from exits import Keys, Rule, load_rule, oracle_exits
+from lib.cli import UserError, progress, table
+from lib.data import load_tokens
+from lib.results import check_plot
+from lib.system import pick_device
+from lib.tokenizer import Tokenizer
 from model import RecursiveTransformer
-from rules import Keys, Rule, load_rule
-from runtime import UserError, check_plot, pick_device, progress, table
-from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ import kernels
 from bench_training import by_comma, shape_of
 from convert import to_hf, unroll
 from engine import Engine
-from exits import decode
-from hf import find_donor, load_any, load_full
+from exits import SCORED, Gate, Rule, decode
+from hf import load_any, load_full
+from lib.cli import UserError, progress, table
+from lib.donors import find_donor
+from lib.system import pick_device
 from model import KVCache, RecursiveTransformer
-from rules import SCORED, Gate, Rule
-from runtime import UserError, pick_device, progress, table
 
 
 def time_in_turn(works: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:

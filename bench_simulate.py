@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from runtime import UserError, progress, table
+from lib.cli import UserError, progress, table
 
 How = Literal["depth-wise", "synchronous", "static"]
 

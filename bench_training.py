@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf import find_donor, hf_config
+from hf import hf_config
+from lib.cli import UserError, progress, table
+from lib.donors import find_donor
+from lib.system import peak_flops, peak_memory, pick_device
 from losses import chunked_loss, distill_loss
 from model import Config, Layer, RecursiveTransformer, RelaxedLinear, rope_angles, select_loop, upcast
-from runtime import UserError, peak_flops, peak_memory, pick_device, progress, table
 from train import Objective, TrainConfig, donor_config, make_optimizer
 
 GEMMA_2B = Config(vocab_size=256_000, n_layer=18, n_embd=2048, n_head=8, n_kv_head=1, head_dim=256, n_hidden=16384,

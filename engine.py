@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from exits import NOT_FINITE, end_ids, likeliest, whole
+from exits import NOT_FINITE, Keys, Rule, check_keys, end_ids, likeliest, whole
 from kernels import decode_attention
+from lib.cli import UserError
 from model import Config, KVCache, RecursiveTransformer, rope_angles
-from rules import Keys, Rule, check_keys
-from runtime import UserError
 
 
 class SlotCache:

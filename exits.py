@@ -1,50 +1,183 @@
-"""Early exits that can be used: which tokens may leave before the last loop, and what becomes of their keys (§2.4).
-
-    python exits.py --ckpt=out --agreement=0.98     # train a gate, find each rule's threshold, save both with the model
-
-A token that leaves after an early loop is spared the rest, and two things are left to say. Who may leave: a `Rule`,
-which sees the hidden state. And what the later tokens find, in the later loops, where its keys and values should be:
-
-    keys="exact"   the skipped loops are run later, for the keys alone: later tokens see what the full model would show
-    keys="copy"    the keys of the loop it left at stand in for the later ones': no work, but an approximation
-
-A row in loop b needs the keys of loop b only, so with exact keys a state never depends on who left before. All tokens
-of a text can then be judged in one ordinary pass (`observe`). With copied keys it does depend, but only on decisions of
-earlier loops: still one pass, loop by loop (`run_exits`). How training makes early exits good: losses.py.
+"""Early exits: rules that decide which tokens exit early, the oracle, and decoding with the KV of exited tokens (§2.4).
+TODO
 """
+
 
 import json
 import math
 import operator
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from data import IGNORED, batch, count_windows, load_tokens, windows
+from lib.cli import UserError, progress
+from lib.data import IGNORE
+from lib.folders import GATE_FILE, THRESHOLDS_FILE
 from losses import distill_loss, exit_weights  # noqa: F401 (also found here)
-from model import KVCache, RecursiveTransformer
-from rules import SCORED, Gate, Keys, Rule, check_keys, read_thresholds, write_beside
-from runtime import (
-    GATE_FILE,
-    THRESHOLDS_FILE,
-    UserError,
-    append_line,
-    check_writable,
-    parse_args,
-    pick_device,
-    print0,
-    progress,
-    run_info,
-    script,
-    table,
-)
-from tokenizer import Tokenizer
+from model import KVCache, RecursiveTransformer, upcast
+
+RuleName = Literal["never", "fixed", "max_prob", "margin", "entropy", "gate"]
+Keys = Literal["exact", "copy"]                              # of tokens that left, in the loops they skipped: exits.py
+SCORED = ("max_prob", "margin", "entropy", "gate")           # the rules that have a threshold
+
+
+def check_keys(keys: str) -> None:
+    if keys not in get_args(Keys):
+        raise UserError(f"keys={keys!r} is unknown; use one of {', '.join(get_args(Keys))}")
+
+
+class Gate(nn.Module):
+    """A probe on the hidden state at each exit but the last: how likely is it that the last loop would say the same?
+
+    It never touches the vocabulary: a network C -> hidden -> 1 per exit, beside a head of V x C. All exits' weights
+    are stacked, so that the rows of a batch may stand at different loops.
+    """
+
+    def __init__(self, n_exits: int, n_embd: int, hidden: int = 256, draw: torch.Generator | None = None):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(n_exits, hidden, n_embd, generator=draw) / n_embd**0.5)
+        self.b1 = nn.Parameter(torch.zeros(n_exits, hidden))
+        self.w2 = nn.Parameter(torch.zeros(n_exits, hidden))
+        self.b2 = nn.Parameter(torch.zeros(n_exits))
+
+    def forward(self, x: Tensor, loop: int | Tensor) -> Tensor:
+        """Logit (...) of "the last loop would say the same" for states x (..., C) after `loop`, an int or int64 (...).
+        """
+        x = F.rms_norm(upcast(x), x.shape[-1:])                # deep states are large, and all exits alike to the probe
+        if isinstance(loop, int):
+            return F.gelu(F.linear(x, self.w1[loop], self.b1[loop])) @ self.w2[loop] + self.b2[loop]
+        every = F.gelu(torch.einsum("...c,ehc->...eh", x, self.w1) + self.b1)
+        every = (every * self.w2).sum(-1) + self.b2          # (..., n_exits): few, cheaper than gathering weights
+        return every.gather(-1, loop.clamp(max=len(self.b2) - 1)[..., None])[..., 0]
+
+    def save(self, folder) -> None:
+        """Into the checkpoint in `folder`; thresholds there were those of the gate before, and go once this one is
+        written."""
+        def write(path: Path) -> None:
+            save_file(self.state_dict(), path)
+            (Path(folder) / THRESHOLDS_FILE).unlink(missing_ok=True)
+        write_beside(folder, GATE_FILE, write)
+
+    @classmethod
+    def load(cls, folder, model: RecursiveTransformer) -> "Gate":
+        """The gate of the checkpoint in `folder`. UserError if it has none or it is another model's."""
+        path, c = Path(folder) / GATE_FILE, model.config
+        if not path.exists():
+            raise UserError(f"{folder} has no gate: train one with python exits.py --ckpt={folder}, "
+                            "or use --rule=max_prob, margin or entropy")
+        try:
+            tensors = load_file(path)
+            hidden = tensors["b1"].shape[1]
+            gate = cls(c.n_loop - 1, c.n_embd, hidden)
+            gate.load_state_dict(tensors)
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise RuntimeError("its weights are not finite")
+        except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as e:
+            raise UserError(f"{path} is not the gate of this model ({str(e).splitlines()[0]}); train it anew with "
+                            f"python exits.py --ckpt={folder} --new_gate") from None
+        return gate.to(model.embed.weight.device).eval()
+
+
+@dataclass
+class Rule:
+    """Which tokens may leave: rule(x, loop, logits) -> bool (...), for states x (..., C) after `loop`.
+
+    A batch at once: each answer depends on its own state alone, and nothing waits for the host. The score of a state
+    is in [0, 1], the surer the higher; it may leave from `threshold` on. `loop` is an int, or int64 (...) where the
+    rows stand at different loops; `logits` (..., V) are looked at only by the rules that say so in `reads_logits`.
+    After the last loop everything leaves: rules are not asked.
+    """
+    name: RuleName = "never"
+    threshold: float = math.inf
+    exit_loop: int = 0                                       # fixed: the index of the loop
+    gate: Gate | None = None
+
+    def __post_init__(self):
+        if self.name not in get_args(RuleName):
+            raise UserError(f"the rule {self.name!r} is unknown; use one of {', '.join(get_args(RuleName))}")
+
+    @property
+    def reads_logits(self) -> bool:
+        return self.name in ("max_prob", "margin", "entropy")
+
+    def __call__(self, x: Tensor, loop: int | Tensor, logits: Tensor | None = None) -> Tensor:
+        if self.name in ("never", "fixed"):
+            at = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device) + loop
+            return at >= (self.exit_loop if self.name == "fixed" else sys.maxsize)
+        return self.score(x, loop, logits) >= self.threshold
+
+    def score(self, x: Tensor, loop: int | Tensor, logits: Tensor | None = None) -> Tensor:
+        if self.name == "gate":
+            return self.gate(x, loop).sigmoid()
+        total = logits.logsumexp(-1)
+        if self.name == "max_prob":
+            return (logits.amax(-1) - total).exp()
+        if self.name == "margin":                            # between the two likeliest
+            first, second = (logits.topk(2, dim=-1).values - total[..., None]).exp().unbind(-1)
+            return first - second
+        p = logits - total[..., None]                        # entropy, as a share of the most there could be
+        return (1 + (p.exp() * p).sum(-1) / math.log(logits.size(-1))).clamp(min=0)  # rounding may fall below
+
+
+def load_rule(folder, model: RecursiveTransformer, name: RuleName, threshold: float | None = None,
+              exit_loop: int = 1, keys: Keys = "exact") -> Rule:
+    """The rule `name` for the model in `folder`; its threshold, if not given, is the one calibrated for `keys`.
+
+    exit_loop counts from 1, as people do. UserError for what cannot be: see the messages.
+    """
+    n_loop = model.config.n_loop
+    if name == "never":
+        return Rule()
+    if n_loop < 2:
+        raise UserError(f"--rule={name} lets tokens leave before the last loop, and the model in {folder} has 1 loop; "
+                        "use --rule=never, or a model with 2 loops or more")
+    if name == "fixed":
+        if not 1 <= exit_loop <= n_loop:
+            raise UserError(f"--exit_loop={exit_loop}, but the model has the loops 1 to {n_loop}")
+        return Rule(name, exit_loop=exit_loop - 1)
+    gate = Gate.load(folder, model) if name == "gate" else None
+    if threshold is None:
+        threshold = read_thresholds(folder).get(keys, {}).get("thresholds", {}).get(name)
+        if threshold is None:
+            raise UserError(f"{folder} has no calibrated threshold of {name} with {keys} keys: run python exits.py "
+                            f"--ckpt={folder} --keys={keys} --agreement=0.98, or give --threshold (0 to 1)")
+    if not (0 <= threshold <= 1 or threshold == math.inf):
+        raise UserError(f"--threshold={threshold} is out of range: scores are between 0 and 1 (inf = never)")
+    return Rule(name, threshold, gate=gate)
+
+
+def read_thresholds(folder) -> dict:
+    path = Path(folder) / THRESHOLDS_FILE
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        if not all(0 <= t <= 1 for by_keys in found.values() for t in by_keys["thresholds"].values()):
+            raise ValueError("a threshold is not between 0 and 1")
+        return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path} is not readable as thresholds ({e}); remove it, and calibrate again with python "
+                        f"exits.py --ckpt={folder}") from None
+
+
+def write_beside(folder, name: str, write: Callable[[Path], object]) -> None:
+    """A file added to a checkpoint, whole or not at all. UserError where the disk is full."""
+    tmp = Path(folder) / f".{name}.tmp"
+    try:
+        write(tmp)
+        os.replace(tmp, Path(folder) / name)
+    except (OSError, SafetensorError) as e:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"cannot write {Path(folder) / name} ({e}); the checkpoint is as it was") from e
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A text whose next tokens are known, all its tokens at once
@@ -91,11 +224,11 @@ class Seen:
 
 @torch.no_grad()
 def observe(model: RecursiveTransformer, pairs: list[tuple[Tensor, Tensor]], rules: Sequence[Rule] = ()) -> Seen:
-    """Read the texts in `pairs`, of inputs and targets (B, T), at full depth; targets that are IGNORED are left out."""
+    """Read the texts in `pairs`, of inputs and targets (B, T), at full depth; targets that are IGNORE are left out."""
     exits = [[] for _ in range(model.config.n_loop)]
     for idx, targets in progress(pairs, desc="reading", unit="batch"):
         idx, targets = (t.to(model.embed.weight.device) for t in (idx, targets))
-        kept = targets != IGNORED
+        kept = targets != IGNORE
         for loop, x in enumerate(model(idx)):
             asked = rules if loop < len(exits) - 1 else ()
             exits[loop].append(at_exit(model, x[kept], targets[kept], loop, asked))
@@ -149,7 +282,7 @@ def outcome(model: RecursiveTransformer, pairs: list, seen: Seen, rule: Rule, ke
     found = []
     for idx, targets in pairs:
         idx, targets = (t.to(model.embed.weight.device) for t in (idx, targets))
-        kept, (x, loops) = targets != IGNORED, run_exits(model, idx, rule, keys)
+        kept, (x, loops) = targets != IGNORE, run_exits(model, idx, rule, keys)
         found.append([loops[kept], *at_exit(model, x[kept], targets[kept], model.config.n_loop - 1)])
     return Outcome(*(torch.cat(t) for t in zip(*found, strict=True)))
 
@@ -253,175 +386,3 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
                 cache.copy_loop(later)
         elif loop < c.n_loop - 1:
             behind[loop + 1] = torch.cat([behind[loop + 1], x], 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A gate, and thresholds that keep a promise
-
-def train_gate(model: RecursiveTransformer, pairs: list, epochs: int = 10, lr: float = 3e-3, rows: int = 1024) -> Gate:
-    """A gate for the frozen `model`, from the oracle's answers on the texts in `pairs`."""
-    states, same = [], []
-    with torch.no_grad():
-        for idx, targets in progress(pairs, desc="reading for the gate", unit="batch"):
-            every = model(idx.to(model.embed.weight.device))
-            token = torch.stack([at_exit(model, x, targets.to(x.device), loop)[0] for loop, x in enumerate(every)])
-            states.append(torch.stack(every[:-1]).flatten(1, 2))             # (n_loop - 1, B T, C)
-            same.append((token[:-1] == token[-1]).flatten(1))                # (n_loop - 1, B T)
-    states, same = torch.cat(states, 1), torch.cat(same, 1).float()
-    draw = torch.Generator().manual_seed(0)
-    gate = Gate(len(states), model.config.n_embd, draw=draw).to(states.device)
-    optimizer = torch.optim.AdamW(gate.parameters(), lr)
-    steps = max(10, epochs * same.size(1) // rows)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
-    for _ in progress(range(steps), desc="training the gate", unit="step"):
-        some = torch.randint(same.size(1), (rows,), generator=draw).to(states.device)
-        answers = torch.stack([gate(states[loop, some], loop) for loop in range(len(states))])
-        optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(answers, same[:, some]).backward()
-        optimizer.step()
-        schedule.step()
-    return gate.eval().requires_grad_(False)
-
-
-def binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(at most k of n), each with probability p."""
-    i = torch.arange(k + 1, dtype=torch.float64)
-    log_choose = math.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
-    return (log_choose + i * math.log(p) + (n - i) * math.log1p(-p)).logsumexp(0).exp().item()
-
-
-def keeps(agree: Tensor, agreement: float, confidence: float) -> bool:
-    """True if the tokens of some windows, which agreed or not, bool (windows, T), show with this confidence that at
-    least a share `agreement` of all such tokens does: were it less, so few that do not would be too unlikely (an exact
-    binomial test).
-
-    Tokens of one window are alike, so they count for fewer: for as many independent ones as would vary as much between
-    windows (the design effect of survey statistics; Korn and Graubard, 1998).
-    """
-    wrong, T = (~agree).double().sum(1), agree.size(1)
-    n, k = agree.numel(), wrong.sum().item()
-    effect = wrong.var().item() / (T * k / n * (1 - k / n)) if 0 < k < n and len(wrong) > 1 else 1.0
-    effect = max(1.0, effect)
-    return binomial_cdf(math.ceil(k / effect), math.floor(n / effect), 1 - agreement) <= 1 - confidence
-
-
-def calibrate(model: RecursiveTransformer, pairs: list, seen: Seen, rule: Rule, keys: Keys, thresholds: list[float],
-              agreement: float, confidence: float) -> float | None:
-    """The lowest threshold that `keeps` the agreement on the texts in `pairs`, or None.
-
-    Learn then Test (Angelopoulos et al., 2021; for early exits: Schuster et al., 2022): the thresholds were fixed
-    beforehand and are tested from the strictest on, until one fails. So the chance that any that passed is wrong stays
-    1 - confidence, though many are tried, and whether or not agreement falls evenly with them.
-    """
-    windows, found = sum(len(idx) for idx, _ in pairs), None
-    for threshold in sorted(thresholds, reverse=True):
-        out = outcome(model, pairs, seen, replace(rule, threshold=threshold), keys)
-        if not keeps((out.token == seen.token[-1]).view(windows, -1), agreement, confidence):
-            break
-        found = threshold
-    return found
-
-
-@dataclass
-class ExitsConfig:
-    ckpt: str = "out"                      # checkpoint folder; gate and thresholds are added to it
-    agreement: float = 0.98                # share of tokens that must be what the full model would have said
-    confidence: float = 0.95               # how sure to be of that
-    keys: Keys = "exact"                   # keys of tokens that left: computed later, or copied from their exit loop
-    data: str = "assets/books/train"       # text that the gate is trained on
-    valid: str = "assets/books/valid.txt"  # other text: one half of its windows to calibrate on, one to check
-    gate_tokens: int = 200_000             # tokens to train the gate on
-    tokens: int = 80_000                   # tokens to calibrate and check on
-    seq_len: int = 256                     # tokens in a window
-    new_gate: bool = False                 # train the gate anew where there is one
-    save: str | None = None                # also append what was measured to this file, as a line of JSON
-    device: str = "auto"                   # auto, cpu, cuda
-
-
-def check_settings(config: ExitsConfig, n_loop: int) -> None:
-    for name in ("agreement", "confidence"):
-        if not 0 < getattr(config, name) < 1:
-            raise UserError(f"--{name}={getattr(config, name)} must be above 0 and below 1: no sample makes it certain "
-                            "(what always agrees is --rule=never)")
-    for name in ("gate_tokens", "tokens", "seq_len"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name}={getattr(config, name)} must be at least 1")
-    check_writable("save", config.save)
-    if n_loop < 2:
-        raise UserError(f"{config.ckpt} has 1 loop, and nothing can leave before the last: give a model with 2 or more")
-    need = math.ceil(math.log(1 - config.confidence) / math.log(config.agreement))
-    if config.tokens // 2 < need:
-        raise UserError(f"--tokens={config.tokens} are too few: {need} tokens without one disagreement would be needed "
-                        f"to show --agreement={config.agreement} with --confidence={config.confidence}, and half of "
-                        f"the text is kept for the check; use --tokens={2 * need} at the very least, better ten times "
-                        "that")
-
-
-def read_texts(config: ExitsConfig, model: RecursiveTransformer) -> tuple[list, list, list]:
-    """Batches of windows, inputs and targets: to train the gate on, to calibrate on, and to check on."""
-    vocab_size, seq_len = model.config.vocab_size, min(config.seq_len, model.config.n_ctx)
-    tokenizer = Tokenizer.load(config.ckpt, vocab_size)
-    text, held = (load_tokens(path, tokenizer, vocab_size) for path in (config.data, config.valid))
-    n, there = math.ceil(config.gate_tokens / seq_len), count_windows(text, seq_len)
-    learn = [batch(text, range(i, min(i + 8, n, there)), seq_len, seed=0) for i in range(0, min(n, there), 8)]
-    n, there = config.tokens // seq_len, count_windows(held, seq_len)
-    if not 2 <= n <= there:
-        raise UserError(f"--tokens={config.tokens} are {n} windows of {seq_len} tokens, but --valid={config.valid} has "
-                        f"{there} and two are needed: use --tokens={2 * seq_len} to {there * seq_len}, or more text")
-    spread = [i * there // n for i in range(n)]              # every other window calibrates, the rest checks
-    return learn, *([windows(held, seq_len, half[i:i + 8]) for i in range(0, len(half), 8)]
-                    for half in (spread[:n // 2 * 2:2], spread[1::2]))
-
-
-def main(argv=None) -> None:
-    config = parse_args(ExitsConfig, argv)
-    device = pick_device(config.device)
-    model = RecursiveTransformer.load(config.ckpt, dtype=None if device.type == "cuda" else torch.float32).to(device)
-    check_settings(config, model.config.n_loop)
-    read_thresholds(config.ckpt)                             # damaged ones are named now, not after the minutes of work
-    learn, calibration, check = read_texts(config, model)
-    count = [sum(idx.numel() for idx, _ in pairs) for pairs in (learn, calibration, check)]
-    print0(f"{config.ckpt}: {model.config.n_loop} loops; gate trained on {count[0]:,} tokens of {config.data}, "
-           f"thresholds calibrated on {count[1]:,} tokens of {config.valid} and checked on {count[2]:,} others")
-    if (n := sum(len(idx) for idx, _ in calibration)) < 30:  # measured: a tenth to a third of such promises break
-        print0(f"{n} windows to calibrate on are few: tokens of one are alike, and how much so cannot be told well; "
-               "give --tokens enough for 30 of them on either half")
-    if config.new_gate or not (Path(config.ckpt) / GATE_FILE).exists():
-        gate = train_gate(model, learn)
-        gate.save(config.ckpt)
-    gate = Gate.load(config.ckpt, model)
-    rules = [Rule(name, gate=gate) for name in SCORED]
-    # From which thresholds on 2 %, 4 %, ... of the scores let a token leave: by the gate's text, the other has no say.
-    shares = np.linspace(0.98, 0, 50)
-    tuning = observe(model, learn[:len(learn) // 4 + 1], rules).score
-    seen, checked = (observe(model, pairs, rules) for pairs in (calibration, check))
-    thresholds, measured, lines = {}, {}, []
-    for rule in progress(rules, desc="calibrating", unit="rule"):
-        grid = np.quantile(tuning[rule.name].double().cpu(), shares).tolist()        # torch's has a limit
-        at = calibrate(model, calibration, seen, rule, config.keys, grid, config.agreement, config.confidence)
-        if at is None:
-            lines.append([rule.name, "cannot be had", *[""] * 5])
-            continue
-        thresholds[rule.name], done = at, replace(rule, threshold=at)
-        a, b = measured[rule.name] = [statistics(outcome(model, pairs, what, done, config.keys), what)
-                                      for pairs, what in ((calibration, seen), (check, checked))]
-        lines.append([rule.name, f"{at:.4f}", f"{a['loops']:.3f}", f"{a['agreement']:.4f}", f"{b['loops']:.3f}",
-                      f"{b['agreement']:.4f}", f"{b['caught']:.0%}"])
-    best = [s.oracle.double().mean().item() + 1 for s in (seen, checked)]
-    print0(table([["rule", "threshold", "mean loops", "agreement", "check: loops", "agreement", "caught"], *lines,
-                  ["oracle", "", f"{best[0]:.3f}", "1.0000", f"{best[1]:.3f}", "1.0000", "100%"]]))
-    if not thresholds:
-        raise UserError(f"an agreement of {config.agreement} cannot be had with {config.keys} keys: at the strictest "
-                        "threshold of every rule, where 2 % of the scores let a token leave, these tokens do not show "
-                        "it; ask for a lower --agreement, give more --tokens, or train the exits (--exit_loss)")
-    found = {"agreement": config.agreement, "confidence": config.confidence, "thresholds": thresholds}
-    everything = read_thresholds(config.ckpt) | {config.keys: found}
-    write_beside(config.ckpt, THRESHOLDS_FILE, lambda path: path.write_text(json.dumps(everything, indent=1) + "\n",
-                                                                            encoding="utf-8"))
-    if config.save:
-        append_line(config.save, {"what": "exits", "settings": asdict(config)} | run_info() | found | {
-            "tokens": count[1:], "oracle": best, "calibration_and_check": measured})
-
-
-if __name__ == "__main__":
-    script(main)

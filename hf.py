@@ -1,23 +1,21 @@
 """Hugging Face checkpoints of Gemma, Llama and GPT-NeoX (Pythia): read strictly, one tensor at a time, and written."""
 
 import json
-import math
 import re
-import shutil
 import sys
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lib.cli import UserError, is_main, progress
+from lib.donors import DONOR_README, HUB_ID, LICENCES, copy_papers, donor_name, find_donor, read_json
+from lib.folders import replace_folder
+from lib.tokenizer import copy_tokenizer, write_fast_tokenizer
 from model import Config, RecursiveTransformer, cast, check_tensors, check_type, widest
-from runtime import UserError, is_main, progress, replace_folder
-from tokenizer import Tokenizer, byte_of_character, copy_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face's names for our tensors. NeoX fuses q, k and v head by head: "name#0" is the first third of each head.
@@ -60,9 +58,6 @@ NEOX_NAMES = {
 }
 NAMES = {"gemma": LLAMA_NAMES, "llama": LLAMA_NAMES, "gpt_neox": NEOX_NAMES}
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
-HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
-DONOR_README = "README_donor.md"
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|attention\.(bias|masked_bias)$")  # buffers that old checkpoints carry
 
 
@@ -212,31 +207,6 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
-def find_donor(donor: str) -> Path:
-    """The folder of a donor: a local one, or that of a Hugging Face id, downloaded once. UserError if it is neither."""
-    folder = Path(donor).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(HUB_ID, str(donor)):
-        raise UserError(f"donor {donor} does not exist; give a folder with config.json and model.safetensors, "
-                        "or a Hugging Face id like EleutherAI/pythia-160m")
-    from huggingface_hub import snapshot_download
-    try:
-        wanted = ["*.json", "*.safetensors", "*.tiktoken", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt",
-                  "README.md", *LICENCES]
-        return Path(snapshot_download(donor, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except Exception as e:  # the hub client raises many kinds, all of them "not to be had"
-        raise UserError(f"donor {donor} is no folder, and cannot be downloaded either ({str(e).splitlines()[0]}); give "
-                        "a local folder") from None
-
-
-def donor_name(folder: Path) -> str:
-    """The id that a folder was downloaded as, else the folder's own name."""
-    folder = folder.resolve()
-    cached = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
-    return cached.removeprefix("models--").replace("--", "/", 1) or folder.name
-
-
 class Donor:
     """A Hugging Face checkpoint on disk, read one tensor at a time by our names. Strict: every tensor that the config
     asks for must be there in its shape, and no other. Raises UserError otherwise, before any weight is read."""
@@ -323,15 +293,6 @@ def hf_shapes(config: Config) -> dict[str, tuple]:
     return shapes
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}; a donor has config.json and model.safetensors") from None
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{path} is not readable JSON ({e})") from None
-
-
 def load_full(donor: str, dtype: torch.dtype | None = None) -> RecursiveTransformer:
     """The full-size model (n_loop=1) of a Hugging Face folder or id, in eval mode; dtype None keeps the donor's (the
     widest, where it is stored in several)."""
@@ -397,28 +358,10 @@ def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
             copy_tokenizer(tokenizer, tmp)
             copy_papers(Path(tokenizer), tmp)
             if not (tmp / "tokenizer.json").exists():
-                write_fast_tokenizer(tmp, c)
+                write_fast_tokenizer(tmp, c.bos_token_id, c.eos_token_id, c.n_ctx)
             (tmp / "README.md").write_text(model_card(c, tmp), encoding="utf-8")
         (tmp / "config.json").write_text(json.dumps(hf, indent=1) + "\n", encoding="utf-8")
         save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
-
-
-def copy_papers(src: Path, dst: Path) -> None:
-    """Copy the donor's licence, and its README as README_donor.md: of the donor's folder, or of what came of it."""
-    readme, config = src / DONOR_README, src / "config.json"
-    if not readme.exists() and config.exists() and "model_type" in read_json(config):
-        readme = src / "README.md"
-    for path in (*(path for name in LICENCES for path in src.glob(name)), readme):
-        if path.is_file():
-            shutil.copyfile(path, dst / (DONOR_README if path == readme else path.name))
-
-
-def donor_files(folder: Path) -> dict[str, bytes]:
-    """What goes along with a donor's weights, by name, held in memory: a donor may be moved while a run goes on."""
-    with TemporaryDirectory() as tmp:
-        copy_tokenizer(folder, tmp)
-        copy_papers(folder, Path(tmp))
-        return {str(path.relative_to(tmp)): path.read_bytes() for path in Path(tmp).rglob("*") if path.is_file()}
 
 
 def model_card(c: Config, folder: Path) -> str:
@@ -435,45 +378,3 @@ def model_card(c: Config, folder: Path) -> str:
     return "".join(f"{line}\n" for line in ["---", *lines, "---", ""] if lines) + (
         f"# {what}\n\nnanoRRT wrote this folder: {c.n_layer} layers, which transformers loads like any other {c.arch} "
         f"model. The donor's licence holds for it; {', '.join(papers) or 'no file of the donor'} came along.\n")
-
-
-def write_fast_tokenizer(folder: Path, c: Config) -> None:
-    """Write the tokenizer.tiktoken in `folder`, which few programs read, as a tokenizer.json of the same ids.
-
-    A ranks file names the tokens in the order in which they were merged, not out of which two: those are what is left
-    of a token when only the merges before its own are made.
-    """
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Fast
-    config_file, encoding = folder / "tokenizer_config.json", Tokenizer.load(folder).ranks
-    config = read_json(config_file)
-    ranks = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
-    character = {b: c for c, b in byte_of_character().items()}
-    spelled = {token: "".join(map(character.get, token)) for token in ranks}
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 2:
-            joined = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
-            at = joined.index(min(joined))
-            if joined[at] >= ranks[token]:
-                break
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:                                              # else only a whole word is this token
-            merges.append(tuple(spelled[part] for part in parts))
-    special = config.pop("special_tokens")
-    fast = Fast(models.BPE({spelled[token]: i for token, i in ranks.items()} | special, merges, ignore_merges=True))
-    fast.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(config.pop("pat_str")), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    fast.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer.tiktoken").unlink()
-    by_id = {i: token for token, i in special.items()}
-    eos, *_ = c.eos_token_id if isinstance(c.eos_token_id, list) else [c.eos_token_id]
-    eos = config.get("eos_token") or by_id.get(eos)
-    named = {"bos_token": by_id.get(c.bos_token_id, eos), "eos_token": eos, "unk_token": eos, "pad_token": eos}
-    config = named | config | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.n_ctx,
-                               "clean_up_tokenization_spaces": False}
-    config_file.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

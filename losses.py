@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.data import IGNORE
 from model import upcast
 
 Kind = Literal["fkl", "rkl", "jsd", "tvd"]
-IGNORE = -100                                                # a target that counts for nothing
 
 
 def exit_weights(n_loop: int, kind: Literal["weighted", "aggressive"], coef: float = 0.1) -> tuple[float, ...]:

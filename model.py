@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime import UserError, replace_folder, settled
+from lib.cli import UserError
+from lib.folders import replace_folder, settled
 
 
 @dataclass

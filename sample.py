@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from engine import Engine
-from exits import decode, likeliest
-from hf import find_donor, load_any
+from exits import SCORED, Keys, Rule, RuleName, decode, likeliest, load_rule, read_thresholds
+from hf import load_any
+from lib.cli import UserError, parse_args, progress, script, use_colour
+from lib.donors import find_donor
+from lib.system import pick_device
+from lib.tokenizer import TextStream, Tokenizer
 from model import RecursiveTransformer
-from rules import SCORED, Keys, Rule, RuleName, load_rule, read_thresholds
-from runtime import UserError, parse_args, pick_device, progress, script, use_colour
-from tokenizer import TextStream, Tokenizer
 
 
 @dataclass

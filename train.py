@@ -23,38 +23,26 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from calibrate import calibration_windows, to_calibrated
-from checkpoint import (
-    drop_log_after,
-    find_state,
-    load_optimizer,
-    resumed_settings,
-    save_checkpoint,
-    write_log,
-)
 from convert import AnyInit, LoraInit, Norms, Rounding, Vectors, check_ignored, to_recursive
-from data import Tokens, batches, load_tokens, validation
-from hf import config_from_hf, donor_files, find_donor, load_any, read_json, refuse_looped
-from losses import chunked_loss, exit_weights
-from model import Config, RecursiveTransformer, read_config
-from runtime import (
+from hf import config_from_hf, load_any, refuse_looped
+from lib.checkpoint import drop_log_after, find_state, load_optimizer, resumed_settings, save_checkpoint, write_log
+from lib.cli import UserError, clock, parse_args, print0, script, table
+from lib.data import Tokens, batches, load_tokens, validation
+from lib.donors import donor_files, find_donor, read_json
+from lib.folders import check_out, own_folder
+from lib.system import (
     Processes,
     StopFlag,
-    UserError,
     check_compile,
-    check_out,
-    clock,
     on_first,
-    own_folder,
-    parse_args,
     peak_flops,
     peak_memory,
-    print0,
     process_age,
-    script,
     start_processes,
-    table,
 )
-from tokenizer import Tokenizer
+from lib.tokenizer import Tokenizer
+from losses import chunked_loss, exit_weights
+from model import Config, RecursiveTransformer, read_config
 
 TrainInit = Literal[AnyInit, "scratch"]
 

@@ -14,9 +14,10 @@ import bench
 import bench_training
 from bench_training import NaiveObjective, TransformersObjective, apart, measure_layer, measure_loss
 from convert import to_hf
+from lib.cli import UserError
+from lib.system import peak_memory
+from lib.tokenizer import Tokenizer
 from model import Config, Layer, RecursiveTransformer, RelaxedLinear
-from runtime import UserError, peak_memory
-from tokenizer import Tokenizer
 from train import Objective, TrainConfig
 
 ROOT = Path(bench.__file__).parent

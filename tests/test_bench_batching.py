@@ -15,11 +15,11 @@ import bench_decode
 from bench_batching import BASELINES, EXITS, Served, check_settings, make_engine, serve, slowest, speed_up
 from bench_simulate import PAPER, Times, count_passes, draw_exits, leave_of, leave_probability, read_times, simulate
 from convert import to_hf, unroll
-from exits import decode
+from exits import Gate, decode
+from lib.cli import UserError
+from lib.folders import THRESHOLDS_FILE
+from lib.tokenizer import copy_tokenizer
 from model import Config
-from rules import Gate
-from runtime import THRESHOLDS_FILE, UserError
-from tokenizer import copy_tokenizer
 
 ROOT = Path(bench.__file__).parent
 CONFIG = bench.BenchConfig(slots=3, prompt_len=4, new_tokens=8, device="cpu")

@@ -30,10 +30,10 @@ from calibrate import (
     to_calibrated,
 )
 from convert import load_full, svd_factors, unroll
-from data import Tokens, batch, load_tokens, write_shards
+from lib.cli import UserError
+from lib.data import Tokens, batch, load_tokens, write_shards
+from lib.tokenizer import Tokenizer
 from model import Config, RecursiveTransformer, RelaxedLinear, rope_angles
-from runtime import UserError
-from tokenizer import Tokenizer
 
 RUNS = Path(calibrate.__file__).parent / "runs"
 each_rank = pytest.mark.parametrize("rank", [0, 3, 1000])

@@ -33,9 +33,10 @@ from tiny import (
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import train
-from checkpoint import check_whole, drop_log_after, find_state, load_optimizer, load_state
+from lib.checkpoint import check_whole, drop_log_after, find_state, load_optimizer, load_state
+from lib.cli import UserError
+from lib.folders import check_out, own_folder, replace_folder
 from model import RecursiveTransformer
-from runtime import UserError, check_out, own_folder, replace_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("train.pt", "model.safetensors", "config.json", "tokenizer.tiktoken")
@@ -241,7 +242,7 @@ def test_a_checkpoint_with_a_damaged_config_may_be_replaced_but_nothing_else(out
 # What happens around a run
 
 def test_a_run_has_its_folder_alone(home, out, start, tmp_path):
-    code = "import sys, time; sys.path.insert(0, sys.argv[1])\nfrom runtime import own_folder\n" \
+    code = "import sys, time; sys.path.insert(0, sys.argv[1])\nfrom lib.folders import own_folder\n" \
            "with own_folder(sys.argv[2]): print('here', flush=True); time.sleep(100)"
     holder = subprocess.Popen([sys.executable, "-c", code, ROOT, out], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "here\n"

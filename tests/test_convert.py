@@ -11,8 +11,8 @@ from test_model import ARCHS, DAMAGE, close, cut, each_arch, edit_config, edit_t
 
 import convert
 from convert import load_any, load_full, source_layers, svd_factors, to_hf, to_recursive, unroll
+from lib.cli import UserError
 from model import RecursiveTransformer, is_matrix
-from runtime import UserError
 
 each_init = pytest.mark.parametrize("init", ["stepwise", "average", "lower"])
 each_vectors = pytest.mark.parametrize("vectors", ["tied", "per_loop"])

@@ -20,11 +20,10 @@ import torch
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import data
-import shards
-from data import Texts, Tokens, batch, load_tokens, validation
-from runtime import UserError, parse_args
-from tokenizer import TextStream, Tokenizer, copy_tokenizer, train_tokenizer
+from lib import data, shards
+from lib.cli import UserError, parse_args
+from lib.data import Texts, Tokens, batch, load_tokens, validation
+from lib.tokenizer import TextStream, Tokenizer, copy_tokenizer, train_tokenizer
 
 PLAIN = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 20
 HARD = "naïve café  — 你好，世界! 👩‍👩‍👧 🏴‍☠️\n\n\tdon’t <|endoftext|> 1234567 ٣ ﷽ \u0301e zero\u200bwidth"

@@ -8,9 +8,9 @@ import torch
 
 import train
 from convert import load_full, to_hf
-from data import load_tokens, validation
+from lib.data import load_tokens, validation
+from lib.tokenizer import Tokenizer
 from sample import generate
-from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DONOR = ROOT / "assets" / "donor"

@@ -15,9 +15,8 @@ from test_model import ARCHS, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import Engine, Request, SlotCache
-from exits import decode, end_ids, likeliest
-from rules import SCORED, Rule
-from runtime import UserError
+from exits import SCORED, Rule, decode, end_ids, likeliest
+from lib.cli import UserError
 
 V, STEPS, NAN = 53, 6, float("nan")
 each_policy = pytest.mark.parametrize("keys", ["exact", "copy"])

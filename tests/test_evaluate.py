@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from tiny import story
 
-import evaluate
 from convert import to_hf
-from evaluate import EvaluateConfig, read_text
-from exits import observe, outcome
+from evaluation import perplexity as evaluate
+from evaluation.perplexity import EvaluateConfig, read_text
+from exits import Gate, Rule, observe, outcome
+from lib.cli import UserError
+from lib.folders import GATE_FILE, THRESHOLDS_FILE
+from lib.tokenizer import Tokenizer, train_tokenizer
 from model import Config, RecursiveTransformer
-from rules import Gate, Rule
-from runtime import GATE_FILE, THRESHOLDS_FILE, UserError
-from tokenizer import Tokenizer, train_tokenizer
 
 RULES = ("max_prob", "margin", "entropy", "gate")
 
@@ -405,7 +405,7 @@ def test_of_a_data_set_by_name_the_first_tokens_are_read(home, capsys, monkeypat
         asked.append((args, options))
         return ({"text": taken.append(i) or story(i, 20)} for i in range(1000))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("shards.BATCH", 2000)
+    monkeypatch.setattr("lib.shards.BATCH", 2000)
     _, numbers = run(capsys, home, home / "ckpt", "--text=pg19#test", "--rules=margin", "--thresholds=0.1")
     assert asked == [(("emozilla/pg19", None), {"revision": None, "split": "test", "streaming": True})]
     assert numbers["tokens"] == 320 and len(taken) < 30

@@ -18,24 +18,26 @@ from tiny import contents, files_end_at, read_log, run, weights
 
 import exits
 import train
+from evaluation.thresholds import binomial_cdf, calibrate, keeps, train_gate
 from exits import (
+    SCORED,
+    Gate,
     Outcome,
+    Rule,
     Seen,
-    binomial_cdf,
-    calibrate,
     decide,
     decode,
-    keeps,
+    load_rule,
     observe,
     oracle_exits,
     outcome,
+    read_thresholds,
     run_exits,
     statistics,
-    train_gate,
 )
+from lib.cli import UserError
+from lib.folders import GATE_FILE, THRESHOLDS_FILE
 from model import RecursiveTransformer, rope_angles, rotate
-from rules import SCORED, Gate, Rule, load_rule, read_thresholds
-from runtime import GATE_FILE, THRESHOLDS_FILE, UserError
 
 V = 53
 each_policy = pytest.mark.parametrize("keys", ["exact", "copy"])

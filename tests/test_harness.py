@@ -7,15 +7,14 @@ import pytest
 import torch
 from tiny import story
 
-import harness
 from convert import to_hf
-from exits import decode
-from harness import SEVEN, HarnessLM, hub_columns
+from evaluation import harness
+from evaluation.harness import SEVEN, HarnessLM, hub_columns
+from exits import Rule, decode
 from hf import load_any
+from lib.cli import UserError
+from lib.tokenizer import Tokenizer
 from model import Config, RecursiveTransformer
-from rules import Rule
-from runtime import UserError
-from tokenizer import Tokenizer
 
 needs = pytest.mark.skipif(harness.lm_eval is None, reason="lm_eval is not installed")
 

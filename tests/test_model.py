@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lib.cli import UserError
 from model import Config, KVCache, RecursiveTransformer, RelaxedLinear
-from runtime import UserError
 
 SMALL = {"vocab_size": 53, "n_layer": 6, "n_embd": 32, "n_hidden": 40, "n_head": 4, "n_ctx": 64}
 ARCHS = {

@@ -12,8 +12,8 @@ import torch
 from test_harness import needs, write_files
 
 from convert import to_hf
+from lib.tokenizer import train_tokenizer
 from model import Config, RecursiveTransformer
-from tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-import report
-from experiments import MODELS, conclusions
-from report import ROOT, fill, gap, judge, phrases, spread, unfinished, verdict
-from runtime import UserError
+from experiments import report
+from experiments.matrix import MODELS, conclusions
+from experiments.report import ROOT, fill, gap, judge, phrases, spread, unfinished, verdict
+from lib.cli import UserError
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import train
-from evaluate import EvaluateConfig
-from exits import ExitsConfig
-from runtime import parse_args
+from evaluation.perplexity import EvaluateConfig
+from evaluation.thresholds import ExitsConfig
+from lib.cli import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ["tied", "relaxed", "distill", "long", "exits"]

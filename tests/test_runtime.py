@@ -21,31 +21,16 @@ import torch
 from tiny import count_lines
 
 import convert
-import data
-import evaluate
-import harness
-import runtime
 import sample
 import train
-from runtime import (
-    UserError,
-    check_out,
-    own_folder,
-    parse_args,
-    peak_flops,
-    peak_memory,
-    pick_device,
-    print0,
-    progress,
-    replace_folder,
-    script,
-    settled,
-    start_processes,
-    table,
-    use_colour,
-)
+from evaluation import harness
+from evaluation import perplexity as evaluate
+from lib import data, results, system
+from lib.cli import UserError, parse_args, print0, progress, script, table, use_colour
+from lib.folders import check_out, own_folder, replace_folder, settled
+from lib.system import peak_flops, peak_memory, pick_device, start_processes
 
-ROOT = Path(runtime.__file__).parent
+ROOT = Path(train.__file__).parent
 
 Kind = Literal["round", "square"]
 
@@ -168,7 +153,7 @@ def test_a_script_exits_with_what_its_main_returns(code):
     assert e.value.code == (code or 0)
 
 
-SCRIPT = "from runtime import print0, script\ndef main():\n    {}\n    open(sys.argv[1], 'w').close()\nscript(main)"
+SCRIPT = "from lib.cli import print0, script\ndef main():\n    {}\n    open(sys.argv[1], 'w').close()\nscript(main)"
 
 
 @pytest.mark.parametrize("work, code, done", [
@@ -222,7 +207,7 @@ def test_colours_are_for_terminals_that_show_them(monkeypatch):
 
 
 def test_where_results_go_is_tried_at_once(tmp_path, monkeypatch):
-    check = runtime.check_writable
+    check = results.check_writable
     (tmp_path / "there").write_text("lines")
     os.mkfifo(tmp_path / "pipe")
     for fine in (None, tmp_path / "new", tmp_path / "there", "/dev/null", tmp_path / "pipe"):
@@ -259,13 +244,13 @@ def test_processes_that_cannot_meet_are_told_so(monkeypatch):
 def test_a_stop_is_asked_for_by_a_signal_and_given_back(number):
     before = signal.signal(number, signal.SIG_DFL)
     try:
-        with runtime.StopFlag() as stop:
+        with system.StopFlag() as stop:
             os.kill(os.getpid(), number)
-            assert stop.agreed(runtime.Processes(0, 1, torch.device("cpu"))) == number
+            assert stop.agreed(system.Processes(0, 1, torch.device("cpu"))) == number
         assert signal.signal(number, signal.SIG_IGN) == signal.SIG_DFL
-        with runtime.StopFlag() as stop:                               # as nohup wants it
+        with system.StopFlag() as stop:                               # as nohup wants it
             os.kill(os.getpid(), number)
-            assert stop.agreed(runtime.Processes(0, 1, torch.device("cpu"))) == 0
+            assert stop.agreed(system.Processes(0, 1, torch.device("cpu"))) == 0
     finally:
         signal.signal(number, before)
 
@@ -281,7 +266,7 @@ def test_a_bug_of_ours_keeps_its_traceback():
 def test_devices():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert start_processes("cpu") == runtime.Processes(0, 1, torch.device("cpu"))
+    assert start_processes("cpu") == system.Processes(0, 1, torch.device("cpu"))
     for name in ["abacus", *["cuda"] * (not torch.cuda.is_available())]:
         with pytest.raises(UserError, match=f"--device={name} cannot be used here.*use auto, cpu or cuda"):
             pick_device(name)
@@ -343,20 +328,20 @@ WHOLE = b'{"a": 1}\n'
 ])
 def test_lines_are_read_and_added_whatever_ends_the_file(tmp_path, capsys, held, read, appended):
     path = tmp_path / "lines.jsonl"
-    assert runtime.read_lines(path) == []
+    assert results.read_lines(path) == []
     path.write_bytes(held)
-    assert runtime.read_lines(path) == read
+    assert results.read_lines(path) == read
     assert ("line" in capsys.readouterr().err) == (appended not in (held, held + b"\n"))
-    runtime.append_line(path, {"new": float("nan")})
+    results.append_line(path, {"new": float("nan")})
     assert path.read_bytes() == appended + b'{"new": null}\n'
-    assert runtime.read_lines(path) == [*read, {"new": None}]
+    assert results.read_lines(path) == [*read, {"new": None}]
 
 
 @pytest.mark.parametrize("line", [b'{"a": 1', b"[1]", b"\x00\x00", b"\xff"])
 def test_a_damaged_line_is_named(tmp_path, line):
     (tmp_path / "lines.jsonl").write_bytes(WHOLE + line + b"\n" + WHOLE)
     with pytest.raises(UserError, match=r"lines.jsonl, line 2, is damaged"):
-        runtime.read_lines(tmp_path / "lines.jsonl")
+        results.read_lines(tmp_path / "lines.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,7 +523,7 @@ def test_a_kill_at_any_line_of_replacing_leaves_one_whole_version(tmp_path, monk
 
 def test_a_folder_has_one_owner_until_its_process_ends_however_it_does(tmp_path):
     write(tmp_path / "out", 1)
-    holder = other_process("from runtime import own_folder\nwith own_folder(sys.argv[1]):\n"
+    holder = other_process("from lib.folders import own_folder\nwith own_folder(sys.argv[1]):\n"
                            "    print('here', flush=True); time.sleep(100)", tmp_path / "out")
     assert holder.stdout.readline() == "here\n"
     before = read_only(tmp_path)

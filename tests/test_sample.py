@@ -10,13 +10,13 @@ import pytest
 import torch
 from test_engine import NothingWaits
 
-import rules
+import exits
 import sample
-from exits import decode
+from exits import Gate, Rule, decode
+from lib.cli import UserError
+from lib.folders import THRESHOLDS_FILE
+from lib.tokenizer import Tokenizer, train_tokenizer
 from model import Config, RecursiveTransformer
-from rules import Gate, Rule
-from runtime import THRESHOLDS_FILE, UserError
-from tokenizer import Tokenizer, train_tokenizer
 
 TEXT = ["the cat sat on the mat and the dog – naïve 日本 🙂 – ran away. " * 40]
 
@@ -434,7 +434,7 @@ def prompts(tmp_path, monkeypatch):
     """Six prompts, one of them empty; in double precision, where what is the same comes out the same."""
     load = sample.load_any
     monkeypatch.setattr(sample, "load_any", lambda *args: load(*args).double())
-    monkeypatch.setattr(rules.Gate, "load", lambda *args, load=rules.Gate.load: load(*args).double())
+    monkeypatch.setattr(exits.Gate, "load", lambda *args, load=exits.Gate.load: load(*args).double())
     (tmp_path / "prompts.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
     return f"--prompts={tmp_path / 'prompts.txt'}"
 

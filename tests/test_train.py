@@ -33,11 +33,11 @@ from tiny import (
 import convert
 import train
 from convert import to_hf
-from data import batch, load_tokens, validation, write_shards
+from lib.cli import UserError, script
+from lib.data import batch, load_tokens, validation, write_shards
+from lib.tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
 from losses import distill_loss
 from model import Layer, RecursiveTransformer, is_matrix
-from runtime import UserError, script
-from tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

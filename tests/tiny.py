@@ -18,9 +18,9 @@ import torch
 
 import train
 from convert import to_hf
+from lib.cli import script
+from lib.tokenizer import copy_tokenizer, train_tokenizer
 from model import Config, RecursiveTransformer
-from runtime import script
-from tokenizer import copy_tokenizer, train_tokenizer
 
 DONOR = Config(vocab_size=320, n_layer=4, n_embd=32, n_head=4, n_kv_head=1, head_dim=8, n_hidden=64, n_ctx=64)
 
@@ -116,7 +116,7 @@ def count_lines(save, reached):
     lines = itertools.count()
 
     def trace(frame, event, _):
-        if not frame.f_code.co_filename.endswith(("checkpoint.py", "runtime.py", "shutil.py")):
+        if not frame.f_code.co_filename.endswith(("checkpoint.py", "folders.py", "shutil.py")):
             return None
         if event == "line":
             reached(next(lines))

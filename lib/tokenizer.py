@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -11,11 +12,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from runtime import TOKENIZER_FILES, UserError, print0
+from lib.cli import UserError, print0
+from lib.folders import TOKENIZER_FILES
 
 # GPT-4's way of cutting text into words before byte pairs are merged, with the typographic apostrophe that books use.
 SPLIT_PATTERN = (r"['’](?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -381,3 +384,45 @@ def byte_of_character() -> dict[str, int]:
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+def write_fast_tokenizer(folder: Path, bos_id: int | None, eos_id: int | list[int] | None, n_ctx: int) -> None:
+    """Write the tokenizer.tiktoken in `folder`, which few programs read, as a tokenizer.json of the same ids.
+
+    A ranks file names the tokens in the order in which they were merged, not out of which two: those are what is left
+    of a token when only the merges before its own are made.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
+    config_file, encoding = folder / "tokenizer_config.json", Tokenizer.load(folder).ranks
+    config = read_json(config_file)
+    ranks = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
+    character = {b: c for c, b in byte_of_character().items()}
+    spelled = {token: "".join(map(character.get, token)) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+            at = joined.index(min(joined))
+            if joined[at] >= ranks[token]:
+                break
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:                                              # else only a whole word is this token
+            merges.append(tuple(spelled[part] for part in parts))
+    special = config.pop("special_tokens")
+    fast = Fast(models.BPE({spelled[token]: i for token, i in ranks.items()} | special, merges, ignore_merges=True))
+    fast.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(config.pop("pat_str")), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.tiktoken").unlink()
+    by_id = {i: token for token, i in special.items()}
+    eos, *_ = eos_id if isinstance(eos_id, list) else [eos_id]
+    eos = config.get("eos_token") or by_id.get(eos)
+    named = {"bos_token": by_id.get(bos_id, eos), "eos_token": eos, "unk_token": eos, "pad_token": eos}
+    config = named | config | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": n_ctx,
+                               "clean_up_tokenization_spaces": False}
+    config_file.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

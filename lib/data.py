@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hf import find_donor
-from runtime import UserError, parse_args, print0, script
-from shards import UNFINISHED, Texts, ahead, encode_batches, split_names, token_type, write_shards
-from tokenizer import Tokenizer, read_json, train_tokenizer
+from lib.cli import UserError, parse_args, print0, script
+from lib.donors import find_donor
+from lib.shards import UNFINISHED, Texts, ahead, encode_batches, split_names, token_type, write_shards
+from lib.tokenizer import Tokenizer, read_json, train_tokenizer
 
-IGNORED = -100                           # a target that is not counted; torch's own number for it
+IGNORE = -100                           # a target that is not counted; torch's own number for it
 
 
 class Tokens:
@@ -114,14 +114,14 @@ def windows(tokens: Tokens, seq_len: int, indices: Sequence[int],
             stride: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, int64 (n, seq_len), of the windows with these numbers; with BOS first if there is one.
 
-    Windows that begin every `stride` tokens overlap: targets that are also the one's before are IGNORED.
+    Windows that begin every `stride` tokens overlap: targets that are also the one's before are IGNORE.
     """
     stride = stride or seq_len
     rows = torch.from_numpy(np.stack([tokens[i * stride:i * stride + seq_len + 1] for i in indices]))
     if tokens.first_id is not None:
         rows = torch.cat([torch.full((len(rows), 1), tokens.first_id), rows[:, :-1]], dim=1)
     idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    targets[torch.tensor([i > 0 for i in indices]), :seq_len - stride] = IGNORED     # window 0 has none before it
+    targets[torch.tensor([i > 0 for i in indices]), :seq_len - stride] = IGNORE     # window 0 has none before it
     return idx, targets
 
 

@@ -18,24 +18,14 @@ from pathlib import Path
 
 import torch
 
-from exits import at_exit, decode, run_exits
-from hf import find_donor, load_any
+from exits import Keys, Rule, RuleName, at_exit, decode, load_rule, run_exits
+from hf import load_any
+from lib.cli import UserError, parse_args, print0, progress, script, table
+from lib.donors import find_donor
+from lib.results import append_line, check_writable, json_line
+from lib.system import pick_device, run_info
+from lib.tokenizer import TextStream, Tokenizer
 from model import RecursiveTransformer
-from rules import Keys, Rule, RuleName, load_rule
-from runtime import (
-    UserError,
-    append_line,
-    check_writable,
-    json_line,
-    parse_args,
-    pick_device,
-    print0,
-    progress,
-    run_info,
-    script,
-    table,
-)
-from tokenizer import TextStream, Tokenizer
 
 try:
     import datasets

@@ -16,8 +16,9 @@ from functools import cache
 from pathlib import Path
 
 from bench_batching import plot_batching
-from experiments import EXITS, MODELS, Conclusion, beside, conclusions, exit_run, other_settings
-from runtime import UserError, parse_args, print0, read_lines, script, table
+from experiments.matrix import EXITS, MODELS, Conclusion, beside, conclusions, exit_run, other_settings
+from lib.cli import UserError, parse_args, print0, script, table
+from lib.results import read_lines
 
 ROOT = Path(__file__).resolve().parent
 ALIKE = 0.05                                   # nats: runs closer than this are said to be alike (5 % of perplexity)

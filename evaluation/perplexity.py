@@ -13,27 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import IGNORED, count_windows, load_tokens, windows
-from exits import observe, outcome, statistics
-from hf import find_donor, load_any
+from exits import SCORED, Gate, Rule, observe, outcome, read_thresholds, statistics
+from hf import load_any
+from lib.cli import UserError, parse_args, print0, progress, script, table
+from lib.data import IGNORE, count_windows, load_tokens, windows
+from lib.donors import find_donor
+from lib.folders import GATE_FILE
+from lib.results import append_line, check_plot, check_writable, json_line
+from lib.system import pick_device, run_info
+from lib.tokenizer import Tokenizer
 from model import RecursiveTransformer
-from rules import SCORED, Gate, Rule, read_thresholds
-from runtime import (
-    GATE_FILE,
-    UserError,
-    append_line,
-    check_plot,
-    check_writable,
-    json_line,
-    parse_args,
-    pick_device,
-    print0,
-    progress,
-    run_info,
-    script,
-    table,
-)
-from tokenizer import Tokenizer
 
 
 @dataclass
@@ -86,7 +75,7 @@ def window(config: EvaluateConfig, model: RecursiveTransformer) -> tuple[int, in
 def read_text(config: EvaluateConfig, model: RecursiveTransformer, tokenizer: Tokenizer) -> list:
     """Batches of windows, inputs and targets (<= 8, seq_len), spread evenly over the text.
 
-    With a stride below seq_len a window's first tokens are there to be seen, not counted: their targets are IGNORED.
+    With a stride below seq_len a window's first tokens are there to be seen, not counted: their targets are IGNORE.
     """
     seq_len, stride = window(config, model)
     if config.tokens < seq_len:
@@ -102,7 +91,7 @@ def read_text(config: EvaluateConfig, model: RecursiveTransformer, tokenizer: To
 def count_bytes(pairs: list, tokenizer: Tokenizer) -> int:
     """How many bytes of text the targets are that count; those that end a text are none."""
     lengths = torch.from_numpy(tokenizer.byte_lengths())
-    return sum(lengths[targets[targets != IGNORED]].sum().item() for _, targets in pairs)
+    return sum(lengths[targets[targets != IGNORE]].sum().item() for _, targets in pairs)
 
 
 def find_thresholds(scores: Tensor, given: list[float], calibrated: float | None) -> list[float]:

@@ -16,10 +16,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from calibrate import calibrate, calibration_windows, collect_stats, mean_errors
 from convert import load_full, to_recursive
-from data import batch, load_tokens
-from hf import find_donor
-from runtime import Processes, append_line, parse_args, peak_memory, print0, run_info, script, start_processes
-from tokenizer import Tokenizer
+from lib.cli import parse_args, print0, script
+from lib.data import batch, load_tokens
+from lib.donors import find_donor
+from lib.results import append_line
+from lib.system import Processes, peak_memory, run_info, start_processes
+from lib.tokenizer import Tokenizer
 from train import evaluate
 
 

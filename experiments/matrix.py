@@ -23,23 +23,14 @@ from typing import Literal
 import torch
 
 from convert import load_full, to_recursive
-from data import load_tokens, validation
-from hf import find_donor, read_json
+from lib.cli import UserError, parse_args, print0, script
+from lib.data import load_tokens, validation
+from lib.donors import find_donor, read_json
+from lib.folders import replace_folder
+from lib.results import append_line, check_writable, json_line, read_lines
+from lib.system import run_info, start_processes
+from lib.tokenizer import Tokenizer, copy_tokenizer
 from model import RecursiveTransformer, read_config
-from runtime import (
-    UserError,
-    append_line,
-    check_writable,
-    json_line,
-    parse_args,
-    print0,
-    read_lines,
-    replace_folder,
-    run_info,
-    script,
-    start_processes,
-)
-from tokenizer import Tokenizer, copy_tokenizer
 from train import TrainConfig, count_targets, evaluate, precision
 
 EXITS = "bash runs/exits_seeds.sh"             # trains and measures what the two conclusions about exits ask for

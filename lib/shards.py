@@ -17,8 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from runtime import UserError, print0, progress
-from tokenizer import Tokenizer, replace_file, well_formed
+from lib.cli import UserError, print0, progress
+from lib.tokenizer import Tokenizer, replace_file, well_formed
 
 TEXT_FILES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".parquet")
 ALIASES = {  # the paper's texts as the hub has them in parquet, with a column `text`; ./pg19 is a folder of that name

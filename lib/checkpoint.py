@@ -13,23 +13,16 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from model import RecursiveTransformer
-from runtime import (
-    UserError,
-    is_main,
-    json_line,
-    json_object,
-    on_first,
-    parse_args,
-    print0,
-    replace_folder,
-    settled,
-)
+from lib.cli import UserError, is_main, parse_args, print0
+from lib.folders import replace_folder, settled
+from lib.results import json_line, json_object
+from lib.system import on_first
 
 
-def save_checkpoint(out: str, model: RecursiveTransformer, optimizer: torch.optim.Optimizer, state: dict,
+def save_checkpoint(out: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
                     files: dict[str, bytes]) -> None:
     """Replace the checkpoint in `out`, which stays in out/previous. All processes call, the first one writes.
 

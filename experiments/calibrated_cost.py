@@ -14,8 +14,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_training import SHAPES
 from calibrate import calibrate, collect_stats
+from lib.cli import UserError, parse_args, print0, script
+from lib.results import append_line
+from lib.system import peak_memory, run_info
 from model import RecursiveTransformer
-from runtime import UserError, append_line, parse_args, peak_memory, print0, run_info, script
 
 
 @dataclass

@@ -1,0 +1,66 @@
+"""What belongs to a donor beside its weights: where it is, its tokenizer, its README and licence."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lib.cli import UserError
+from lib.tokenizer import copy_tokenizer
+
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
+DONOR_README = "README_donor.md"
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
+
+def find_donor(donor: str) -> Path:
+    """The folder of a donor: a local one, or that of a Hugging Face id, downloaded once. UserError if it is neither."""
+    folder = Path(donor).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(HUB_ID, str(donor)):
+        raise UserError(f"donor {donor} does not exist; give a folder with config.json and model.safetensors, "
+                        "or a Hugging Face id like EleutherAI/pythia-160m")
+    from huggingface_hub import snapshot_download
+    try:
+        wanted = ["*.json", "*.safetensors", "*.tiktoken", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt",
+                  "README.md", *LICENCES]
+        return Path(snapshot_download(donor, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except Exception as e:  # the hub client raises many kinds, all of them "not to be had"
+        raise UserError(f"donor {donor} is no folder, and cannot be downloaded either ({str(e).splitlines()[0]}); give "
+                        "a local folder") from None
+
+
+def donor_name(folder: Path) -> str:
+    """The id that a folder was downloaded as, else the folder's own name."""
+    folder = folder.resolve()
+    cached = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
+    return cached.removeprefix("models--").replace("--", "/", 1) or folder.name
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}; a donor has config.json and model.safetensors") from None
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{path} is not readable JSON ({e})") from None
+
+
+def copy_papers(src: Path, dst: Path) -> None:
+    """Copy the donor's licence, and its README as README_donor.md: of the donor's folder, or of what came of it."""
+    readme, config = src / DONOR_README, src / "config.json"
+    if not readme.exists() and config.exists() and "model_type" in read_json(config):
+        readme = src / "README.md"
+    for path in (*(path for name in LICENCES for path in src.glob(name)), readme):
+        if path.is_file():
+            shutil.copyfile(path, dst / (DONOR_README if path == readme else path.name))
+
+
+def donor_files(folder: Path) -> dict[str, bytes]:
+    """What goes along with a donor's weights, by name, held in memory: a donor may be moved while a run goes on."""
+    with TemporaryDirectory() as tmp:
+        copy_tokenizer(folder, tmp)
+        copy_papers(folder, Path(tmp))
+        return {str(path.relative_to(tmp)): path.read_bytes() for path in Path(tmp).rglob("*") if path.is_file()}
