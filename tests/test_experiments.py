@@ -167,9 +167,9 @@ def test_dry_runs_nothing(driver, capsys):
 def test_ctrl_c_waits_until_the_command_has_saved(tmp_path):
     command = (f"import signal, time, pathlib\nsignal.signal(signal.SIGINT, lambda *_: (time.sleep(1), pathlib.Path("
                f"'{tmp_path}/saved').touch(), exit(130)))\npathlib.Path('{tmp_path}/ready').touch()\ntime.sleep(60)")
-    driver = subprocess.Popen([sys.executable, "-c", f"import experiments, sys\n"
-                               f"experiments.finish([sys.executable, '-c', {command!r}])"],
-                              cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    driver = subprocess.Popen([sys.executable, "-c", f"import sys; from experiments import matrix\n"
+                               f"matrix.finish([sys.executable, '-c', {command!r}])"],
+                              cwd=Path(train.__file__).parent, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.time() + 60
     while not (tmp_path / "ready").exists() and time.time() < until:
         time.sleep(0.05)
