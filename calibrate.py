@@ -40,10 +40,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf import refuse_looped
+from lib.checks import cast
 from lib.cli import UserError, print0, progress, table
 from lib.data import Tokens, batch, count_windows
 from losses import IGNORE, chunked_loss
-from model import Config, Layer, LayerNorm, RecursiveTransformer, RelaxedLinear, RMSNorm, cast, rope_angles, upcast
+from model import Config, Layer, LayerNorm, RecursiveTransformer, RelaxedLinear, RMSNorm, rope_angles, upcast
 
 # The linear layers that share an input, by the one whose input is recorded.
 SHARED_INPUT = {"attn.q": ("attn.q", "attn.k", "attn.v"), "attn.o": ("attn.o",), "mlp.up": ("mlp.gate", "mlp.up"),

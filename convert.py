@@ -15,12 +15,13 @@ from torch import Tensor
 
 from calibrate import calibration_windows, to_calibrated
 from hf import Donor, load_any, load_full, refuse_looped, to_hf
+from lib.checks import cast
 from lib.cli import UserError, parse_args, print0, progress, script, table
 from lib.data import load_tokens
 from lib.donors import copy_papers
 from lib.folders import check_out, replace_folder
 from lib.tokenizer import Tokenizer, copy_tokenizer
-from model import Config, RecursiveTransformer, cast, is_matrix
+from model import Config, RecursiveTransformer, is_matrix
 
 __all__ = ["load_any", "load_full", "loop_layers", "source_layers", "svd_factors", "to_hf", "to_recursive", "unroll"]
 

@@ -11,11 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lib.checks import cast, check_tensors, check_type, widest
 from lib.cli import UserError, is_main, progress
 from lib.donors import DONOR_README, HUB_ID, LICENCES, copy_papers, donor_name, find_donor, read_json
 from lib.folders import replace_folder
 from lib.tokenizer import copy_tokenizer, write_fast_tokenizer
-from model import Config, RecursiveTransformer, cast, check_tensors, check_type, widest
+from model import Config, RecursiveTransformer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face's names for our tensors. NeoX fuses q, k and v head by head: "name#0" is the first third of each head.
@@ -131,7 +132,7 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
     try:
         for name, value in values.items():
             if value is not None or name not in ("n_kv_head", "head_dim"):
-                check_type(name, value)
+                check_type(Config, name, value)
         derived = {"n_kv_head": values["n_head"], "head_dim": values["n_embd"] // max(values["n_head"], 1)}
         values |= {name: value for name, value in derived.items() if values.get(name) is None}
         config = Config(arch=arch, **values, extra={key: value for key, value in hf.items()
