@@ -1,10 +1,10 @@
-"""Turn a full-size model into a (Relaxed) Recursive Transformer (§2.2, §2.3), and back.
+"""Convert a full-size model into a (Relaxed) Recursive Transformer (§2.2, §2.3), and back.
 
     python convert.py --donor=assets/donor --loops=2 --init=average --rank=64 --out=out_relaxed
     python convert.py --donor=assets/donor --loops=2 --init=calibrated --rank=64 --out=out_calibrated   # (calibrate.py)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,22 +15,26 @@ from torch import Tensor
 
 from calibrate import calibration_windows, to_calibrated
 from hf import Donor, load_any, load_full, refuse_looped, to_hf
+from lib.checks import cast
 from lib.cli import UserError, parse_args, print0, progress, script, table
 from lib.data import load_tokens
 from lib.donors import copy_papers
 from lib.folders import check_out, replace_folder
 from lib.tokenizer import Tokenizer, copy_tokenizer
-from model import Config, RecursiveTransformer, cast, is_matrix
+from model import Config, RecursiveTransformer, RelaxedLinear, is_matrix
 
 __all__ = ["load_any", "load_full", "loop_layers", "source_layers", "svd_factors", "to_hf", "to_recursive", "unroll"]
 
 Init = Literal["stepwise", "average", "lower", "random"]
-AnyInit = Literal[Init, "calibrated"]  # the last is not made from weights alone: calibrate.py
+AnyInit = Literal[Init, "calibrated"]  # the last also needs text: calibrate.py
 LoraInit = Literal["svd", "zero"]
 Rounding = Literal["round", "floor"]
 Norms = Literal["init", "average", "pick"]
 Vectors = Literal["tied", "per_loop"]
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figure 2: which donor layers a stored layer starts from
 
 def source_layers(n_layer: int, n_loop: int, init: str, rounding: str = "round") -> list[list[int]]:
     """For each stored layer, the donor layers it starts from (averaged if several): Figure 2, counted from 0.
@@ -38,33 +42,36 @@ def source_layers(n_layer: int, n_loop: int, init: str, rounding: str = "round")
     >>> source_layers(6, 2, "stepwise"), source_layers(6, 2, "average"), source_layers(6, 2, "lower")
     ([[0], [2], [5]], [[0, 3], [1, 4], [2, 5]], [[0], [1], [2]])
 
-    Stepwise takes evenly spaced layers, the first and the last among them; where a step falls between two layers,
-    `rounding` says which: "round" (half to even, the authors' later code) or "floor" (fits Figure 2 as well).
+    Stepwise takes evenly spaced layers from the first to the last. A step between two layers is rounded: to the nearest
+    ("round", half to even, as in the authors' later code) or down ("floor", which fits Figure 2 as well).
     """
     k = Config(n_layer=n_layer, n_loop=n_loop).n_unique  # UserError if the loops do not fit
     if init == "stepwise":
         steps = [i * (n_layer - 1) / max(k - 1, 1) for i in range(k)]
         return [[round(s) if rounding == "round" else int(s)] for s in steps]
-    if init == "average":  # cyclic: position i replaces layers i, i + k, i + 2k ...
+    if init == "average":  # stored layer i runs as layers i, i + k, i + 2k, ...
         return [list(range(i, n_layer, k)) for i in range(k)]
     if init == "lower":
         return [[i] for i in range(k)]
     raise UserError(f"unknown init {init!r}; use stepwise, average, lower or random")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 4: the LoRA from the SVD of the residual; App. C: where the residual is zero
+
 @torch.no_grad()
 def svd_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(A, B) with B @ A the best rank-r approximation of delta (out, in): A = V_r^T (R, in), B = U_r S_r (Eq. 4).
+    """(A, B) with B @ A the best rank-r approximation of delta (out, in): A = V_rᵀ (R, in), B = U_r S_r (Eq. 4).
 
-    The small side's Gram matrix has the same singular vectors and is ~10x faster to decompose than a full SVD; fp64
-    keeps what squaring costs. Directions without residual get a Gaussian row in A and zeros in B (App. C): a zero in
-    both would never train.
+    The singular vectors are those of the smaller Gram matrix, which is ~10x faster to decompose than delta; squaring
+    halves the digits, hence fp64. Where the singular value is zero, A gets a Gaussian row and B a zero column (App. C):
+    with zeros in both, neither would get a gradient.
     """
     delta = delta.float()
     rank = min(rank, *delta.shape)
     wide = delta.size(0) <= delta.size(1)
     d = delta.double()
-    vectors = torch.linalg.eigh(d @ d.T if wide else d.T @ d)[1].flip(-1)[:, :rank].float()  # largest first
+    vectors = torch.linalg.eigh(d @ d.T if wide else d.T @ d)[1].flip(-1)[:, :rank].float()    # largest first
     if wide:
         a = vectors.T @ delta                                            # (R, in), rows of length S
         s = a.norm(dim=1)
@@ -80,57 +87,80 @@ def svd_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def gaussian(rank: int, like: Tensor) -> Tensor:
-    """A (R, in) of the usual LoRA start, on `like`'s device; drawn on the CPU, so the same on every device."""
+    """The usual random A (R, in) of a LoRA, on `like`'s device; drawn on the CPU, so the same for every device."""
     return (torch.randn(rank, like.size(1)) / like.size(1) ** 0.5).to(like.device)
 
 
-Read = Callable[[str], Tensor]  # the donor's tensor of that name: from memory, or from the disk one at a time
+def lora_factors(residuals: Iterable[Tensor], rank: int, lora_init: LoraInit,
+                 opposite: bool) -> tuple[list[tuple[Tensor, Tensor]], float]:
+    """(A, B) for the residual W_l - W' of each loop, in fp32, and the residuals' squared norm.
+
+    opposite: the second of two residuals is minus the first, since W' is the mean of both weights.
+    """
+    factors, energy = [], 0.0
+    for delta in residuals:
+        r = min(rank, *delta.shape)
+        if lora_init == "zero" or not delta.any():                       # App. C
+            factors.append((gaussian(r, delta), delta.new_zeros(delta.size(0), r)))
+        elif opposite and factors:
+            factors.append((factors[0][0], -factors[0][1]))
+        else:
+            factors.append(svd_factors(delta, r))
+        energy += delta.square().sum().item()
+    return factors, energy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full-size -> recursive
+
+Read = Callable[[str], Tensor]  # name of a donor's tensor -> the tensor, from memory or from disk
 
 
 @torch.no_grad()
 def loop_layers(config: Config, read: Read, target: Config, init: Init = "stepwise", lora_init: LoraInit = "svd",
-                rounding: Rounding = "round", norms: Norms = "init", dtype: torch.dtype | None = None,
-                report: dict | None = None) -> RecursiveTransformer:
-    """The recursive model of config `target` made of a full-size model's tensors (§2.2, §2.3); dtype None keeps theirs.
-
-    `report`, if given, is filled with kind of matrix -> [residual energy that the LoRA keeps, residual energy].
+                rounding: Rounding = "round", norms: Norms = "init",
+                dtype: torch.dtype | None = None) -> tuple[RecursiveTransformer, dict[str, list[float]]]:
+    """The recursive model of config `target` from the tensors of a full-size model of `config` (§2.2, §2.3); dtype
+    None keeps theirs. And for each kind of matrix: [squared norm of the residuals that LoRA keeps, that of all].
     """
     refuse_looped(config, "convert a full-size model, or unroll this one first")
     for given, allowed in ((init, Init), (lora_init, LoraInit), (rounding, Rounding), (norms, Norms)):
         if given not in get_args(allowed):
             raise UserError(f"{given!r} is unknown here; use one of {', '.join(get_args(allowed))}")
     if init == "random":  # the paper's baseline: the donor's shape, none of its weights
-        return RecursiveTransformer(target).to(dtype or read("norm.weight").dtype).eval()
+        return RecursiveTransformer(target).to(dtype or read("norm.weight").dtype).eval(), {}
     sources = source_layers(config.n_layer, target.n_loop, init, rounding)
-    by_loop = source_layers(config.n_layer, target.n_loop, "average")    # k, k + K, ...: position k in each loop
-    vector_sources = {"init": sources, "average": by_loop, "pick": [layers[:1] for layers in by_loop]}[norms]
+    by_loop = source_layers(config.n_layer, target.n_loop, "average")    # the layers that each stored layer replaces
+    norm_sources = {"init": sources, "average": by_loop, "pick": [layers[:1] for layers in by_loop]}[norms]
     with torch.device("meta"):
         model = RecursiveTransformer(target)
-    new = {}
+    new, kept = {}, {}
     for name in progress([n for n in model.state_dict() if "lora_" not in n], desc="converting", unit="tensor"):
-        if not name.startswith("layers."):
-            w = read(name)                                               # embedding, final norm, head: the donor's
+        if not name.startswith("layers."):                               # embedding, final norm, head: the donor's
+            w = read(name)
             new[name] = cast(w.clone(), dtype or w.dtype, name)
             continue
         _, k, rest = name.split(".", 2)
-        donors = [f"layers.{layer}.{rest}" for layer in by_loop[int(k)]]
+        donors = depth_names(target, name)                               # one for each loop
         store = dtype or read(donors[0]).dtype
-        if is_matrix(name):
-            shared = mean(read, sources[int(k)], rest)                   # W'_k
-            new[name] = cast(shared, store, name)
-            if target.rank:
-                residuals = (read(donor).float() - shared for donor in donors)   # in fp32: bf16 would drown them
-                energy = [0.0, 0.0] if report is None else report.setdefault(rest.removesuffix(".weight"), [0.0, 0.0])
-                factors = relax(residuals, target.rank, lora_init, init == "average" and target.n_loop == 2, energy)
-                for part, stack in zip(("lora_a", "lora_b"), zip(*factors, strict=True), strict=True):
-                    part = name.removesuffix("weight") + part
-                    new[part] = cast(torch.stack(stack), store, part)
-        elif target.vectors == "per_loop":
-            new[name] = cast(torch.stack([read(donor) for donor in donors]), store, name)
-        else:
-            new[name] = cast(mean(read, vector_sources[int(k)], rest), store, name)
+        if not is_matrix(name):                                          # a norm weight or a bias
+            stacked = target.vectors == "per_loop"
+            w = torch.stack([read(donor) for donor in donors]) if stacked else mean(read, norm_sources[int(k)], rest)
+            new[name] = cast(w, store, name)
+            continue
+        shared = mean(read, sources[int(k)], rest)                       # W'_k
+        new[name] = cast(shared, store, name)
+        if target.rank:
+            residuals = (read(donor).float() - shared for donor in donors)       # in fp32: bf16 would drown them
+            factors, energy = lora_factors(residuals, target.rank, lora_init, init == "average" and target.n_loop == 2)
+            for part, stack in zip(("lora_a", "lora_b"), zip(*factors, strict=True), strict=True):
+                part = name.removesuffix("weight") + part
+                new[part] = cast(torch.stack(stack), store, part)
+            sums = kept.setdefault(rest.removesuffix(".weight"), [0.0, 0.0])
+            sums[0] += sum(b.square().sum().item() for _, b in factors)          # the rows of A have length 1
+            sums[1] += energy
     model.load_state_dict(new, assign=True)
-    return model.eval()
+    return model.eval(), kept
 
 
 def mean(read: Read, layers: list[int], rest: str) -> Tensor:
@@ -141,67 +171,39 @@ def mean(read: Read, layers: list[int], rest: str) -> Tensor:
     return total / len(layers)
 
 
-def relax(deltas, rank: int, lora_init: str, mirrored: bool, energy: list[float]) -> list[tuple[Tensor, Tensor]]:
-    """One (A, B) per loop for the fp32 residuals W_l - W'. Zero residual or zero init: A Gaussian, B zero (App. C).
-
-    Adds to `energy` the residuals' squared norm that the factors keep, and all of it.
-    """
-    factors = []
-    for delta in deltas:
-        r = min(rank, *delta.shape)
-        if lora_init == "zero" or not delta.any():
-            factors.append((gaussian(r, delta), delta.new_zeros(delta.size(0), r)))
-        elif mirrored and factors:  # the mean of two is equally far from both: the second residual is minus the first
-            factors.append((factors[0][0], -factors[0][1]))
-        else:
-            factors.append(svd_factors(delta, r))
-        energy[0] += factors[-1][1].square().sum().item()  # the rows of A have length 1, so B holds the energy
-        energy[1] += delta.square().sum().item()
-    return factors
+def depth_names(config: Config, name: str) -> list[str]:
+    """For a stored layer's tensor, the names that it has at each loop's depth in the full-size model."""
+    _, i, rest = name.split(".", 2)
+    return [f"layers.{depth}.{rest}" for depth in range(int(i), config.n_layer, config.n_unique)]
 
 
 def to_recursive(full: RecursiveTransformer, n_loop: int = 2, init: Init = "stepwise", rank: int = 0,
                  lora_init: LoraInit = "svd", vectors: Vectors = "tied", rounding: Rounding = "round",
                  norms: Norms = "init", dtype: torch.dtype | None = None) -> RecursiveTransformer:
-    """A recursive model of the same width and depth; `full` stays as it is. UserError if the loops do not divide it."""
+    """The recursive model of a full-size one, which stays unchanged. UserError if n_loop does not divide its layers."""
     target = replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors)
-    return loop_layers(full.config, full.state_dict().__getitem__, target, init, lora_init, rounding, norms, dtype)
+    return loop_layers(full.config, full.state_dict().__getitem__, target, init, lora_init, rounding, norms, dtype)[0]
 
 
-def depths(config: Config, name: str) -> list[str]:
-    """The names in a full-size model of what a stored layer's tensor becomes, one for each loop."""
-    _, i, rest = name.split(".", 2)
-    return [f"layers.{depth}.{rest}" for depth in range(int(i), config.n_layer, config.n_unique)]
-
+# ---------------------------------------------------------------------------------------------------------------------
+# Recursive -> full-size
 
 @torch.no_grad()
-def unroll(model: RecursiveTransformer, dtype: torch.dtype | None = None,
-           report: dict | None = None) -> RecursiveTransformer:
-    """The ordinary full-size model that computes the same: W' + B A written out for every depth, summed in fp32 and
-    rounded once, to `dtype` (None: to that of each tensor).
-
-    `report`, if given, is filled with the squared norms of all merged weights, "merged", of what LoRA adds to them,
-    "added", and of what rounding then does to them, "rounding".
-    """
-    c, out, report = model.config, {}, {} if report is None else report
-    report |= {"merged": 0.0, "added": 0.0, "rounding": 0.0}
+def unroll(model: RecursiveTransformer, dtype: torch.dtype | None = None) -> RecursiveTransformer:
+    """The full-size model that computes the same: W' + B A of every depth, summed in fp32 and rounded once to `dtype`
+    (None: to each tensor's own)."""
+    c, out = model.config, {}
     for name, w in model.state_dict().items():
         store = dtype or w.dtype
         if not name.startswith("layers."):
             out[name] = cast(w.clone(), store, name)
-        elif not is_matrix(name) and "lora_" not in name:
-            for loop, at in enumerate(depths(c, name)):
-                out[at] = cast((w[loop] if c.vectors == "per_loop" else w).clone(), store, at)
         elif is_matrix(name):
-            linear = deepcopy(model.get_submodule(name.removesuffix(".weight")))
-            linear.to(torch.promote_types(w.dtype, torch.float32))
-            for loop, at in enumerate(depths(c, name)):
-                merged = linear.merged(loop)
-                out[at] = cast(merged.clone(), store, at)
-                if c.rank:
-                    report["merged"] += merged.square().sum().item()
-                    report["added"] += (merged - linear.weight).square().sum().item()
-                    report["rounding"] += (out[at] - merged).square().sum().item()
+            linear = in_fp32(model, name)
+            for loop, depth in enumerate(depth_names(c, name)):
+                out[depth] = cast(linear.merged(loop).clone(), store, depth)
+        elif "lora_" not in name:                                        # a norm weight or a bias
+            for loop, depth in enumerate(depth_names(c, name)):
+                out[depth] = cast((w[loop] if c.vectors == "per_loop" else w).clone(), store, depth)
     origin = {"recursive": {"n_loop": c.n_loop, "rank": c.rank, "vectors": c.vectors}} if c.n_loop > 1 or c.rank else {}
     with torch.device("meta"):
         full = RecursiveTransformer(replace(c, n_loop=1, rank=0, vectors="tied", extra=c.extra | origin))
@@ -209,45 +211,65 @@ def unroll(model: RecursiveTransformer, dtype: torch.dtype | None = None,
     return full.eval()
 
 
+def in_fp32(model: RecursiveTransformer, name: str) -> RelaxedLinear:
+    """A copy of the linear layer with this weight, in fp32 or wider."""
+    linear = deepcopy(model.get_submodule(name.removesuffix(".weight")))
+    return linear.to(torch.promote_types(linear.weight.dtype, torch.float32))
+
+
+@torch.no_grad()
+def rounding_errors(model: RecursiveTransformer, full: RecursiveTransformer) -> tuple[float, float]:
+    """How far the weights of `full`, the unrolled model, are from W' + B A: as a share of W' + B A, and of B A. 0 for
+    both where nothing is rounded or LoRA adds nothing."""
+    merged = added = rounding = 0.0
+    weights = full.state_dict()
+    for name in (n for n in model.state_dict() if is_matrix(n) and model.config.rank):
+        linear = in_fp32(model, name)
+        for loop, depth in enumerate(depth_names(model.config, name)):
+            w = linear.merged(loop)
+            merged += w.square().sum().item()
+            added += (w - linear.weight).square().sum().item()
+            rounding += (weights[depth] - w).square().sum().item()
+    return ((rounding / merged) ** 0.5, (rounding / added) ** 0.5) if added else (0.0, 0.0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 @dataclass
 class ConvertConfig:
     donor: str = "assets/donor"      # full-size model: a folder or a Hugging Face id
     out: str = "out_recursive"       # folder to write
     loops: int = 2                   # how often the shared block runs (the paper's B); 1 leaves the model at full size
-    init: AnyInit = "stepwise"       # which donor layers the stored ones start from (Figure 2), or calibrated (ours)
-    rank: int = 0                    # LoRA rank per loop and linear map; 0 ties strictly
+    init: AnyInit = "stepwise"       # which donor layers the stored ones start from (Figure 2); calibrated is ours
+    rank: int = 0                    # LoRA rank per loop and linear layer; 0 ties strictly
     lora_init: LoraInit = "svd"      # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
     vectors: Vectors = "tied"        # norm weights and biases: tied (paper), or one per loop
-    norms: Norms = "init"            # tied norm weights: as init says, averaged, or the first loop's
+    norms: Norms = "init"            # tied norm weights: from the layers of --init, averaged, or the first loop's
     rounding: Rounding = "round"     # where a stepwise step falls between two layers
-    calib_text: str = "assets/books/train"  # init=calibrated: text files or token shards that the donor reads
+    calib_text: str = "assets/books/train"  # init=calibrated: text files or token shards to run the donor on
     calib_tokens: int = 20_480       # init=calibrated: how many tokens of them
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # of the weights written; keep: as the donor
-    unroll: bool = False             # instead: write the recursive --donor out at full size, in Hugging Face's layout
-    seed: int = 0                    # for what is random: init=random, zero-residual LoRA
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # of the weights written; keep: the donor's
+    unroll: bool = False             # instead, export the recursive --donor at full size, in Hugging Face's layout
+    seed: int = 0                    # of init=random, and of LoRA where the residual is zero
 
 
 def check_ignored(args) -> None:
-    """Raise UserError for settings, of convert.py or train.py, that would change nothing beside the others."""
-    weights = "lora_init norms rounding"                                 # how weights alone are converted
-    how = f"loops init rank vectors calib_text calib_tokens seed {weights}"
-    ignored = (  # if so, with this flag, these are ignored, which say that, since the flag does this
-        (getattr(args, "unroll", False), "--unroll", how, "says how to convert", "writes out what is converted"),
-        (args.init == "calibrated", "--init=calibrated", weights, "says how weights alone are converted",
-         "fits them to text"),
-        (args.init != "calibrated", f"--init={args.init}", "calib_text calib_tokens",
-         "says what is read for --init=calibrated", "reads nothing"),
-        (args.init == "random", "--init=random", weights, "says what to make of the donor's weights", "takes none"),
-        (args.init != "stepwise", f"--init={args.init}", "rounding", "says where a step falls", "takes none"),
-        (args.rank == 0, "--rank=0", "lora_init", "says how LoRA starts", "has none"),
-        (args.vectors == "per_loop", "--vectors=per_loop", "norms", "says how the loops' norm weights become one",
-         "keeps them all"))
-    for applies, given, names, what, why in ignored:
+    """Raise UserError for settings, of convert.py or train.py, that have no effect beside the other settings."""
+    from_weights = "lora_init norms rounding"
+    conversion = f"loops init rank vectors calib_text calib_tokens seed {from_weights}"
+    rules = (  # (if this holds, these have no effect, for this reason)
+        (getattr(args, "unroll", False), conversion, "--unroll only exports"),
+        (args.init == "calibrated", from_weights, "--init=calibrated fits the weights to text"),
+        (args.init != "calibrated", "calib_text calib_tokens", f"--init={args.init} reads no text"),
+        (args.init == "random", from_weights, "--init=random takes none of the donor's weights"),
+        (args.init != "stepwise", "rounding", f"--init={args.init} has no steps to round"),
+        (args.rank == 0, "lora_init", "--rank=0 has no LoRA"),
+        (args.vectors == "per_loop", "norms", "--vectors=per_loop keeps the norm weights of every loop"))
+    for applies, names, reason in rules:
         for name in names.split():
-            if applies and getattr(args, name, None) != getattr(type(args), name, None):  # not the default
-                raise UserError(f"--{name}={getattr(args, name)} {what}, and {given} {why}: drop --{name}")
+            if applies and getattr(args, name, None) != getattr(type(args), name, None):         # not the default
+                raise UserError(f"--{name}={getattr(args, name)} has no effect, since {reason}: drop --{name}")
 
 
 def main(argv=None):
@@ -261,20 +283,30 @@ def main(argv=None):
     check_ignored(args)
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     if args.unroll:
-        model, report = RecursiveTransformer.load(args.donor), {}
-        full = unroll(model, dtype, report)
-        to_hf(full, args.out, tokenizer=args.donor)
-        print0(f"{args.donor} unrolled -> {args.out}: {model.config.n_layer} layers, for transformers")
-        if report["rounding"] and report["added"]:
-            size, added = ((report["rounding"] / report[key]) ** 0.5 for key in ("merged", "added"))
-            print0(f"rounding to {str(full.embed.weight.dtype).removeprefix('torch.')} moves the merged weights by "
-                   f"{size:.2%} of their size, {added:.1%} of what LoRA adds to them; --dtype=float32 does not round")
-        return
-    source, report = Donor(args.donor), {}
+        export(args, dtype)
+    else:
+        convert(args, dtype)
+
+
+def export(args: ConvertConfig, dtype: torch.dtype | None) -> None:
+    """Write the recursive model in --donor out at full size."""
+    model = RecursiveTransformer.load(args.donor)
+    full = unroll(model, dtype)
+    to_hf(full, args.out, tokenizer=args.donor)
+    print0(f"{args.donor} unrolled -> {args.out}: {model.config.n_layer} layers, for transformers")
+    of_merged, of_added = rounding_errors(model, full)
+    if of_merged:
+        print0(f"rounding to {str(full.embed.weight.dtype).removeprefix('torch.')} changes the merged weights by "
+               f"{of_merged:.2%} of their size, {of_added:.1%} of what LoRA adds to them; --dtype=float32 avoids it")
+
+
+def convert(args: ConvertConfig, dtype: torch.dtype | None) -> None:
+    """Write the recursive model of the full-size --donor."""
+    source = Donor(args.donor)
     c = source.config
-    tokenizer = Tokenizer.load(source.folder, c.vocab_size)  # a wrong one is found out before the work
-    target, calibrated = replace(c, n_loop=args.loops, rank=args.rank, vectors=args.vectors), args.init == "calibrated"
-    if calibrated:
+    tokenizer = Tokenizer.load(source.folder, c.vocab_size)              # refuses a wrong one before the work
+    target, kept = replace(c, n_loop=args.loops, rank=args.rank, vectors=args.vectors), {}
+    if args.init == "calibrated":
         windows = calibration_windows(load_tokens(args.calib_text, tokenizer, c.vocab_size), args.calib_tokens, c,
                                       f"--calib_text={args.calib_text}")
     print0(f"{args.donor}: {c.arch}, {c.n_layer} layers of width {c.n_embd} -> {args.loops} loops, "
@@ -282,14 +314,14 @@ def main(argv=None):
     with replace_folder(args.out) as tmp:
         copy_tokenizer(source.folder, tmp)
         copy_papers(source.folder, tmp)
-        if calibrated:
+        if args.init == "calibrated":
             model = to_calibrated(load_full(args.donor), windows, args.loops, args.rank, args.vectors, dtype)
         else:
-            model = loop_layers(c, source.read, target, args.init, args.lora_init, args.rounding, args.norms, dtype,
-                                report)
+            model, kept = loop_layers(c, source.read, target, args.init, args.lora_init, args.rounding, args.norms,
+                                      dtype)
         model.write(tmp)
-    rows = [[kind, f"{kept / max(total, 1e-30):.1%}"] for kind, (kept, total) in report.items()]
-    if rows:
+    if kept:
+        rows = [[kind, f"{part / max(total, 1e-30):.1%}"] for kind, (part, total) in kept.items()]
         print0(table([["LoRA of", "residual energy kept"], *rows]) + "\n")
     with torch.device("meta"):
         full = RecursiveTransformer(c).num_params()

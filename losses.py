@@ -1,13 +1,13 @@
-"""What a model is trained on at each of its exits, without ever holding the logits of a batch (§2.4, §3.1).
+"""The losses at a model's exits: cross entropy (§2.4) and distillation (§3.1), never holding a batch's logits.
 
 With a vocabulary of 256,000 the logits of 8,192 tokens are 8 GB in fp32, and distillation naively needs ten times
-that. `chunked_loss` goes through the tokens in chunks and takes each chunk's gradient by hand on the way, so that only
-the gradients of the hidden states and of the head outlive a chunk.
+that. `chunked_loss` computes loss and gradient of one chunk of tokens after the other, so that only the gradients of
+the hidden states and of the head stay in memory.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ Kind = Literal["fkl", "rkl", "jsd", "tvd"]
 
 
 def exit_weights(n_loop: int, kind: Literal["weighted", "aggressive"], coef: float = 0.1) -> tuple[float, ...]:
-    """The coefficient of each loop's loss, first to last (§2.4): "weighted" i / (1 + ... + n_loop), "aggressive"
-    `coef` for every loop but the last, which has 1.
+    """The coefficient of each loop's loss, first to last (§2.4): "weighted" is i / (1 + ... + n_loop), "aggressive" is
+    `coef` for every loop but the last, and 1 for the last.
 
     >>> exit_weights(3, "aggressive"), exit_weights(2, "weighted")
     ((0.1, 0.1, 1.0), (0.3333333333333333, 0.6666666666666666))
@@ -34,10 +34,10 @@ def exit_weights(n_loop: int, kind: Literal["weighted", "aggressive"], coef: flo
 
 
 def distill_loss(student_logits: Tensor, teacher_logits: Tensor, kind: Kind = "fkl") -> Tensor:
-    """How far the student's next-token distribution is from the teacher's: mean over tokens, in nats (§3.1, App. F).
+    """The divergence between the student's and the teacher's next-token distributions, from logits (..., V): mean over
+    tokens, in nats (§3.1, App. F). The teacher's logits should carry no gradient.
 
     `kind`: "fkl" KL(teacher || student), "rkl" KL(student || teacher), "jsd" Jensen-Shannon, "tvd" total variation.
-    Both logits (..., V); the teacher's should carry no gradient. `chunked_loss` is this and cross entropy, in chunks.
     """
     s, t = F.log_softmax(student_logits, dim=-1), F.log_softmax(teacher_logits, dim=-1)
     if kind == "fkl":
@@ -57,89 +57,102 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, kind: Kind = "f
 # ---------------------------------------------------------------------------------------------------------------------
 # Cross entropy and distillation in chunks
 
-@torch.compiler.disable                                      # its loop is not for a graph; what it repeats may be
-def chunked_loss(states: Sequence[Tensor], head: Tensor, targets: Tensor, weights: Sequence[float] = (1.0,),
+class LossOptions(NamedTuple):
+    """The options of `chunked_loss`, which are the same for every chunk."""
+    weights: tuple[float, ...]
+    kind: Kind
+    distill_weight: float
+    temperature: float
+    self_distill: bool
+    compiled: bool
+    chunk: int
+    dtype: torch.dtype                                       # of the matrix products
+
+
+@torch.compiler.disable                                      # the loop over chunks stays out of graphs
+def chunked_loss(states: Sequence[Tensor], head: Tensor, targets: Tensor, weights: Sequence[float] = (1.0,), *,
                  teacher: tuple[Tensor, Tensor] | None = None, kind: Kind = "fkl", distill_weight: float = 1.0,
                  temperature: float = 1.0, self_distill: bool = False, compiled: bool = False,
                  chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """(sum over the exits of weight x (cross entropy + distill_weight x T^2 x divergence), cross entropy per exit).
+    """(sum over the exits of weight x (cross entropy + distill_weight x T² x divergence), cross entropy per exit).
 
-    states: for each exit, the hidden states (..., C) after the final norm; head (V, C); targets (...) int64, IGNORE
-    where there is none. teacher: (its hidden states after its final norm (..., C'), its head (V', C')): with it every
-    exit is distilled from the same softmax, over the ids that both have; V' is another V if they are padded
-    differently. self_distill: the exits before the last learn from the last one's detached logits instead. The means
-    are over the targets, in nats; the cross entropies (n_exits,) carry no gradient.
+    Both are means over the targets, in nats; the cross entropies (n_exits,) carry no gradient.
 
-    chunk: tokens at a time; by default a 16th of them, so that what is temporary stays below half a logits tensor, but
-    256 at least, which keeps matrix products efficient. The result does not depend on it beyond rounding.
+    states: for each exit, the hidden states (..., C) after the final norm; head (V, C); targets (...) int64, with
+    IGNORE where there is none; weights: one per exit.
+    teacher: its hidden states after its final norm (..., C') and its head (V', C'). All exits are then distilled from
+    its softmax over the ids that both models have (V' differs from V if the vocabularies are padded differently).
+    self_distill: the exits before the last are distilled from the last one's detached logits instead.
+    compiled: run each chunk through torch.compile.
+    chunk: tokens per chunk. By default a 16th of them, which keeps temporary memory below half of a logits tensor, but
+    at least 256, which keeps matrix products efficient. The result does not depend on it beyond rounding.
     """
     if len(states) != len(weights):
         raise ValueError(f"{len(states)} exits but {len(weights)} weights; give one for each")
     states, targets = [x.flatten(0, -2) for x in states], targets.flatten()
-    teacher = (teacher[0].flatten(0, -2), teacher[1]) if teacher else (None, None)
-    lengths = [len(x) for x in (*states, teacher[0]) if x is not None]
-    assert set(lengths) == {len(targets)}, f"{len(targets)} targets for {lengths} hidden states"  # slices would hide it
-    chunk = chunk or max(math.ceil(len(states[0]) / 16), 256)
-    device = head.device.type                                # autocast does not reach into a backward by hand:
+    teacher = teacher and (teacher[0].flatten(0, -2), teacher[1])
+    lengths = [len(x) for x in (*states, *(teacher or ())[:1])]
+    assert set(lengths) == {len(targets)}, f"{len(targets)} targets for {lengths} hidden states"
+    chunk = chunk or max(math.ceil(len(targets) / 16), 256)
+    device = head.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states[0].dtype
-    spec = (tuple(weights), kind, distill_weight, temperature, self_distill, compiled, chunk, dtype)
-    with torch.autocast(device, enabled=False):
-        return ChunkedLoss.apply(spec, torch.is_grad_enabled(), targets, *teacher, head, *states)
+    options = LossOptions(tuple(weights), kind, distill_weight, temperature, self_distill, compiled, chunk, dtype)
+    with torch.autocast(device, enabled=False):              # it would not reach gradients that are taken by hand
+        return ChunkedLoss.apply(options, torch.is_grad_enabled(), targets, teacher, head, *states)
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """`chunked_loss`. The gradients are found in forward, chunk by chunk; backward has only to scale them."""
+    """`chunked_loss`. forward computes the gradients as well, chunk by chunk; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, spec, learn, targets, teacher_states, teacher_head, head, *states):
-        weights, kind, distill_weight, temperature, self_distill, compiled, chunk, dtype = spec
-        step = torch.compile(token_losses) if compiled else token_losses
-        w = head.to(dtype)                                                   # (V, C), rounded once
-        teacher_w = None if teacher_head is None else teacher_head[:len(head)].to(dtype)
+    def forward(ctx, options: LossOptions, grad_enabled: bool, targets, teacher, head, *states):
+        o, n = options, len(states)
+        step = torch.compile(token_losses) if o.compiled else token_losses
+        w = head.to(o.dtype)                                                 # (V, C), rounded once
+        teacher_w = teacher and teacher[1][:len(head)].to(o.dtype)
         count = (targets != IGNORE).sum().clamp(min=1).double()
-        sums = torch.zeros(2, len(states), device=head.device, dtype=torch.float64)
-        learns = [learn and needs for needs in ctx.needs_input_grad[5:]]      # head, states: a frozen one costs nothing
-        d_head = torch.zeros_like(head, dtype=upcast(head).dtype) if learns[0] else None
-        d_states = [torch.empty_like(x) if needs else None for x, needs in zip(states, learns[1:], strict=True)]
-        for rows in (slice(i, i + chunk) for i in range(0, len(targets), chunk)):
-            teacher = None                                                   # (n, V) log-probabilities
-            if teacher_w is not None:
-                teacher = log_probs(teacher_states[rows].to(dtype), teacher_w, temperature)
-                if len(teacher_w) < len(head):               # e^-100: what it does not have it never predicts
-                    teacher = F.pad(teacher, (0, len(head) - len(teacher_w)), value=-100.0)
-            for e in reversed(range(len(states))):
-                x = states[e][rows].to(dtype)                                # (n, C)
-                ce, kd, grad = step(x, w, targets[rows], teacher, kind, distill_weight, temperature)
-                counts = (targets[rows] != IGNORE)[:, None]                  # (n, 1)
-                sums[:, e] += torch.stack([(ce * counts).sum(), (kd * counts).sum()])
-                if any(learns):
-                    scale = (counts / count * weights[e]).to(grad.dtype)
-                    grad = grad.mul_(scale).to(dtype)                        # (n, V), by the logits
-                    if d_states[e] is not None:
+        sums = torch.zeros(2, n, device=head.device, dtype=torch.float64)    # cross entropy, divergence
+        need_head, *need_states = [grad_enabled and needs for needs in ctx.needs_input_grad[4:]]
+        d_head = torch.zeros_like(head, dtype=upcast(head).dtype) if need_head else None
+        d_states = [torch.empty_like(x) if needs else None for x, needs in zip(states, need_states, strict=True)]
+        for rows in (slice(i, i + o.chunk) for i in range(0, len(targets), o.chunk)):
+            counted = (targets[rows] != IGNORE)[:, None]                     # (n, 1)
+            target_log_probs = None                                          # (n, V), of the teacher or the last exit
+            if teacher:
+                target_log_probs = teacher_log_probs(teacher[0][rows].to(o.dtype), teacher_w, o.temperature, len(head))
+            for e in reversed(range(n)):
+                x = states[e][rows].to(o.dtype)                              # (n, C)
+                ce, kd, grad = step(x, w, targets[rows], target_log_probs, o.kind, o.distill_weight, o.temperature)
+                sums[:, e] += torch.stack([(ce * counted).sum(), (kd * counted).sum()])
+                if need_head or any(need_states):
+                    scale = (counted / count * o.weights[e]).to(grad.dtype)
+                    grad = grad.mul_(scale).to(o.dtype)                      # (n, V), with respect to the logits
+                    if need_states[e]:
                         d_states[e][rows] = grad @ w
-                    if d_head is not None:
+                    if need_head:
                         add_product(d_head, grad.t(), x)
                 del grad
-                if self_distill and e == len(states) - 1:    # the earlier exits, which come next, learn from the last
-                    teacher = log_probs(x, w, temperature)
+                if o.self_distill and e == n - 1:
+                    target_log_probs = log_probs(x, w, o.temperature)
         ctx.grads = (None if d_head is None else d_head.to(head.dtype), *d_states)
         ce, kd = (sums / count).to(upcast(head).dtype)
         ctx.mark_non_differentiable(ce)
-        return ((ce + distill_weight * temperature**2 * kd) * ce.new_tensor(weights)).sum(), ce
+        return ((ce + o.distill_weight * o.temperature**2 * kd) * ce.new_tensor(o.weights)).sum(), ce
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, by_loss, _):
+    def backward(ctx, d_loss, _):
         if ctx.grads is None:
             raise RuntimeError("chunked_loss keeps its gradients for one backward only")
-        grads, ctx.grads = ctx.grads, None                                   # scaled in place: a copy of the head's
-        return (None,) * 5 + tuple(None if g is None else g.mul_(by_loss.to(g.dtype)) for g in grads)  # is gigabytes
+        grads, ctx.grads = ctx.grads, None
+        scaled = (None if g is None else g.mul_(d_loss.to(g.dtype)) for g in grads)    # in place: the head's is large
+        return (None, None, None, None, *scaled)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in the precision of `total`, fp32 or better: bf16 would lose the small ones of many chunks."""
+    """total += a @ b, summed in the dtype of `total` (fp32 or wider): in bf16, small terms of many chunks get lost."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)                                   # saves a tensor of total's size
+        total.addmm_(a, b)                                   # without a temporary tensor of this size
     else:
         total.add_(a @ b)
 
@@ -150,29 +163,36 @@ def log_probs(x: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
     return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
+def teacher_log_probs(x: Tensor, head: Tensor, temperature: float, vocab_size: int) -> Tensor:
+    """`log_probs` (n, vocab_size) of a teacher; ids that its head lacks get a probability of e^-100."""
+    t = log_probs(x, head, temperature)
+    return F.pad(t, (0, vocab_size - len(head)), value=-100.0) if len(head) < vocab_size else t
+
+
 def token_losses(x: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None, kind: Kind, distill_weight: float,
                  temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropy (n, 1), divergence (n, 1), and the derivative of cross entropy + distill_weight x T^2 x divergence
-    by the logits (n, V), for hidden states x (n, C) and the teacher's log-probabilities (n, V) at temperature T."""
+    """Cross entropy (n, 1), divergence (n, 1), and the gradient (n, V) of cross entropy + distill_weight x T² x
+    divergence with respect to the logits, for hidden states x (n, C) and the teacher's log-probabilities (n, V) at
+    temperature T."""
     column = targets.clamp(min=0)[:, None]
     s = log_probs(x, head)
     ce = -s.gather(1, column)
-    kd, by_logits = torch.zeros_like(ce), None
+    kd, d_logits = torch.zeros_like(ce), None
     if teacher is not None:
-        kd, by_logits = divergence(s if temperature == 1 else log_probs(x, head, temperature), teacher, kind)
+        kd, d_logits = divergence(s if temperature == 1 else log_probs(x, head, temperature), teacher, kind)
     grad = s.exp_().scatter_add_(1, column, -torch.ones_like(ce))            # softmax - onehot
-    if by_logits is not None:
-        grad.add_(by_logits, alpha=distill_weight * temperature)             # T^2 from the loss, 1 / T from logits / T
+    if d_logits is not None:
+        grad.add_(d_logits, alpha=distill_weight * temperature)             # T² from the loss, 1 / T from logits / T
     return ce, kd, grad
 
 
 def divergence(s: Tensor, t: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    """`distill_loss` of each token (n, 1), from log-probabilities of student and teacher (n, V), and its derivative by
-    the student's logits (n, V)."""
+    """`distill_loss` of each token (n, 1), from the log-probabilities (n, V) of student and teacher, and its gradient
+    (n, V) with respect to the student's logits."""
     if kind == "fkl":
         q = t.exp()
         return (t - s).mul_(q).sum(-1, keepdim=True), s.exp().sub_(q)
-    # The others by way of g, the derivative by the probabilities p (up to a constant): by logits it is p (g - sum p g).
+    # g is the gradient with respect to the probabilities p, up to a constant; to the logits it is p (g - sum p g).
     p = s.exp()
     if kind == "rkl":
         g = s - t

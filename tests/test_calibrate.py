@@ -504,7 +504,7 @@ def test_shards_of_another_tokenizer_are_refused(donor, tmp_path):
 
 
 def test_calibration_text_without_calibration_is_refused(donor):
-    refused(donor, "--calib_text=.* says what is read for --init=calibrated, and --init=average reads nothing",
+    refused(donor, "--calib_text=.* has no effect, since --init=average reads no text",
             init="average", calib_tokens=640)
 
 
@@ -516,7 +516,7 @@ def refused(donor, message, **flags):
 
 @pytest.mark.parametrize("flags, message", [
     ({"calib_tokens": 63}, "--calib_tokens=63 is less than one window of 64"),
-    ({"lora_init": "zero"}, "--lora_init=zero says how weights alone are converted"),
+    ({"lora_init": "zero"}, "--lora_init=zero has no effect, since --init=calibrated fits the weights"),
     ({"norms": "pick"}, "drop --norms"), ({"rounding": "floor"}, "drop --rounding"), ({"loops": 4}, "4 loops do not"),
 ], ids=str)
 def test_settings_that_do_not_fit(donor, flags, message):
@@ -543,7 +543,7 @@ def test_training_starts_calibrated(home, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--norms=average"], "fits them to text"), (["--lora_init=zero"], "fits them to text"),
+    (["--norms=average"], "fits the weights to text"), (["--lora_init=zero"], "fits the weights to text"),
     (["--calib_tokens=9"], "less than one window"), (["--ckpt={home}/full"], "--init=calibrated says how a donor"),
     (["--data={tmp}/short.txt"], "one window to calibrate on needs 65"),
 ], ids=str)

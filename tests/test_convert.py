@@ -455,7 +455,7 @@ DONOR_DAMAGE = {kind: DAMAGE[kind] for kind in ALIKE} | {
     "other shape": (lambda d: edit_tensors(d / WEIGHTS, lambda t: t.update({Q: torch.ones(3, 5)})),
                     rf"{Q} is \(3, 5\), expected \(40, 32\)"),
     "int8": (lambda d: edit_tensors(d / WEIGHTS, lambda t: t.update({Q: t[Q].char()})), rf"{Q} is .*torch\.int8"),
-    "lost shard": (lose_shard, "names model-00002-of-00002.safetensors, not there"),
+    "lost shard": (lose_shard, "lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names"),
     "cut shard": (cut_shard, "cannot read .*model-00002-of-00002.safetensors"),
     "empty index": (empty_index, "index.json has no weight_map"),
     "more layers": (lambda d: edit_config(d / CONFIG, num_hidden_layers=8), "18 missing"),

@@ -1,5 +1,4 @@
-"""Losses at the exits: in chunks with gradients by hand, the same as written out with whole logits; and how much memory
-they take."""
+"""Losses at the exits: in chunks they equal those written out with whole logits, and take little memory."""
 
 import itertools
 import math
@@ -135,7 +134,7 @@ def test_states_that_are_not_contiguous():
     assert not turned[0].is_contiguous()
     spread = [torch.randn(3, 1, C, dtype=torch.float64, requires_grad=True) for _ in states]
     for xs in (turned, [x.expand(3, 4, C) for x in spread]):
-        loss, want = (f((xs, head, targets, weights)[0], head, targets, weights, teacher)[0]
+        loss, want = (f(xs, head, targets, weights, teacher=teacher)[0]
                       for f in (chunked_loss, written_out))
         leaves = [head, *(turned if xs is turned else spread)]
         for a, b in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves), strict=True):
@@ -144,7 +143,7 @@ def test_states_that_are_not_contiguous():
 
 def test_the_gradient_is_scaled_by_what_comes_after():
     given, teacher = draw(2)
-    loss, want = chunked_loss(*given, teacher)[0], written_out(*given, teacher)[0]
+    loss, want = chunked_loss(*given, teacher=teacher)[0], written_out(*given, teacher=teacher)[0]
     for a, b in zip(gradients(loss**2 / 3, *given[:2]), gradients(want**2 / 3, *given[:2]), strict=True):
         exactly(a, b)
 
@@ -156,9 +155,9 @@ def test_lengths_that_do_not_fit_are_refused():
     with pytest.raises(AssertionError, match=r"11 targets for \[12, 12\] hidden states"):
         chunked_loss(states, head, targets[:-1], weights)
     with pytest.raises(AssertionError, match=r"12 targets for \[12, 12, 1\] hidden states"):
-        chunked_loss(states, head, targets, weights, (x[:1], w))
+        chunked_loss(states, head, targets, weights, teacher=(x[:1], w))
     with pytest.raises(ValueError, match="unknown distillation 'kl': use fkl, rkl, jsd or tvd"):
-        chunked_loss(states, head, targets, weights, (x, w), "kl")
+        chunked_loss(states, head, targets, weights, teacher=(x, w), kind="kl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,7 +181,7 @@ def test_a_teacher_whose_vocabulary_is_padded_differently(kind, rows):
 def test_a_teacher_gets_no_gradient():
     given, teacher = draw()
     teacher = [x.requires_grad_() for x in teacher]
-    chunked_loss(*given, teacher)[0].backward()
+    chunked_loss(*given, teacher=teacher)[0].backward()
     assert [x.grad for x in teacher] == [None, None] and given[1].grad.any()
 
 
@@ -206,10 +205,10 @@ def test_a_second_backward_is_refused():
 def test_bf16_gradients_are_near_and_have_their_inputs_dtype(dtype):
     """Of fp32 tensors under autocast, and of bf16 ones."""
     (states, head, targets, weights), teacher = draw(2, (64,), dtype=torch.float32)
-    want = gradients(chunked_loss(states, head, targets, weights, teacher)[0], states, head)
+    want = gradients(chunked_loss(states, head, targets, weights, teacher=teacher)[0], states, head)
     states, head = [x.detach().to(dtype).requires_grad_() for x in states], head.detach().to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
-        loss, ce = chunked_loss(states, head, targets, weights, teacher, chunk=16)
+        loss, ce = chunked_loss(states, head, targets, weights, teacher=teacher, chunk=16)
     assert loss.dtype == ce.dtype == torch.float32
     logits = [F.linear(x.bfloat16(), head.bfloat16()).float() for x in states]  # rounded here, and nowhere after
     torch.testing.assert_close(ce, torch.stack([F.cross_entropy(z, targets) for z in logits]).detach())
@@ -220,7 +219,7 @@ def test_bf16_gradients_are_near_and_have_their_inputs_dtype(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_heads_gradient_is_summed_in_fp32(dtype):
-    """512 chunks that each add the same: in bf16 the sum would stand still at 256 of them."""
+    """512 chunks that each add the same: in bf16 the sum would stop growing at 256 of them."""
     torch.manual_seed(0)
     x, head = torch.randn(C).to(dtype).expand(512, C), torch.randn(V, C).to(dtype).requires_grad_()
     targets = torch.full((512,), 3)
@@ -235,7 +234,8 @@ def test_compiled_chunks_are_the_same():
     given, teacher = draw(2, (14,), dtype=torch.float32)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    losses = [chunked_loss(*given, teacher, "jsd", 0.5, 2.0, True, compiled, chunk=4)[0] for compiled in (False, True)]
+    losses = [chunked_loss(*given, teacher=teacher, kind="jsd", distill_weight=0.5, temperature=2.0, self_distill=True,
+                           compiled=compiled, chunk=4)[0] for compiled in (False, True)]
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0      # compiled it was, though inside a loop that is not
     torch.testing.assert_close(losses[1], losses[0])
     for a, b in zip(*(gradients(loss, *given[:2]) for loss in losses), strict=True):
@@ -267,11 +267,11 @@ class Live(TorchDispatchMode):
         return out
 
 
-def measure(loss, n, words, width=4, kind=None, train_head=True, **options) -> Live:
+def measure(loss, n, vocab_size, width=4, kind=None, train_head=True, **options) -> Live:
     """Memory of `loss` and its backward for n tokens; `kind` distils, from a teacher as wide as the student."""
     torch.manual_seed(0)
-    states, head = torch.randn(n, width, requires_grad=True), torch.randn(words, width, requires_grad=train_head)
-    targets, teacher = torch.randint(words, (n,)), (torch.randn(n, width), torch.randn(words, width))
+    states, head = torch.randn(n, width, requires_grad=True), torch.randn(vocab_size, width, requires_grad=train_head)
+    targets, teacher = torch.randint(vocab_size, (n,)), (torch.randn(n, width), torch.randn(vocab_size, width))
     if kind:
         options |= {"teacher": teacher, "kind": kind}
     with Live([states, head, targets, *teacher]) as live:
@@ -290,7 +290,7 @@ def test_chunks_take_a_twentieth_of_the_memory(kind):
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_memory_does_not_grow_with_tokens_times_words(kind):
+def test_memory_does_not_grow_with_the_logits(kind):
     few, many = (measure(chunked_loss, n, 4096, kind=kind, chunk=32).peak for n in (128, 1024))
     assert many - few < 896 * 4096 * 4 / 100
 
@@ -302,9 +302,9 @@ def test_by_default_what_is_temporary_is_less_than_half_the_logits(kind):
 
 def test_without_grad_the_values_are_the_same_and_no_gradient_is_made():
     given, teacher = draw(2)
-    want = chunked_loss(*given, teacher, self_distill=True)
+    want = chunked_loss(*given, teacher=teacher, self_distill=True)
     with torch.no_grad():
-        loss, ce = chunked_loss(*given, teacher, self_distill=True)
+        loss, ce = chunked_loss(*given, teacher=teacher, self_distill=True)
         live = measure(chunked_loss, 8, 512, width=512, chunk=2)
     assert loss.item() == want[0].item() and torch.equal(ce, want[1]) and not loss.requires_grad
     assert live.peak < 512 * 512 * 4 / 10                        # the head's gradient would be ten times this
