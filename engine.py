@@ -73,7 +73,7 @@ class SlotCache:
         return self.rope[0][self.pos], self.rope[1][self.pos]
 
     def attend(self, loop: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v (1, K, M, D) of M rows. Returns attention (1, H, M, D) of q, each row to its slot and loop."""
+        """Store k, v (1, K, M, D) of M rows; returns the attention of q (1, H, M, D) to its row's slot and loop."""
         q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))                     # (M, heads, D)
         self.k[layer].index_put_((self.slot, loop, self.pos), k)
         self.v[layer].index_put_((self.slot, loop, self.pos), v)
@@ -297,10 +297,8 @@ class Engine:
     def schedule(self) -> list[tuple[int, Request]]:
         """(slot, request) of the waiting requests that take free slots now, in the order of their arrival."""
         free = [slot for slot, request in enumerate(self.slot_request) if request is None]
-        if not self.waiting or len(free) < self.refill:
-            return []
-        if self.head == 0 and (self.state.loop > 0).any():  # synchronous: new prompts wait for the batch
-            return []
+        if len(free) < self.refill or self.head == 0 and (self.state.loop > 0).any():
+            return []  # synchronous exits: new prompts wait for the batch
         return list(zip(free, self.waiting, strict=False))
 
     def prefill(self, scheduled: list[tuple[int, Request]]) -> None:
