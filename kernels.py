@@ -1,18 +1,18 @@
 """
 Linear layers and attention for decoding a batch whose rows are at different loops (continuous depth-wise batching).
 
-One row is one token of one sequence. `loop` holds, for each row, the loop of the shared block that it is at, and with
-it which LoRA (A_l, B_l) and which part of the cache it uses. Loop -1 is an idle row: its result is zeros.
+A row is one token of one sequence. `loop` (M,) holds the loop that each row is at, which selects its LoRA (A_l, B_l)
+and its part of the cache. A row at loop -1 is idle: its result is zero.
 
 Each operation has three implementations, each tested against the one before it:
 
     *_spec      the specification in torch, readable and slow
     *_concat    the torch path (CPU, fp64, no Triton): the LoRAs of all loops as one of rank n_loop * R, and a mask;
                 for attention *_sdpa, masked beyond each row's length
-    *_triton    goes through all loops with row masks: no sorting, no tables, and the host never waits
+    *_triton    visits all loops with row masks: no sorting, no tables, and the host never waits
 
-Grids and tiles depend on shapes alone, so a CUDA graph may capture any of it. Every sum has a fixed order that depends
-neither on the number of rows nor on the other rows: a row alone gives bit by bit what it gives in a mixed batch.
+Grids and tiles depend on shapes alone, so CUDA graphs may capture all launches. The order of every sum depends neither
+on the number of rows nor on the other rows: a row alone gives bit for bit the same result as in a mixed batch.
 
 Shapes in comments: M rows, C width in, O width out, R LoRA rank, H query heads, K key/value heads, D head size,
 S slots (one sequence each), T positions of a slot. Inside the GEMM kernels: N and K, the widths out and in.
@@ -37,17 +37,17 @@ except ImportError:  # no wheel for this system: the torch paths remain
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What callers use
+# Public functions
 
 def runs_triton(x: Tensor) -> bool:
-    """The one place that chooses: Triton's kernels sum in fp32, so fp64 keeps to torch."""
+    """True for the Triton path. Its kernels sum in fp32, so fp64 takes the torch path."""
     return triton is not None and x.is_cuda and x.dtype != torch.float64
 
 
 def lora_rows(x: Tensor, a: Tensor, b: Tensor, loop: Tensor) -> Tensor:
     """B_l A_l x (M, O) with each row's own l: x (M, C), a (n_loop, R, C), b (n_loop, O, R), loop (M,) of -1 … n_loop-1.
 
-    A loop beyond n_loop-1 is not looked for (the host would have to wait): no use may be made of such a row.
+    Loops beyond n_loop-1 are not checked for (the host would have to wait): the results of such rows are undefined.
     """
     assert a.shape == (len(b), b.size(2), x.size(1)) and len(loop) == len(x), shapes(x, a, b, loop)
     return (lora_rows_triton if runs_triton(x) else lora_rows_concat)(x, a, b, loop)
@@ -57,7 +57,7 @@ def linear_rows(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, loop: 
                 bias: Tensor | None = None) -> Tensor:
     """W'x + B_l A_l x + bias (M, O) with each row's own l: as `lora_rows`, w (O, C), bias (O,) or (n_loop, O).
 
-    a and b None is rank 0: W'x + bias, on a GPU still in tiles that do not change with the rows beside.
+    Without a and b (rank 0): W'x + bias, on a GPU in the same tiles, which do not depend on the other rows.
     """
     assert x.size(1) == w.size(1) and len(loop) == len(x), shapes(x, w, loop)
     assert bias is None or bias.size(-1) == len(w), shapes(w, bias)
@@ -68,8 +68,8 @@ def linear_rows(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, loop: 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop: Tensor, length: Tensor) -> Tensor:
     """Softmax attention (M, H, D) of one query per row over the first `length` positions of its slot and loop.
 
-    q (M, H, D); k, v (S, n_loop, T, K, D) in any strides, H a multiple of K; slot, loop, length (M,), length at most T.
-    Length 0 is an idle row as well. What the cache holds from `length` on is never used, NaN or not.
+    q (M, H, D); k, v (S, n_loop, T, K, D) with any strides, H a multiple of K; slot, loop, length (M,), length up to T.
+    A row of length 0 is idle as well. What the cache holds from `length` on has no effect, even if it is NaN.
     """
     assert k.shape == v.shape and q.size(2) == k.size(4) and q.size(1) % k.size(3) == 0, shapes(q, k, v)
     assert len(q) == len(slot) == len(loop) == len(length), shapes(q, slot, loop, length)
@@ -81,29 +81,29 @@ def shapes(*tensors: Tensor) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tiles: committed, not tuned at run time. What orders a sum (block_k, splits) knows N, K and R only, never M.
+# Tiles: fixed here, not tuned at run time. The order of a sum (block_k, splits) depends on N, K and R, never on M.
 
-SMS = 132           # an H100's; a launch should give each one something to read
-BLOCK_R = 64        # of the rank, held at a time
-SPLIT_T = 256       # positions that one program of the attention reads
+SMS = 132           # multiprocessors of an H100; a launch should have a program for each
+BLOCK_R = 64        # columns of the LoRA rank per tile
+SPLIT_T = 256       # positions per program of the attention
 
 
 def gemm_tiles(n: int, k: int, copies: int = 1) -> tuple[int, int, int]:
-    """(block_n, block_k, splits of k) to multiply rows by a weight (n, k), when `copies` of it are read together."""
+    """(block_n, block_k, splits of k) for rows times a weight (n, k), of which one launch reads `copies`."""
     block_n, block_k = (128, 64) if n > 8192 else (64, 128)  # 16 KB of weight either way; wide layers read x less often
     splits = 1
     while 2 * splits * copies * -(-n // block_n) <= SMS and k >= 2 * splits * 256:
         splits *= 2
-    return block_n, block_k, -(-k // share(k, splits, block_k))
+    return block_n, block_k, -(-k // split_size(k, splits, block_k))
 
 
 def row_tile(m: int) -> int:
-    """Rows per tile. Weights are the tensor cores' left side (64 at a time), so rows need no padding to 64."""
+    """Rows per tile. Weights are the tensor cores' left operand (64 at a time), so rows need no padding to 64."""
     return 16 if m <= 16 else 64 if m <= 64 else 128
 
 
 def attention_tiles(d: int) -> int:
-    """Positions that the attention holds at a time, for heads of size d."""
+    """Positions per tile of the attention, for heads of size d."""
     return 64 if d > 128 else 128
 
 
@@ -127,12 +127,12 @@ def linear_rows_spec(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, l
 
 
 def lora_rows_concat(x: Tensor, a: Tensor, b: Tensor, loop: Tensor) -> Tensor:
-    """Two GEMMs around a mask, as in the paper. The second reads b as (O, n_loop * R): no copy is made where that is
-    how b lies in memory, as b = stacked.view(O, n_loop, R).transpose(0, 1)."""
+    """Two GEMMs around a mask, as in the paper. The second reads b as (O, n_loop * R), without a copy if b is stored
+    that way: b = stacked.view(O, n_loop, R).transpose(0, 1)."""
     n_loop, rank, _ = a.shape
     z = F.linear(x, a.flatten(0, 1)).unflatten(1, (n_loop, rank))           # (M, n_loop, R)
     own = loop[:, None, None] == torch.arange(n_loop, device=x.device)[:, None]
-    z = torch.where(own, z, 0).flatten(1)                                   # where, not times: an idle row may be NaN
+    z = torch.where(own, z, 0).flatten(1)                                   # not a product: idle rows may be NaN
     return F.linear(z, b.transpose(0, 1).flatten(1))
 
 
@@ -147,7 +147,7 @@ def linear_rows_concat(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Linear layers: Triton. Tiles are weights × rows, the product transposed: x is on the side that may be 16 narrow.
+# Linear layers: Triton. Tiles are weights × rows, the product transposed: x is the operand that may be 16 wide.
 
 @jit
 def _dot(left, right, acc):
@@ -168,8 +168,8 @@ def _finish(y, row_loop, n, bias, stride_bias, N):
 @jit
 def _shrink(x, a, loops, z, M, R, K, stride_xm, stride_al, stride_ar, stride_zs, k_chunk,
             BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """z[split, m] = A_l x[m] over the split's share of K. Each program has one loop and writes the rows that stand
-    there, so no two write the same place; idle rows stay unwritten."""
+    """z[split, m] = A_l x[m], summed over the split's part of K. Each program has one loop and writes the rows at that
+    loop, so no two programs write the same element; idle rows are not written."""
     tiles = tl.cdiv(R, BLOCK_R)
     loop = tl.program_id(0) // tiles
     r = (tl.program_id(0) % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -191,7 +191,7 @@ def _shrink(x, a, loops, z, M, R, K, stride_xm, stride_al, stride_ar, stride_zs,
 def _linear(x, w, z, b, loops, bias, y, M, N, K, R, n_loop, stride_xm, stride_wn, stride_bl, stride_bn, stride_bias,
             stride_ys, k_chunk, r_chunk, PARTIAL: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """y[m] = W x[m] (unless w is None) + B_l z[m] in one accumulator, or the split's share of both sums."""
+    """y[m] = W x[m] (unless w is None) + B_l z[m] in one accumulator; if PARTIAL, the split's part of both sums."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
@@ -207,7 +207,7 @@ def _linear(x, w, z, b, loops, bias, y, M, N, K, R, n_loop, stride_xm, stride_wn
     if z is not None:
         for loop in range(n_loop):
             here = row_loop == loop
-            if tl.max(here.to(tl.int32), 0) > 0:  # no row of the tile there: B_l need not be read, it would add zeros
+            if tl.max(here.to(tl.int32), 0) > 0:  # else no row of the tile is at this loop
                 for r0 in range(split * r_chunk, tl.minimum((split + 1) * r_chunk, R), BLOCK_R):
                     r = r0 + tl.arange(0, BLOCK_R)
                     in_b, in_z = (n < N)[:, None] & (r < R)[None, :], here[None, :] & (r < R)[:, None]
@@ -240,15 +240,15 @@ def linear_rows_triton(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None,
 
 
 def shrink_rows(x: Tensor, a: Tensor, loop: Tensor) -> Tensor:
-    """A_l x (M, R) in x's dtype, rounded once; what idle rows hold is not defined."""
+    """A_l x (M, R) in x's dtype, rounded once. Idle rows are undefined."""
     x, a, loop = along_rows(x), along_rows(a), loop.contiguous()
     (m, k), (n_loop, rank, _) = x.shape, a.shape
-    block_r, block_k, splits = gemm_tiles(rank, k, copies=2)                # commonly two loops have rows
+    block_r, block_k, splits = gemm_tiles(rank, k, copies=2)                # typically rows are at two loops
     z = x.new_empty(m, rank)
     part = z if splits == 1 else x.new_empty(splits, m, rank, dtype=torch.float32)
     block_m = row_tile(m)
     _shrink[n_loop * -(-rank // block_r), -(-m // block_m), splits](
-        x, a, loop, part, m, rank, k, x.stride(0), *a.stride()[:2], m * rank, share(k, splits, block_k),
+        x, a, loop, part, m, rank, k, x.stride(0), *a.stride()[:2], m * rank, split_size(k, splits, block_k),
         BLOCK_M=block_m, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=4, num_stages=4)
     if splits > 1:
         _sum_splits[m, -(-rank // 1024)](part, loop, None, z, rank, 0, m * rank, splits, BLOCK_N=1024)
@@ -257,7 +257,7 @@ def shrink_rows(x: Tensor, a: Tensor, loop: Tensor) -> Tensor:
 
 def expand_rows(x: Tensor, w: Tensor | None, z: Tensor | None, b: Tensor | None, loop: Tensor,
                 bias: Tensor | None) -> Tensor:
-    """W x + B_l z + bias (M, O), without the parts that are None."""
+    """W x + B_l z + bias (M, O), without the terms that are None."""
     x, loop = along_rows(x), loop.contiguous()
     (m, k), (n_loop, n, rank) = x.shape, b.shape if z is not None else (0, len(w), 0)
     block_n, block_k, splits = gemm_tiles(n, k) if w is not None else (64, 64, 1)
@@ -270,21 +270,21 @@ def expand_rows(x: Tensor, w: Tensor | None, z: Tensor | None, b: Tensor | None,
     part = y if splits == 1 else x.new_empty(splits, m, n, dtype=torch.float32)
     _linear[-(-n // block_n), -(-m // block_m), splits](
         x, w, z, b, loop, bias if splits == 1 else None, part, m, n, k, rank, n_loop, x.stride(0), stride_wn, stride_bl,
-        stride_bn, stride_bias, m * n, share(k, splits, block_k), share(rank, splits, BLOCK_R), PARTIAL=splits > 1,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=BLOCK_R,
+        stride_bn, stride_bias, m * n, split_size(k, splits, block_k), split_size(rank, splits, BLOCK_R),
+        PARTIAL=splits > 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=BLOCK_R,
         num_warps=8 if block_m * block_n > 64 * 128 else 4, num_stages=4)   # four warps would spill registers
     if splits > 1:
         _sum_splits[m, -(-n // 1024)](part, loop, bias, y, n, stride_bias, m * n, splits, BLOCK_N=1024)
     return y
 
 
-def share(total: int, splits: int, block: int) -> int:
-    """How much of `total` each split takes: whole blocks."""
+def split_size(total: int, splits: int, block: int) -> int:
+    """Elements of `total` per split, a multiple of `block`."""
     return -(-total // (splits * block)) * block
 
 
 def along_rows(t: Tensor) -> Tensor:
-    """`t` with its last dimension dense, as the kernels read it; anything else is copied."""
+    """`t` itself if its last dimension is contiguous, which the kernels assume; else a contiguous copy."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
@@ -305,27 +305,27 @@ def decode_attention_spec(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop: T
 def decode_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop: Tensor, length: Tensor) -> Tensor:
     place = slot.clamp(min=0), loop.clamp(min=0)
     active = (loop >= 0) & (length > 0)                                     # (M,)
-    seen = torch.arange(k.size(2), device=q.device) < length[:, None]       # (M, T)
-    k, v = (torch.where(seen[:, :, None, None], c[place], 0).transpose(1, 2) for c in (k, v))  # (M, K, T, D), 0 * NaN
-    mask = (seen | ~active[:, None])[:, None, None]                         # idle rows see zeros, not nothing: no NaN
+    valid = torch.arange(k.size(2), device=q.device) < length[:, None]      # (M, T)
+    k, v = (torch.where(valid[:, :, None, None], c[place], 0).transpose(1, 2) for c in (k, v))     # (M, K, T, D)
+    mask = (valid | ~active[:, None])[:, None, None]                        # not empty for idle rows: that gives NaN
     y = F.scaled_dot_product_attention(q[:, :, None], k, v, mask, enable_gqa=True)[:, :, 0]
     return torch.where(active[:, None, None], y, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention: Triton. Pass one: each program reads SPLIT positions of one row and key head, for all query heads on it.
-# Pass two merges a row's splits, first to last. Splits are a fixed size, so a row's sums know nothing of the others.
+# Attention: Triton. In `_attend` a program reads SPLIT positions of one row and key head, for all its query heads.
+# `_merge` adds up a row's splits in order. Their size is fixed, so a row's sums do not depend on other rows.
 
 @jit
 def _attend(q, k, v, slots, loops, lengths, part, top, total, stride_qm, stride_qh, stride_ks, stride_kl, stride_kt,
             stride_kh, stride_kd, stride_vs, stride_vl, stride_vt, stride_vh, stride_vd, scale, D,
             GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
             BLOCK_D: tl.constexpr):
-    """Of one split: `top`, the highest q k; `total`, the sum of p = exp2((q k - top) scale); `part`, the sum of p v."""
+    """Per split: `top`, the highest q k; `total`, the sum of p = exp2((q k - top) scale); `part`, the sum of p v."""
     m, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     loop = tl.load(loops + m).to(tl.int64)
     end = tl.where(loop < 0, 0, tl.load(lengths + m))
-    if split * SPLIT < end:  # beyond it nothing is read or written, and _merge does not look there
+    if split * SPLIT < end:  # else the split is empty, and `_merge` does not read it
         slot = tl.load(slots + m).to(tl.int64)
         k += slot * stride_ks + loop * stride_kl + head * stride_kh
         v += slot * stride_vs + loop * stride_vl + head * stride_vh
@@ -343,7 +343,7 @@ def _attend(q, k, v, slots, loops, lengths, part, top, total, stride_qm, stride_
             score = _dot(qt, kt, tl.zeros((BLOCK_G, BLOCK_T), tl.float32))
             score = tl.where((t < end)[None, :], score, float("-inf"))
             higher = tl.maximum(high, tl.max(score, 1))
-            p, fade = tl.exp2((score - higher[:, None]) * scale), tl.exp2((high - higher) * scale)  # exact, then scaled
+            p, fade = tl.exp2((score - higher[:, None]) * scale), tl.exp2((high - higher) * scale)
             vt = tl.load(v + t[:, None] * stride_vt + d[None, :] * stride_vd, in_v, other=0.0)
             acc = _dot(p.to(vt.dtype), vt, acc * fade[:, None])
             norm, high = norm * fade + tl.sum(p, 1), higher
@@ -355,6 +355,7 @@ def _attend(q, k, v, slots, loops, lengths, part, top, total, stride_qm, stride_
 
 @jit
 def _merge(part, top, total, loops, lengths, y, scale, D, splits, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
+    """y[m, h] = the sum of all splits' `part`, divided by that of their `total`, both rescaled to the highest `top`."""
     m, h = tl.program_id(0), tl.program_id(1)
     end = tl.where(tl.load(loops + m) < 0, 0, tl.load(lengths + m))
     d = tl.arange(0, BLOCK_D)

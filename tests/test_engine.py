@@ -1,6 +1,6 @@
-"""The engine against sequential decoding: whatever comes, waits, is cancelled or leaves early, every sequence says the
-same. And that no place of the cache is written twice, missed or left over from another; that nothing waits for the
-host; that a stream is served in its order, for long, and whatever it asks."""
+"""The engine against sequential decoding: under every schedule each sequence comes out as `decode` generates it. Also:
+each place of the cache is written once, before it is read; nothing in a static pass waits for the device; a stream of
+requests is served in order, for long, and what cannot be served is refused."""
 
 import gc
 import math
@@ -15,7 +15,7 @@ from test_model import ARCHS, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import Engine, Request, SlotCache
-from exits import SCORED, Rule, decode, end_ids, likeliest
+from exits import SCORED, Rule, decode, end_ids, greedy
 from lib.cli import UserError
 
 V, STEPS, NAN = 53, 6, float("nan")
@@ -24,7 +24,7 @@ each_mode = pytest.mark.parametrize("static", [False, True])
 
 
 def draw_model(seed, n_loop, arch="llama", **changes):
-    """A model so small that a pass is all overhead, with weights so large that what a token says hangs on every key."""
+    """A tiny model with weights so large that each prediction depends on every key."""
     size = {"n_layer": n_loop, "n_loop": n_loop, "n_embd": 16, "n_hidden": 20, "vocab_size": V, "n_ctx": 32}
     model = tiny(arch, seed, **size | changes).double()
     for p in model.layers.parameters():
@@ -33,30 +33,30 @@ def draw_model(seed, n_loop, arch="llama", **changes):
 
 
 class Replay:
-    """For `decode`: the nth new token leaves after trace[n], later ones by the rule. The first was never asked."""
+    """A rule for `decode`: the nth new token exits after forced_exits[n] (n > 0), later ones by `rule`."""
 
-    def __init__(self, trace, rule):
-        self.trace, self.rule, self.n, self.reads_logits = trace, rule, 0, rule.reads_logits
+    def __init__(self, forced_exits, rule):
+        self.forced_exits, self.rule, self.n, self.reads_logits = forced_exits, rule, 0, rule.reads_logits
 
     def __call__(self, x, loop, logits=None):
         self.n += loop == 0
-        if self.n < len(self.trace):
-            return torch.full(x.shape[:-1], loop >= self.trace[self.n])
+        if self.n < len(self.forced_exits):
+            return torch.full(x.shape[:-1], loop >= self.forced_exits[self.n])
         return self.rule(x, loop, logits)
 
 
 class Case:
-    """A model, a rule, prompts, and what `decode` makes of them."""
+    """A model, a rule and prompts, with the output of `decode` for them."""
 
-    def __init__(self, model, rule=None, keys="exact", prompts=((1, 2, 3),), traces=(None,)):
-        self.model, self.rule, self.keys, self.prompts, self.traces = model, rule or Rule(), keys, prompts, traces
+    def __init__(self, model, rule=None, keys="exact", prompts=((1, 2, 3),), forced=(None,)):
+        self.model, self.rule, self.keys, self.prompts, self.forced = model, rule or Rule(), keys, prompts, forced
         self.known = {}
 
-    def decoded(self, prompt, steps, eos_id=None, trace=None):
-        """([token], [loop]), as the engine should give them."""
-        key = tuple(prompt), None if trace is None else tuple(trace)
+    def decoded(self, prompt, steps, eos_id=None, forced_exits=None):
+        """([token], [exit loop]) that the engine should return."""
+        key = tuple(prompt), None if forced_exits is None else tuple(forced_exits)
         if len(self.known.get(key, ())) < steps:
-            rule = self.rule if trace is None else Replay(trace, self.rule)
+            rule = self.rule if forced_exits is None else Replay(forced_exits, self.rule)
             out = decode(self.model, torch.tensor([prompt]), max(steps, STEPS), rule, self.keys)
             self.known[key] = [(token.item(), loop.item()) for token, loop in out]
         out = self.known[key][:steps]
@@ -64,7 +64,7 @@ class Case:
         return [token for token, _ in out[:ends]], [loop for _, loop in out[:ends]]
 
     def check(self, request):
-        tokens, loops = self.decoded(request.prompt, request.max_new_tokens, request.eos_id, request.trace)
+        tokens, loops = self.decoded(request.prompt, request.max_new_tokens, request.eos_id, request.forced_exits)
         if request.status == "cancelled":
             tokens, loops = tokens[:len(request.tokens)], loops[:len(request.loops)]
         else:
@@ -76,7 +76,7 @@ class Case:
 
 
 def draw_case(i):
-    """Nineteen with exact keys and nineteen with copied ones: each rule with 2, 3 and 4 loops, and one loop."""
+    """19 cases with recomputed KV and 19 with copied KV: each rule with 2, 3 and 4 loops, and one with 1 loop."""
     torch.manual_seed(i)
     rng, (copied, j) = random.Random(i), divmod(i, 19)
     (kind, n_loop), keys = (divmod(j, 3) if j < 18 else (0, -1)), ("exact", "copy")[copied]
@@ -89,33 +89,34 @@ def draw_case(i):
         at = rng.randrange(len(found) // 5, len(found) * 4 // 5)
         rule.threshold = found[at:at + 2].mean().item()
     prompts = [[rng.randrange(V) for _ in range(n)] for n in (1, rng.randint(2, 4), rng.randint(5, 9))]
-    traces = [None, None, [rng.randrange(n_loop + 2) for _ in range(rng.randint(1, STEPS + 3))]]
-    return Case(model, rule, keys, prompts, traces)
+    forced = [None, None, [rng.randrange(n_loop + 2) for _ in range(rng.randint(1, STEPS + 3))]]
+    return Case(model, rule, keys, prompts, forced)
 
 
 def poison(engine):
-    """What a free slot holds, and what the pass before made, is nobody's business."""
-    engine.y.fill_(NAN)
-    for slot, owner in enumerate(engine.owner):
-        if owner is None:
-            engine.cache.k[:, slot] = engine.cache.v[:, slot] = engine.x[slot] = engine.ghost_x[slot] = NAN
+    """Overwrite with NaN what no later step may read: the contents of free slots, and the output of the last pass."""
+    engine.block_out.fill_(NAN)
+    for slot, request in enumerate(engine.slot_request):
+        if request is None:
+            engine.cache.k[:, slot] = engine.cache.v[:, slot] = NAN
+            engine.state.x[slot] = engine.state.ghost_x[slot] = NAN
 
 
 def random_schedule(case, rng):
-    """Requests come at any time, some are cancelled; an engine serves them. Returns (it, the requests)."""
+    """(engine, requests) after serving requests that arrive at any time, some of which are cancelled."""
     plan, requests = [], []
     many = rng.random() < 0.1                                # so that 7 to 15 of 16 rows and more are in flight
     for _ in range(20 if many else rng.choice((1, 2, 2, 3, 4))):
-        prompt, trace, steps = rng.choice(case.prompts), rng.choice(case.traces), rng.randint(1, STEPS)
-        said = case.decoded(prompt, STEPS, trace=trace)[0]
-        eos_id = rng.choice([None, None, *said, (rng.randrange(V), rng.choice(said))])
-        plan.append((prompt, steps, eos_id, trace))
+        prompt, forced_exits, steps = rng.choice(case.prompts), rng.choice(case.forced), rng.randint(1, STEPS)
+        tokens = case.decoded(prompt, STEPS, forced_exits=forced_exits)[0]
+        eos_id = rng.choice([None, None, *tokens, (rng.randrange(V), rng.choice(tokens))])
+        plan.append((prompt, steps, eos_id, forced_exits))
     slots = rng.randint(8, 18) if many else rng.randint(1, 4)
     engine = case.engine(slots, max(len(prompt) + steps for prompt, steps, *_ in plan), head=rng.randint(0, slots),
                          static=rng.random() < 0.35, refill=rng.choice((1, 1, 1, rng.randint(1, slots), slots)))
     engine.cache.k.fill_(NAN)
     engine.cache.v.fill_(NAN)
-    while plan or engine.queue or any(engine.owner):
+    while plan or engine.waiting or any(engine.slot_request):
         while plan and rng.random() < 0.6:
             requests.append(engine.add(*plan.pop()))
         poison(engine)
@@ -128,7 +129,7 @@ def random_schedule(case, rng):
 
 @pytest.mark.parametrize("i", range(38))
 def test_every_sequence_is_what_decode_says(i):
-    """27 random schedules each, 1,026 in all: arrivals, slots, lengths, ends, cancellations, traces, head, modes."""
+    """27 random schedules each, 1,026 in all: arrivals, slots, lengths, cancellations, forced exits, head, modes."""
     case, early, states = draw_case(i), 0, Counter()
     for seed in range(27):
         _, requests = random_schedule(case, random.Random(1000 * i + seed))
@@ -144,47 +145,47 @@ def test_every_sequence_is_what_decode_says(i):
 
 @pytest.mark.parametrize("i", [1, 4, 8, 11, 17, 20, 23, 27, 30, 36])
 def test_each_place_of_the_cache_is_written_once_before_it_is_read(i, monkeypatch):
-    """Cells are NaN when a slot is given away. Writing finds NaN there, reading does not."""
-    case, real, state = draw_case(i), SlotCache.attend, {}
+    """Free slots hold NaN: a place that is written still holds it, and none that is read does."""
+    case, real, real_copy, state = draw_case(i), SlotCache.attend, SlotCache.copy_to_later_loops, {}
 
     def attend(cache, loop, layer, q, k, v):
         engine, places = state["engine"], list(zip(cache.slot.tolist(), loop.tolist(), cache.pos.tolist(), strict=True))
         places = [(slot, loop, pos) for slot, loop, pos in places if slot < engine.slots]
-        assert len({(slot, loop) for slot, loop, _ in places}) == len(places)     # nor two tokens at the same loop
+        assert len({(slot, loop) for slot, loop, _ in places}) == len(places)     # no two rows at the same loop
         for slot, loop_, pos in places:
-            assert engine.owner[slot] is not None and loop_ >= 0
+            assert engine.slot_request[slot] is not None and loop_ >= 0
             assert cache.k[layer, slot, loop_, pos:].isnan().all() and cache.v[layer, slot, loop_, pos:].isnan().all()
         y = real(cache, loop, layer, q, k, v)
         for slot, loop_, pos in places:
-            seen = cache.k[layer, slot, loop_, :pos + 1], cache.v[layer, slot, loop_, :pos + 1]
-            assert not any(kept.isnan().any() for kept in seen)
+            read = cache.k[layer, slot, loop_, :pos + 1], cache.v[layer, slot, loop_, :pos + 1]
+            assert not any(t.isnan().any() for t in read)
             state["written"] += 1
         return y
+
+    def copy_to_later_loops(cache, exits, loop, pos):
+        before, slots = cache.k.clone(), exits.nonzero()[:, 0].tolist()
+        real_copy(cache, exits, loop, pos)
+        for slot in range(len(loop)):
+            later = slice((loop[slot] if slot in slots else case.model.config.n_loop - 1) + 1, None)
+            new = cache.k[:, slot, later, pos[slot]]
+            assert before[:, slot, later, pos[slot]].isnan().all() and not new.isnan().any()
+            before[:, slot, later, pos[slot]] = new
+        torch.testing.assert_close(before[:, :-1], cache.k[:, :-1], rtol=0, atol=0, equal_nan=True)
 
     class Watched(Engine):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             state["engine"] = self
 
-        def admit(self):
-            before = list(self.owner)
-            super().admit()
-            for slot, request in enumerate(self.owner):
-                if request is not before[slot]:
-                    n, kept = len(request.prompt), torch.stack([self.cache.k[:, slot], self.cache.v[:, slot]])
-                    assert not kept[:, :, :, :n].isnan().any() and kept[:, :, :, n:].isnan().all()
-
-        def copy_keys(self, leaves):
-            before, slots = self.cache.k.clone(), leaves.nonzero()[:, 0].tolist()
-            super().copy_keys(leaves)
-            for slot in range(self.slots):
-                later = slice((self.loop[slot] if slot in slots else self.last) + 1, None)
-                new = self.cache.k[:, slot, later, self.pos[slot]]
-                assert before[:, slot, later, self.pos[slot]].isnan().all() and not new.isnan().any()
-                before[:, slot, later, self.pos[slot]] = new
-            torch.testing.assert_close(before[:, :-1], self.cache.k[:, :-1], rtol=0, atol=0, equal_nan=True)
+        def prefill(self, scheduled):
+            super().prefill(scheduled)
+            for slot, request in scheduled:
+                assert self.slot_request[slot] is request
+                n, kept = len(request.prompt), torch.stack([self.cache.k[:, slot], self.cache.v[:, slot]])
+                assert not kept[:, :, :, :n].isnan().any() and kept[:, :, :, n:].isnan().all()
 
     monkeypatch.setattr(SlotCache, "attend", attend)
+    monkeypatch.setattr(SlotCache, "copy_to_later_loops", copy_to_later_loops)
     monkeypatch.setattr("test_engine.Engine", Watched)
     for seed in range(6):
         state["written"] = 0
@@ -196,11 +197,11 @@ def test_each_place_of_the_cache_is_written_once_before_it_is_read(i, monkeypatc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a sequence says hangs on nothing but itself
+# A sequence depends on nothing but itself
 
 @pytest.fixture(scope="module", params=["exact", "copy"])
 def case(request):
-    """Three loops, of which about a third of the tokens leave after each."""
+    """Three loops; about a third of the tokens exit after each."""
     model = draw_model(7, 3, rank=2, vectors="per_loop")
     rule = Rule("margin")
     found = scores(model, rule, (2, 24))
@@ -234,11 +235,11 @@ def test_a_threshold_that_nothing_reaches_is_the_full_model(case, static):
             text.append(token)
 
 
-def test_chosen_tokens_go_to_the_rows_they_were_chosen_for(case):
-    """A choice that looks at the logits alone, but is not the likeliest."""
+def test_sampled_tokens_go_to_the_rows_they_were_sampled_for(case):
+    """The sampler depends on the logits alone, but is not greedy."""
     def second(logits):
         return logits.topk(2).indices[:, 1]
-    for request in case.engine(4, choose=second, head=2).generate(case.prompts, 6):
+    for request in case.engine(4, sampler=second, head=2).generate(case.prompts, 6):
         want = list(decode(case.model, torch.tensor([request.prompt]), 6, case.rule, case.keys, second))
         assert request.tokens == [token.item() for token, _ in want]
 
@@ -247,7 +248,7 @@ def test_chosen_tokens_go_to_the_rows_they_were_chosen_for(case):
 # Static: for CUDA graphs
 
 class NothingWaits(TorchDispatchMode):
-    """Refuses what makes the host wait for the device; `calls` are the shapes of all operations."""
+    """Fails on operations that make the host wait for the device; `calls` holds all operations and their shapes."""
 
     def __init__(self):
         super().__init__()
@@ -258,7 +259,7 @@ class NothingWaits(TorchDispatchMode):
             func.overloadpacket.__name__}, func
         flat = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg])]
         tensors = [a for a in flat if isinstance(a, torch.Tensor)]
-        if "index" in func.overloadpacket.__name__:          # a mask as an index is a nonzero in disguise
+        if "index" in func.overloadpacket.__name__:          # a mask as an index is a nonzero
             assert not any(t.dtype == torch.bool for t in args[1] if t is not None), func
         self.calls.append((func, *(t.shape for t in tensors)))
         return func(*args, **kwargs or {})
@@ -266,149 +267,149 @@ class NothingWaits(TorchDispatchMode):
 
 @pytest.mark.parametrize("i", [0, 4, 7, 10, 13, 16, 18, 21, 24, 33])
 def test_a_static_pass_has_fixed_shapes_and_waits_for_nothing(i, monkeypatch):
-    case, seen = draw_case(i), set()
+    case, calls = draw_case(i), set()
     engine = case.engine(3, static=True, head=i % 4)
 
     def timed(name, work):
         with NothingWaits() as watch:
             work()
-        seen.add((name, tuple(watch.calls)))
+        calls.add((name, tuple(watch.calls)))
     monkeypatch.setattr(engine, "timed", timed)
     for n, prompt in enumerate(case.prompts * 2):
         engine.add(prompt, n + 1)
-    assert len(list(engine.run())) == 21 and len(seen) == 3
+    assert len(list(engine.run())) == 21 and len(calls) == 3
 
 
-def test_the_host_reads_one_step_late(case):
+def test_the_host_reads_one_step_late_in_static_mode(case):
     late, at_once = case.engine(2, head=1, static=True), case.engine(2, head=1, static=False)
     for engine in (late, at_once):
         for prompt in case.prompts[:3]:
             engine.add(prompt, 4)
-    heard = [[[(r.prompt, token, loop) for r, token, loop in engine.step()] for _ in range(5)]
-             for engine in (late, at_once)]
-    assert heard[0][0] == [] and heard[0][1:] == heard[1][:-1] and len(heard[1][0]) == 2
+    got = [[[(r.prompt, token, loop) for r, token, loop in engine.step()] for _ in range(5)]
+           for engine in (late, at_once)]
+    assert got[0][0] == [] and got[0][1:] == got[1][:-1] and len(got[1][0]) == 2
 
 
 @each_mode
-def test_what_is_read_late_is_not_given_to_the_next_in_the_slot(case, static):
+def test_tokens_read_late_do_not_go_to_the_slot_s_next_request(case, static):
     engine = case.engine(1, static=static)
     first = engine.add(case.prompts[0], 9)
     for _ in range(4):
         engine.step()
-    heard = list(first.tokens)
+    tokens = list(first.tokens)
     engine.cancel(first)
     second = engine.add(case.prompts[1], 2)
     for request, _, _ in engine.run():
         assert request is second
     case.check(second)
-    assert first.tokens == heard and first.status == "cancelled"
+    assert first.tokens == tokens and first.status == "cancelled"
     case.check(first)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The head, and the passes it takes
 
-class Head:
-    """Chooses the likeliest, and notes how many rows it was given while others were in flight, and while none was."""
+class CountingSampler:
+    """Greedy. Notes the rows of each call: in `busy` while other tokens were in flight, in `idle` while none were."""
 
     def __init__(self):
         self.busy, self.idle, self.engine = [], [], None
 
     def __call__(self, logits):
-        (self.busy if (self.engine.loop >= 0).any() else self.idle).append(len(logits))
-        return likeliest(logits)
+        (self.busy if (self.engine.state.loop >= 0).any() else self.idle).append(len(logits))
+        return greedy(logits)
 
 
 def with_head(case, slots, head, static=False):
-    choose = Head()
-    choose.engine = case.engine(slots, head=head, choose=choose, static=static)
-    return choose.engine, choose
+    sampler = CountingSampler()
+    sampler.engine = case.engine(slots, head=head, sampler=sampler, static=static)
+    return sampler.engine, sampler
 
 
 def test_the_head_waits_for_as_many_rows_as_it_is_for(case):
     runs, tokens = [], []
     for head in (1, 2, 3, 4):
-        engine, seen = with_head(case, 5, head)
+        engine, rows = with_head(case, 5, head)
         tokens.append([r.tokens for r in engine.generate(case.prompts * 2, 6)])
-        assert min(seen.busy, default=head) >= head and (seen.busy or head > 2)
-        assert engine.stats["head_runs"] == len(seen.busy + seen.idle)
-        assert engine.stats["head_rows"] == sum(seen.busy + seen.idle) == 18 * 6
+        assert min(rows.busy, default=head) >= head and (rows.busy or head > 2)
+        assert engine.stats["head_runs"] == len(rows.busy + rows.idle)
+        assert engine.stats["head_rows"] == sum(rows.busy + rows.idle) == 18 * 6
         runs.append(engine.stats["head_runs"])
     assert runs == sorted(runs, reverse=True) and runs[0] > runs[1] > runs[3] and tokens == tokens[:1] * 4
 
 
-def test_a_head_of_one_serves_who_left_at_once(case):
+def test_with_head_1_no_token_waits_after_a_step(case):
     engine, _ = with_head(case, 4, 1)
     for prompt in case.prompts:
         engine.add(prompt, 6)
-    while engine.queue or any(engine.owner):
+    while engine.waiting or any(engine.slot_request):
         engine.step()
-        assert (engine.left < 0).all()
+        assert (engine.state.exit_loop < 0).all()
 
 
 @each_mode
-def test_without_a_head_of_its_own_the_batch_waits_for_its_slowest(case, static):
-    """Those who wait speak together, when nobody is in flight; and newcomers come with them."""
-    engine, seen = with_head(case, 4, 0, static)
-    requests, speakers = [engine.add(prompt, 6) for prompt in case.prompts], set()
-    while engine.queue or any(engine.owner):
-        flying, before = bool((engine.loop >= 0).any()), list(engine.owner)
+def test_with_head_0_the_batch_waits_for_its_slowest_token(case, static):
+    """The next tokens of all slots are sampled together, when none is in flight; new requests start then as well."""
+    engine, rows = with_head(case, 4, 0, static)
+    requests, sampled = [engine.add(prompt, 6) for prompt in case.prompts], set()
+    while engine.waiting or any(engine.slot_request):
+        in_flight, before = bool((engine.state.loop >= 0).any()), list(engine.slot_request)
         done = {r for r in requests if r.status == "done"}
-        heard, begun = {request for request, _, _ in engine.step()}, {r for r in requests if r.started >= 0}
-        assert heard in (set(), speakers if static else begun - done)
-        speakers = begun - {r for r in requests if r.status == "done"}
-        assert not flying or all(new in (None, old) for new, old in zip(engine.owner, before, strict=True))
+        got, begun = {request for request, _, _ in engine.step()}, {r for r in requests if r.started >= 0}
+        assert got in (set(), sampled if static else begun - done)
+        sampled = begun - {r for r in requests if r.status == "done"}
+        assert not in_flight or all(new in (None, old) for new, old in zip(engine.slot_request, before, strict=True))
     at_once, _ = with_head(case, 4, 1, static)
     at_once.generate(case.prompts, 6)
     assert engine.stats["passes"] > at_once.stats["passes"] * 1.1
     if not static:
-        assert not seen.busy and engine.stats["head_runs"] < at_once.stats["head_runs"]
+        assert not rows.busy and engine.stats["head_runs"] < at_once.stats["head_runs"]
 
 
 def test_in_static_mode_the_longest_waiting_come_first():
-    """Five before a head of two: nobody is ever more than two tokens ahead of another."""
+    """Five sequences and a head for two rows: none is ever more than two tokens ahead of another."""
     case = Case(draw_model(3, 2), Rule("fixed", exit_loop=0))
     engine = case.engine(5, head=2, static=True)
-    requests, said = [engine.add([n], 8) for n in range(5)], Counter()
+    requests, sampled = [engine.add([n], 8) for n in range(5)], Counter()
     for request, _, _ in engine.run():
-        said[request] += 1
-        assert max(said.values()) - min(said[other] for other in requests) <= 2
+        sampled[request] += 1
+        assert max(sampled.values()) - min(sampled[other] for other in requests) <= 2
     for request in requests:
         case.check(request)
 
 
-@pytest.mark.parametrize("trace, rows, ghosts", [
+@pytest.mark.parametrize("forced_exits, rows, ghosts", [
     ([3, 0, 0, 0, 0], 4, 1 + 2 + 3),             # one pass each; a ghost has three loops to go, or until the end
     ([3, 3, 3, 3, 3], 16, 0),
     ([3, 1, 0, 2, 3], 2 + 1 + 3 + 4, 2 + 3 + 1),
-    ([0, 2, 0, 3, 0], 3 + 1 + 4 + 1, 1 + 3),     # the first has run all loops, whatever is said
+    ([0, 2, 0, 3, 0], 3 + 1 + 4 + 1, 1 + 3),     # entry 0 has no effect: the prompt has run all loops
     ([0], 16, 0),
     ([], 16, 0),
     ([3, 0, 1, 0, 2, 0, 1, 1, 1], 1 + 2 + 1 + 3, 3 + 2 + 3),
 ])
 @each_policy
 @each_mode
-def test_passes_and_ghosts_of_one_sequence_are_what_its_exits_say(trace, rows, ghosts, keys, static):
+def test_passes_and_ghosts_of_one_sequence_follow_from_its_exits(forced_exits, rows, ghosts, keys, static):
     case = Case(draw_model(5, 4, rank=2), keys=keys)
     engine = case.engine(1, head=1, static=static)
-    request = engine.add((1, 2, 3), 5, trace=trace)
+    request = engine.add((1, 2, 3), 5, forced_exits=forced_exits)
     for _ in engine.run():
         pass
     case.check(request)
-    assert request.loops == [3, *trace[1:], 3, 3, 3, 3][:5]
+    assert request.loops == [3, *forced_exits[1:], 3, 3, 3, 3][:5]
     ghosts *= keys == "exact"
     assert engine.ran.tolist() == [rows + ghosts, ghosts]
     if not static:
-        assert engine.stats["passes"] == 1 + rows            # the prompt's first token comes with a pass of nobody
+        assert engine.stats["passes"] == 1 + rows            # the first, after the prompt, has no rows
         assert (engine.stats["head_runs"], engine.stats["head_rows"], engine.stats["prefill_tokens"]) == (5, 5, 3)
 
 
 @each_mode
-def test_a_trace_of_its_own_loops_repeats_a_sequence_under_any_rule(case, static):
+def test_forced_exits_at_its_own_loops_repeats_a_sequence_under_any_rule(case, static):
     recorded = case.engine(3).generate(case.prompts, 8)
     engine = Engine(case.model, 3, 24, Rule("fixed", exit_loop=0), case.keys, static=static)
-    again = [engine.add(r.prompt, 8, trace=r.loops) for r in recorded]
-    other = engine.add(case.prompts[0], 8)                   # takes a slot in which a trace was
+    again = [engine.add(r.prompt, 8, forced_exits=r.loops) for r in recorded]
+    other = engine.add(case.prompts[0], 8)                   # takes a slot that had forced exits
     assert len(list(engine.run())) == 80
     assert [(r.tokens, r.loops) for r in again] == [(r.tokens, r.loops) for r in recorded]
     assert other.loops == [2, *[0] * 7]
@@ -418,18 +419,18 @@ def test_a_trace_of_its_own_loops_repeats_a_sequence_under_any_rule(case, static
 # A stream
 
 @each_mode
-def test_tokens_are_yielded_as_they_come_and_newcomers_are_served(case, static):
+def test_tokens_are_yielded_as_they_are_sampled_and_new_requests_are_served(case, static):
     engine = case.engine(2, static=static)
-    requests, heard = [engine.add(case.prompts[0], 9)], {}
+    requests, yielded = [engine.add(case.prompts[0], 9)], {}
     for n, (request, token, loop) in enumerate(engine.run()):
-        heard.setdefault(request, []).append((token, loop))
+        yielded.setdefault(request, []).append((token, loop))
         ended = len(request.tokens) == request.max_new_tokens or token == request.eos_id
         assert request.status == ("done" if ended else "running")
-        assert heard[request] == list(zip(request.tokens, request.loops, strict=True))
+        assert yielded[request] == list(zip(request.tokens, request.loops, strict=True))
         if n in (1, 2, 3, 8):
             requests.append(engine.add(case.prompts[n % 9], n, case.decoded(case.prompts[n % 9], 5)[0][3]))
             assert requests[-1].status == "waiting" and requests[-1].arrived == engine.stats["passes"]
-    assert list(heard) == requests and len(requests) == 5
+    assert list(yielded) == requests and len(requests) == 5
     for request in requests:
         case.check(request)
         assert request.arrived <= request.started
@@ -437,8 +438,8 @@ def test_tokens_are_yielded_as_they_come_and_newcomers_are_served(case, static):
 
 
 @each_mode
-def test_cancelling_takes_one_request_whatever_it_is_doing(case, static):
-    """Five that say the same, so that nothing but themselves tells them apart."""
+def test_cancelling_stops_one_request_whether_it_runs_waits_or_is_done(case, static):
+    """Five requests with the same fields, so that only their identity tells them apart."""
     engine = case.engine(2, static=static)
     done = engine.generate(case.prompts[:1], 2)[0]
     first, second, third, fourth, fifth = requests = [engine.add(case.prompts[1], 8) for _ in range(5)]
@@ -448,41 +449,41 @@ def test_cancelling_takes_one_request_whatever_it_is_doing(case, static):
     for request in (second, fourth, done, second, fourth):
         engine.cancel(request)
     assert [r.status for r in requests] == ["running", "cancelled", "waiting", "cancelled", "waiting"]
-    assert list(engine.queue) == [third, fifth] and done.status == "done" and len(done.tokens) == 2
-    assert engine.owner == [first, None]
-    heard = list(second.tokens)
+    assert list(engine.waiting) == [third, fifth] and done.status == "done" and len(done.tokens) == 2
+    assert engine.slot_request == [first, None]
+    tokens = list(second.tokens)
     engine.step()
     assert third.status == "running"                          # its slot was free at once
     assert {request for request, _, _ in engine.run()} == {first, third, fifth}
-    assert second.tokens == heard and fourth.tokens == []
+    assert second.tokens == tokens and fourth.tokens == []
     for request in (*requests, done):
         case.check(request)
-    engine.cancel(engine.add([], 3))                         # refused: nothing to take
+    engine.cancel(engine.add([], 3))                         # refused before: no effect
 
 
 @each_mode
-def test_everything_may_be_cancelled(case, static):
+def test_all_requests_may_be_cancelled(case, static):
     engine = case.engine(2, static=static)
     requests = [engine.add(prompt, 8) for prompt in case.prompts]
     for request, _, _ in engine.run():
-        assert request is requests[0]                        # the first is all that is heard
+        assert request is requests[0]                        # no other gets a token
         for each in requests:
             engine.cancel(each)
     assert [len(r.tokens) for r in requests[2:]] == [0] * 7 and {r.status for r in requests} == {"cancelled"}
-    assert not engine.queue and engine.owner == [None] * 2
+    assert not engine.waiting and engine.slot_request == [None] * 2
     case.check(engine.generate(case.prompts[:1], 3)[0])
 
 
 @each_mode
-def test_static_batching_takes_nobody_until_every_slot_is_free(case, static):
+def test_static_batching_starts_no_request_until_every_slot_is_free(case, static):
     engine, full = case.engine(3, static=static, refill=3), False
     requests = [engine.add(prompt, n) for n, prompt in enumerate(case.prompts[:7], 1)]
-    while engine.queue or any(engine.owner):
-        before = list(engine.owner)
+    while engine.waiting or any(engine.slot_request):
+        before = list(engine.slot_request)
         engine.step()
         if any(before):
-            assert all(new in (None, old) for new, old in zip(engine.owner, before, strict=True))
-        full |= sum(owner is not None for owner in engine.owner) == 3
+            assert all(new in (None, old) for new, old in zip(engine.slot_request, before, strict=True))
+        full |= all(engine.slot_request)
     assert full and [r.started for r in requests[:3]] == [0] * 3 < [r.started for r in requests[3:6]]
     assert len({r.started for r in requests}) == 3
     for request in requests:
@@ -490,7 +491,7 @@ def test_static_batching_takes_nobody_until_every_slot_is_free(case, static):
 
 
 @each_mode
-def test_prompts_wait_for_as_many_free_slots_as_they_are_run_for(case, static):
+def test_prompts_wait_for_as_many_free_slots_as_refill_says(case, static):
     engine = case.engine(4, static=static, refill=2)
     requests = [engine.add(prompt, n) for n, prompt in enumerate(case.prompts[:7], 1)]
     for _ in engine.run():
@@ -502,7 +503,7 @@ def test_prompts_wait_for_as_many_free_slots_as_they_are_run_for(case, static):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# For long, and whatever is asked
+# Many requests, and requests that cannot be served
 
 def test_ten_thousand_requests_are_served_in_their_order_and_nothing_piles_up():
     model = draw_model(0, 2, n_embd=8, n_hidden=8, head_dim=2, n_head=2, n_ctx=8).float()
@@ -510,10 +511,10 @@ def test_ten_thousand_requests_are_served_in_their_order_and_nothing_piles_up():
     prompts = [[rng.randrange(V) for _ in range(rng.randint(1, 3))] for _ in range(40)]
     engine, coming, count, objects = Engine(model, 32, 7, case.rule), 10_000, Counter(), []
     waiting, alive, last_start, added = deque(), [], 0, 0
-    while coming or engine.queue or any(engine.owner):
-        while coming and len(engine.queue) < 40:
-            steps, trace = rng.choice((1, 1, 2, 3, 4)), rng.choice((None, (0, 1, 0, 1)))
-            request = engine.add(rng.choice(prompts), steps, trace=trace)
+    while coming or engine.waiting or any(engine.slot_request):
+        while coming and len(engine.waiting) < 40:
+            steps, forced_exits = rng.choice((1, 1, 2, 3, 4)), rng.choice((None, (0, 1, 0, 1)))
+            request = engine.add(rng.choice(prompts), steps, forced_exits=forced_exits)
             coming, added = coming - 1, added + 1
             waiting.append(request)
             alive.append(request)
@@ -534,10 +535,10 @@ def test_ten_thousand_requests_are_served_in_their_order_and_nothing_piles_up():
             gc.collect()
             objects.append(Counter(type(o).__name__ for o in gc.get_objects() if type(o) in (torch.Tensor, Request)))
     assert count["done"] + count["cancelled"] == 10_000 and 100 < count["cancelled"] < 1000
-    assert engine.queue == engine.unread == deque() and engine.owner == [None] * 32
-    assert len(objects) == 5 and {seen["Tensor"] for seen in objects} == {objects[0]["Tensor"]}
-    assert all(seen["Request"] < 100 for seen in objects)
-    assert 1 < engine.stats["longest_wait"] < 20             # 40 before it, each of up to 8 passes, in 32 slots
+    assert engine.waiting == engine.unread == deque() and engine.slot_request == [None] * 32
+    assert len(objects) == 5 and {alive["Tensor"] for alive in objects} == {objects[0]["Tensor"]}
+    assert all(alive["Request"] < 100 for alive in objects)
+    assert 1 < engine.stats["longest_wait"] < 20             # at most 40 requests of up to 8 passes, in 32 slots
 
 
 @pytest.mark.parametrize("prompt, steps, options, message", [
@@ -546,10 +547,11 @@ def test_ten_thousand_requests_are_served_in_their_order_and_nothing_piles_up():
     ([-1, 1], 3, {}, "a token of the prompt is not between 0 and 52"),
     ([1] * 24, 1, {}, "24 tokens of prompt and 1 new ones do not fit the 24 of a slot"),
     ([1] * 20, 5, {}, "20 tokens of prompt and 5 new ones do not fit the 24 of a slot"),
-    ([1], 0, {}, "0 new tokens were asked for, at least 1 is needed"),
-    ([1], -2, {}, "-2 new tokens were asked for, at least 1 is needed"),
-    ([1], 3, {"trace": [2, -1, 0]}, "a loop of the trace is not between 0 and 2"),
-    ([1], 3, {"trace": [2, 1, 3]}, "a loop of the trace is not between 0 and 2"),
+    ([1], 0, {}, "max_new_tokens is not between 1 and 24"),
+    ([1], -2, {}, "max_new_tokens is not between 1 and 24"),
+    ([1], 25, {}, "max_new_tokens is not between 1 and 24"),
+    ([1], 3, {"forced_exits": [2, -1, 0]}, "a loop of forced_exits is not between 0 and 2"),
+    ([1], 3, {"forced_exits": [2, 1, 3]}, "a loop of forced_exits is not between 0 and 2"),
     ([1, 2.5], 3, {}, "a token of the prompt is not a whole number"),
     ([1, 2.0], 3, {}, "a token of the prompt is not a whole number"),
     ([1, True], 3, {}, "a token of the prompt is not a whole number"),
@@ -560,15 +562,15 @@ def test_ten_thousand_requests_are_served_in_their_order_and_nothing_piles_up():
     (b"the cat", 3, {}, "a token of the prompt is not a whole number"),
     (None, 3, {}, "a token of the prompt is not a whole number"),
     (7, 3, {}, "a token of the prompt is not a whole number"),
-    ([1], 2.5, {}, "max_new_tokens must be a whole number: 'float' object"),
-    ([1], "3", {}, "max_new_tokens must be a whole number: 'str' object"),
-    ([1], True, {}, "max_new_tokens must be a whole number: True"),
-    ([1], None, {}, "max_new_tokens must be a whole number: 'NoneType' object"),
+    ([1], 2.5, {}, "max_new_tokens is not a whole number"),
+    ([1], "3", {}, "max_new_tokens is not a whole number"),
+    ([1], True, {}, "max_new_tokens is not a whole number"),
+    ([1], None, {}, "max_new_tokens is not a whole number"),
     ([1], 3, {"eos_id": 2.5}, "eos_id=2.5 must be a token's id, several, or None"),
     ([1], 3, {"eos_id": [2, "3"]}, "eos_id=[2, '3'] must be a token's id, several, or None"),
     ([1], 3, {"eos_id": [2, V]}, "an id that ends the text is not between 0 and 52"),
-    ([1], 3, {"trace": [0, 1.5]}, "a loop of the trace is not a whole number"),
-    ([1], 3, {"trace": 2}, "a loop of the trace is not a whole number"),
+    ([1], 3, {"forced_exits": [0, 1.5]}, "a loop of forced_exits is not a whole number"),
+    ([1], 3, {"forced_exits": 2}, "a loop of forced_exits is not a whole number"),
 ])
 @each_mode
 def test_what_cannot_be_served_is_refused_alone(case, static, prompt, steps, options, message):
@@ -583,7 +585,7 @@ def test_what_cannot_be_served_is_refused_alone(case, static, prompt, steps, opt
         case.check(request)
 
 
-def test_of_a_list_of_prompts_the_good_ones_are_served(case):
+def test_valid_prompts_are_served_beside_refused_ones(case):
     requests = case.engine(2).generate([[1], [], [2, 3], [V]], 3)
     assert [(r.status, r.reason) for r in requests] == [
         ("done", ""), ("refused", "the prompt is empty"), ("done", ""),
@@ -591,7 +593,7 @@ def test_of_a_list_of_prompts_the_good_ones_are_served(case):
 
 
 @pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor, lambda ids: map(np.int32, ids)])
-def test_whole_numbers_of_every_kind_will_do(case, kind):
+def test_integers_of_every_type_are_accepted(case, kind):
     want, _ = case.decoded((1, 2, 3), 6)
     request = case.engine(1).add(kind([1, 2, 3]), np.int64(6), kind([want[2], 52]), kind([2, 2, 2, 2, 2, 2]))
     assert request.status == "waiting" and request.prompt == [1, 2, 3] and set(map(type, request.prompt)) == {int}
@@ -600,7 +602,7 @@ def test_whole_numbers_of_every_kind_will_do(case, kind):
 
 
 @each_mode
-def test_any_of_several_ids_ends_a_text_and_none_is_left_for_the_next_in_the_slot(case, static):
+def test_any_of_several_ids_ends_a_text_and_the_slot_s_next_request_has_its_own(case, static):
     engine, want = case.engine(1, static=static), case.decoded((1, 2, 3), 8)[0]
     for eos_id in ([V - 1, want[4], want[2]], [want[5]], (), None, want[1]):
         case.check(engine.generate([[1, 2, 3]], 8, eos_id)[0])
@@ -609,8 +611,8 @@ def test_any_of_several_ids_ends_a_text_and_none_is_left_for_the_next_in_the_slo
 
 @each_mode
 @torch.no_grad()
-def test_one_whose_logits_are_not_finite_has_failed_and_the_others_go_on(static):
-    """From its prompt on, or from one of its tokens on; the slot is free for the next."""
+def test_a_request_whose_logits_are_not_finite_fails_and_the_others_go_on(static):
+    """After its prompt, or after one of its tokens; its slot is free for the next request."""
     case = Case(draw_model(7, 3, rank=2), Rule("fixed", exit_loop=1))
     want = [case.decoded((token, 2), STEPS)[0] for token in range(1, 9)]
     bad = want[0][2]
@@ -634,13 +636,13 @@ def test_a_request_of_another_engine_cannot_be_cancelled(case):
         with pytest.raises(UserError, match="another engine's|is no request"):
             other.cancel(request)
     assert len(list(one.run())) == 5 and {running.status, waiting.status} == {"done"}
-    other.cancel(running)                                    # done: nothing to take
+    other.cancel(running)                                    # done: no effect
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory"), ValueError("else")])
-def test_prompts_that_memory_is_too_small_for_together_are_not_lost(case, monkeypatch, error):
-    """More than two prompts, or more than 6 tokens, are too much."""
+def test_prompts_that_do_not_fit_into_memory_together_are_not_lost(case, monkeypatch, error):
+    """More than two prompts, or more than 6 tokens, do not fit."""
     engine, forward = case.engine(4), type(case.model).forward
     requests = [engine.add(prompt, 4) for prompt in ([1], [2, 3], [4], [5] * 7, [6], [7])]
 
@@ -649,10 +651,10 @@ def test_prompts_that_memory_is_too_small_for_together_are_not_lost(case, monkey
             raise error
         return forward(model, idx, *rest)
     monkeypatch.setattr(type(case.model), "forward", small)
-    if isinstance(error, ValueError):                        # the caller's: it may try again
+    if isinstance(error, ValueError):                        # raised, and the caller may try again
         with pytest.raises(ValueError, match="else"):
             list(engine.run())
-        assert [r.status for r in requests] == ["waiting"] * 6 and list(engine.queue) == requests
+        assert [r.status for r in requests] == ["waiting"] * 6 and list(engine.waiting) == requests
         monkeypatch.undo()
         list(engine.run())
     else:
@@ -664,29 +666,29 @@ def test_prompts_that_memory_is_too_small_for_together_are_not_lost(case, monkey
         case.check(request)
 
 
-def test_a_request_keeps_what_it_was_given(case):
-    engine, prompt, trace = case.engine(1), [1, 2, 3], [2, 0, 1, 0]
-    request = engine.add(prompt, 4, trace=trace)
-    prompt[0], trace[1] = 9, 1
-    assert [token for _, token, _ in engine.run()] == case.decoded((1, 2, 3), 4, trace=(2, 0, 1, 0))[0]
+def test_a_request_copies_its_lists(case):
+    engine, prompt, forced_exits = case.engine(1), [1, 2, 3], [2, 0, 1, 0]
+    request = engine.add(prompt, 4, forced_exits=forced_exits)
+    prompt[0], forced_exits[1] = 9, 1
+    assert [token for _, token, _ in engine.run()] == case.decoded((1, 2, 3), 4, forced_exits=(2, 0, 1, 0))[0]
     assert request.loops == [2, 0, 1, 0]
 
 
 @pytest.mark.parametrize("options", [{"slots": 0}, {"slots": -1}, {"slots": 2, "head": 3}, {"slots": 2, "head": -1},
                                      {"max_len": 33}, {"max_len": 1}, {"max_len": 0}])
-def test_an_engine_that_cannot_be_is_refused(case, options):
+def test_settings_out_of_range_are_refused(case, options):
     for wrong in ({"slots": 2.0}, {"max_len": "9"}, {"head": True}, {"refill": None}):
         with pytest.raises(UserError, match="whole numbers"):
             Engine(case.model, **wrong)
     with pytest.raises(UserError, match="keys='kept' is unknown; use one of exact, copy"):
         Engine(case.model, keys="kept")
-    with pytest.raises(UserError, match=r"slots=-?\d+, head=-?\d+, refill=-?\d+, max_len=\d+: an engine has 1 slot "
-                                        "or more, a head for 0 to as many rows, a refill of 1 to as many slots, and a "
-                                        "max_len from 2 to the model's context of 32"):
+    with pytest.raises(UserError, match=r"slots=-?\d+, head=-?\d+, refill=-?\d+, max_len=\d+: use slots from 1, head "
+                                        "from 0 to slots, refill from 1 to slots, and max_len from 2 to the model's "
+                                        "context of 32"):
         Engine(case.model, **options)
 
 
-def test_a_whole_context_is_a_slot_if_nothing_else_is_said(case):
+def test_max_len_is_the_model_s_context_by_default(case):
     engine = Engine(case.model, 2, rule=case.rule, keys=case.keys)
     case.check(engine.generate([[1] * 20], 12)[0])
     assert engine.cache.k.shape[:4] == (1, 3, 3, 32)

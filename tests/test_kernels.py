@@ -1,7 +1,7 @@
-"""Kernels for rows at different loops: as exact as torch, a row alone as in any batch, and compiled without a GPU.
+"""Kernels for rows at different loops: as exact as torch, independent of the other rows, and compiled without a GPU.
 
-Run as a program (`python tests/test_kernels.py`) it compiles what the models of the paper launch, a line for each.
-"""
+Run as a program (`python tests/test_kernels.py`) it compiles the launches of the paper's models and prints a line for
+each."""
 
 import contextlib
 import inspect
@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a program it has no conftest.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a program has no conftest.py
 import kernels
 from kernels import (
     decode_attention,
@@ -44,7 +44,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch):
-    """The interpreter cuts fp32 off to bf16; a GPU, like torch, rounds to nearest."""
+    """Triton's interpreter truncates fp32 to bf16; make it round to nearest, as torch and GPUs do."""
     if DEVICE == "cuda" or kernels.triton is None:
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
@@ -61,7 +61,7 @@ def rounding(monkeypatch):
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """Tiles so small that small shapes take several each way, and three splits."""
+    """Tiles so small that small shapes take several in each direction, and three splits."""
     monkeypatch.setattr(kernels, "gemm_tiles", lambda n, k, copies=1: (16, 16, 3 if k > 32 else 1))
     monkeypatch.setattr(kernels, "row_tile", lambda m: 16)
     monkeypatch.setattr(kernels, "attention_tiles", lambda d: 16)
@@ -70,7 +70,7 @@ def tiles(monkeypatch):
 
 
 def draw(m, c, o, r, n_loop, dtype=torch.float64, bias=None, seed=0):
-    """(x, w, a, b, loop, bias), all that is summed scaled to keep its size; loops and idle rows in no order."""
+    """(x, w, a, b, loop, bias), scaled so that sums keep their variance; loops and idle rows in random order."""
     g = torch.Generator().manual_seed(seed)
     x, w, a, b = (torch.randn(shape, generator=g, dtype=torch.float64) / shape[-1]**0.5
                   for shape in ((m, c), (o, c), (n_loop, r, c), (n_loop, o, r)))
@@ -82,17 +82,17 @@ def draw(m, c, o, r, n_loop, dtype=torch.float64, bias=None, seed=0):
 
 
 def draw_cache(heads, n_kv, d, lengths, n_loop=2, t=65, dtype=torch.float64, seed=0):
-    """(q, k, v, slot, loop, length); every position that no row may see is NaN, and the cache is a view of another."""
+    """(q, k, v, slot, loop, length). Positions that no row may read are NaN; k and v are views with other strides."""
     g = torch.Generator().manual_seed(seed)
     m = len(lengths)
     q = torch.randn(m, heads, d, generator=g, dtype=torch.float64)
-    both = torch.randn(2, n_loop, m + 1, n_kv, t, d, generator=g, dtype=torch.float64)     # as Config-shaped caches lie
+    both = torch.randn(2, n_loop, m + 1, n_kv, t, d, generator=g, dtype=torch.float64)     # permuted below
     slot, loop = torch.randperm(m, generator=g), torch.randint(0, n_loop, (m,), generator=g)
     length = torch.tensor(lengths)
-    unseen = torch.ones(n_loop, m + 1, t, dtype=torch.bool)
+    unread = torch.ones(n_loop, m + 1, t, dtype=torch.bool)
     for s, own, n in zip(slot, loop, length, strict=True):
-        unseen[own, s, :n] = False
-    both[unseen[None, :, :, None].expand(2, -1, -1, n_kv, -1)] = NAN
+        unread[own, s, :n] = False
+    both[unread[None, :, :, None].expand(2, -1, -1, n_kv, -1)] = NAN
     k, v = on(DEVICE, *both, dtype=dtype)
     return (*on(DEVICE, q, dtype=dtype), *(c.permute(1, 0, 3, 2, 4) for c in (k, v)),      # (S, n_loop, T, K, D)
             *on(DEVICE, slot, loop, length))
@@ -119,7 +119,7 @@ def assert_as_exact(kernel, torchs, spec, args):
 
 exactly = partial(torch.testing.assert_close, atol=1e-12, rtol=1e-12)
 
-# rows, width in, width out, rank, loops: ragged, ranks below a block and above, more rows than a tile
+# rows, width in, width out, rank, loops: ragged, ranks smaller and larger than a block, more rows than a tile
 SHAPES = [(1, 16, 16, 4, 1), (5, 33, 20, 3, 2), (18, 100, 20, 7, 3), (17, 40, 20, 37, 4), (18, 20, 33, 18, 2)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 each_bias = pytest.mark.parametrize("bias", [None, "tied", "per_loop"])
@@ -181,7 +181,7 @@ def test_attention_is_softmax_over_the_slot_s_own_loop():
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails on what makes the host wait for the device, or gives a shape that depends on values."""
+    """Fails on operations that make the host wait for the device, or whose shapes depend on values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -271,7 +271,7 @@ def test_attention_is_as_exact_as_torch(tiles, heads, dtype):
 
 @needs_triton
 def test_attention_to_scores_far_apart(tiles):
-    """exp of them overflows, unless the highest so far is taken off first: rising, falling, and across splits."""
+    """exp overflows unless the maximum so far is subtracted first. Rising and falling scores, across splits."""
     q, k, v, slot, loop, length = draw_cache(2, 1, 48, [40, 40], dtype=torch.float32, t=40)
     q[:] = 1
     k[:] = torch.arange(40, device=DEVICE)[:, None, None]
@@ -289,7 +289,7 @@ def test_attention_with_the_tiles_that_ship(dtype):
 
 @needs_triton
 def test_a_swapped_loop_does_not_pass(tiles):
-    """The tests above would see it: another loop's LoRA, bias or keys change every row far beyond their tolerance."""
+    """The LoRA, bias or keys of another loop change every row far beyond the tolerance of the tests above."""
     x, w, a, b, loop, bias = draw(6, 40, 20, 7, 2, torch.float32, "per_loop")
     loop = loop.clamp(min=0)
     want = linear_rows_triton(x, w, a, b, loop, bias)
@@ -304,12 +304,12 @@ def test_a_swapped_loop_does_not_pass(tiles):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Triton: a row knows nothing of the others, bit by bit
+# Triton: a row does not depend on the others, bit for bit
 
 @needs_triton
 @each_dtype
 def test_a_row_alone_equals_the_row_in_a_mixed_batch(tiles, dtype):
-    """Whatever the others hold, here NaN, and in whatever place and tile the row stands."""
+    """It depends neither on the others' contents, here NaN, nor on its own place and tile."""
     x, w, a, b, loop, bias = draw(18, 36, 17, 18, 2, dtype, "per_loop")
     order = torch.randperm(18, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     for f in (lambda x, loop: lora_rows_triton(x, a, b, loop),
@@ -346,7 +346,7 @@ def test_attention_of_a_row_alone_and_in_a_longer_cache(tiles, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # Triton: the launches of the paper's models
 
-MODELS = {  # maps (width out, width in), query heads, key heads, size of a head, biases
+MODELS = {  # linear layers (width out, width in), query heads, key heads, size of a head, biases
     "Gemma 2B": ([(2048, 2048), (256, 2048), (16384, 2048), (2048, 16384)], 8, 1, 256, False),
     "TinyLlama 1.1B": ([(2048, 2048), (256, 2048), (5632, 2048), (2048, 5632)], 32, 4, 64, False),
     "Pythia 1B": ([(2048, 2048), (8192, 2048), (2048, 8192)], 8, 8, 256, True),
@@ -354,7 +354,7 @@ MODELS = {  # maps (width out, width in), query heads, key heads, size of a head
 
 
 class Recorder:
-    """Stands in for a kernel: `launches` gets (kernel, grid, arguments by name, options) and nothing runs."""
+    """Replaces a kernel: appends (kernel, grid, arguments by name, options) to `launches`, and runs nothing."""
 
     def __init__(self, kernel, launches):
         self.kernel, self.launches = kernel, launches
@@ -381,14 +381,14 @@ def recorded():
 
 
 def meta(*shape, dtype=torch.bfloat16):
-    """A tensor without values: whoever asks for one, as a host that waits would, gets an error."""
+    """A tensor without values: reading one, for which the host would have to wait, is an error."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch(m, maps, n_head, n_kv, d, biased, n_loop=2, ranks=(0, 64, 512)):
-    """Every decode launch of a model, for m rows."""
+def launch(m, linears, n_head, n_kv, d, biased, n_loop=2, ranks=(0, 64, 512)):
+    """Launch all of a model's kernels for m rows."""
     loop = meta(m, dtype=torch.int64)
-    for o, c in maps:
+    for o, c in linears:
         for rank in (min(r, o, c) for r in ranks):
             x, w, bias = meta(m, c), meta(o, c), meta(o) if biased else None
             a, b = (meta(n_loop, rank, c), meta(n_loop, o, rank)) if rank else (None, None)
@@ -401,8 +401,8 @@ def launch(m, maps, n_head, n_kv, d, biased, n_loop=2, ranks=(0, 64, 512)):
 
 @needs_triton
 @pytest.mark.parametrize("model", MODELS)
-def test_what_orders_a_sum_does_not_know_how_many_rows_there_are(model):
-    """Block along the sum, its share per split and the splits: the same for each number of rows, as is all beside M."""
+def test_the_order_of_a_sum_does_not_depend_on_the_number_of_rows(model):
+    """The block along the sum, the size of a split and the number of splits are the same for every number of rows."""
     orders = []
     for m in (1, 16, 17, 64, 65, 128, 300):
         with recorded() as launches:
@@ -413,19 +413,19 @@ def test_what_orders_a_sum_does_not_know_how_many_rows_there_are(model):
         for _, grid, args, _ in launches:
             if "BLOCK_M" in args:
                 assert (grid[1] - 1) * args["BLOCK_M"] < m <= grid[1] * args["BLOCK_M"]
-            if "k_chunk" in args and args.get("w", 0) is not None:   # every part of the sum is somebody's, once
+            if "k_chunk" in args and args.get("w", 0) is not None:   # the splits cover the sum, once
                 assert (grid[2] - 1) * args["k_chunk"] < args["K"] <= grid[2] * args["k_chunk"]
                 assert args["k_chunk"] % args["BLOCK_K"] == 0
     assert all(order == orders[0] for order in orders)
 
 
 def compile_launches():
-    """Compile what the models launch for an sm_90 GPU; one dictionary for each kernel that differs."""
+    """Compile the models' launches for an sm_90 GPU. Yields a dictionary per distinct kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    triton.knobs.nvidia.dump_ptxas_log = True  # registers and spills are said there alone
+    triton.knobs.nvidia.dump_ptxas_log = True  # it alone tells registers and spills
     sources = {}
     for model in MODELS.values():
         for m in (16, 64, 128):                # one of each tile
@@ -439,18 +439,18 @@ def compile_launches():
         with contextlib.redirect_stdout(log):
             source = ASTSource(kernel, signature, {(i,): v for i, v in constants.items()}, attrs)
             built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        said, ptx = log.getvalue(), built.asm["ptx"]
+        output, ptx = log.getvalue(), built.asm["ptx"]
         yield {"kernel": kernel.fn.__name__,
                "constants": {kernel.arg_names[i]: v for i, v in constants.items()},
                "shared": built.metadata.shared,
-               "registers": int(re.search(r"Used (\d+) registers", said)[1]),
-               "spills": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+               "registers": int(re.search(r"Used (\d+) registers", output)[1]),
+               "spills": sum(map(int, re.findall(r"(\d+) bytes spill", output))),
                "mma": sorted(set(re.findall(r"(wgmma|mma)\S*?\.(m\d+n\d+k\d+)", ptx))),
                "async_copies": sorted(set(re.findall(r"cp\.async\.c[ag]\S* .*?, 0x([0-9a-f]+),", ptx)))}
 
 
 def specialise(kernel, args):
-    """(signature, constants, hints) as a launch would: None and 1 are constants, what 16 divides is known to be."""
+    """(signature, constants, hints) of a launch: None and 1 become constants, multiples of 16 get a hint."""
     types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
     signature, constants, attrs = {}, {}, {}
     for i, (name, param) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
@@ -469,7 +469,7 @@ def specialise(kernel, args):
 @needs_triton
 @pytest.mark.timeout(1800)
 def test_every_launch_compiles_for_sm_90_and_fits(tmp_path):
-    """In a process of its own: here the kernels are interpreted. No GPU is asked for."""
+    """In a process of its own, since kernels are interpreted in this one. It needs no GPU."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -479,7 +479,7 @@ def test_every_launch_compiles_for_sm_90_and_fits(tmp_path):
         assert k["shared"] <= 227 * 1024 and k["spills"] == 0 and k["registers"] <= 255, k
     gemms = [k for k in built if k["kernel"] in ("_shrink", "_linear")]
     assert {k["constants"]["BLOCK_M"] for k in gemms} == {16, 64, 128}
-    for k in gemms:  # one instruction for all tiles, but for its width along the rows: the sums keep their order
+    for k in gemms:  # one instruction, whose width alone depends on the tile: the sums keep their order
         assert k["mma"] == [["wgmma", f"m64n{k['constants']['BLOCK_M']}k16"]], k
         assert k["async_copies"] == ["10"], k     # 16 bytes at a time, all of them
 
@@ -504,7 +504,7 @@ def test_triton_runs_where_there_is_a_gpu_and_less_than_fp64(monkeypatch, there,
     assert kernels.runs_triton(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) is want
 
 
-def test_public_functions_take_the_triton_path_where_it_is(monkeypatch):
+def test_public_functions_take_the_triton_path_where_it_runs(monkeypatch):
     monkeypatch.setattr(kernels, "runs_triton", lambda x: True)
     for name in ("lora_rows", "linear_rows", "decode_attention"):
         monkeypatch.setattr(kernels, name + "_triton", lambda *args, name=name: name)
@@ -531,7 +531,7 @@ def test_shapes_that_do_not_fit_are_refused():
             call()
 
 
-def test_nothing_is_added_up_in_an_order_left_to_chance():
+def test_kernels_use_no_atomics_whose_order_is_random():
     assert "atomic" not in Path(kernels.__file__).read_text().lower()
 
 
