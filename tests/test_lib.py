@@ -307,9 +307,9 @@ def test_peak_of_a_gpu_is_known_by_its_name(monkeypatch, name, tera):
     assert peak_flops(torch.device("cuda"), bf16=False) is None
 
 
-def test_peaks_of_this_machine_are_measured():
-    assert peak_flops(torch.device("cpu"), bf16=False) > 1e8
-    assert peak_flops(torch.device("meta"), bf16=False) is None
+def test_only_gpus_have_a_known_peak_and_every_machine_a_peak_of_memory():
+    for name in ("cpu", "meta"):
+        assert peak_flops(torch.device(name), bf16=True) is None
     assert 0.05 < peak_memory(torch.device("cpu")) < 1000        # GiB
 
 
@@ -552,7 +552,7 @@ def test_what_an_owner_makes_for_nothing_is_gone_again(tmp_path):
 
 def test_a_mount_point_can_be_replaced(tmp_path):
     """Somebody's volume: it can neither be renamed nor removed, and may have a lost+found."""
-    code = "from tests.test_runtime import write, version, Path\nfor v in (1, 2): write(sys.argv[1], v)\n" \
+    code = "from tests.test_lib import write, version, Path\nfor v in (1, 2): write(sys.argv[1], v)\n" \
            "print(version(Path(sys.argv[1])))"
     (tmp_path / "disk" / "lost+found").mkdir(parents=True)
     (tmp_path / "out").mkdir()
