@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from calibrate import calibration_windows, to_calibrated
 from convert import AnyInit, LoraInit, Norms, Rounding, Vectors, check_ignored, to_recursive
 from hf import config_from_hf, load_any, refuse_looped
-from lib.checkpoint import check_same_donor, check_same_inputs, find_state, load_optimizer, resumed_settings, save_checkpoint
+from lib.checkpoint import check_donor, check_inputs, find_state, load_optimizer, resumed_settings, save_checkpoint
 from lib.cli import UserError, parse_args, print0, script
 from lib.data import Tokens, batches, load_tokens, validation
 from lib.donors import donor_files, find_donor, read_json
@@ -163,7 +163,7 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
                          config.vocab_size, tokenizer, may_pad=True)
     check_seq_len(args.seq_len, configs)
     if state:
-        check_same_donor(args, state["history"], config.architecture(), tokenizer)
+        check_donor(args, state["history"], config.architecture(), tokenizer)
         n_loop = read_config(args.out).n_loop
     elif args.ckpt:
         start = read_config(args.ckpt)
@@ -277,7 +277,7 @@ def prepare(args: TrainConfig, procs: Processes, state: dict | None, began: floa
     if args.init == "calibrated" and state is None:
         windows = calibration_windows(texts["data"], args.calib_tokens, config, f"--data={args.data}")
     model, donor, teacher = build(args, folder, config, procs.device, state is not None, windows)
-    check_same_inputs(args, history, texts | {"donor": donor, "teacher": args.teacher and teacher})
+    check_inputs(args, history, texts | {"donor": donor, "teacher": args.teacher and teacher})
     if bf16:                                                 # frozen weights are rounded once, not at each use
         donor, teacher = (m and m.to(torch.bfloat16) for m in (donor, teacher))
 

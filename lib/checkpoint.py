@@ -174,7 +174,7 @@ def resumed_settings(argv, given, state: dict):
     return replace(kept, resume=given.resume, out=given.out, device=given.device)  # folder and hardware are today's
 
 
-def check_same_donor(args, history: dict, architecture: dict, tokenizer) -> None:
+def check_donor(args, history: dict, architecture: dict, tokenizer) -> None:
     """Raise UserError if the donor has another architecture or tokenizer than when the run started."""
     before = history["donor_config"]
     changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in architecture.items() if v != before.get(k))
@@ -183,7 +183,7 @@ def check_same_donor(args, history: dict, architecture: dict, tokenizer) -> None
                         f"{args.out} started: {changed or 'tokenizer'}; resume with the donor it was made from")
 
 
-def check_same_inputs(args, history: dict, inputs: dict) -> None:
+def check_inputs(args, history: dict, inputs: dict) -> None:
     """Raise UserError if a text, the donor or the teacher differs from those the run started with, even under the same
     name: the run would see other data, and its losses could not be compared. A new run records them in its history.
 
