@@ -5,13 +5,16 @@ The folder itself cannot be swapped for a new one, since it may be a mount point
 hold other files (a log). So its files are replaced one by one, but from a complete copy:
 
     1. `replace_folder` lets the caller write the new files into the subfolder .new, and flushes them to the disk.
-    2. With `keep`, the old files get a second name in the subfolder `previous` (hard links, built up in .previous).
+    2. With `keep`, the old files get a second name (a hard link) in the subfolder .previous.
     3. .new is renamed .next. This one rename is the moment at which the new checkpoint replaces the old one.
-    4. `finish_replacement` links each file of .next over the old file of its name, and deletes .next at the end.
+    4. `finish_replacement` renames .previous to `previous`, in place of the checkpoint kept before, links each file of
+       .next over the old file of its name, and deletes .next at the end.
 
-A kill before 3 leaves the old checkpoint, and a .new that the next writer deletes. A kill after 3 leaves .next, which
-is complete; the next owner of the folder repeats 4. Files of the folder that are not in the new checkpoint stay, except
-those that would be wrong beside it: the rest of another tokenizer, and a gate or thresholds made for other weights.
+So there are two complete checkpoints that share no file at any moment: damage to one of them leaves the other.
+A kill before 3 leaves the old checkpoint; the next owner deletes .previous, and the next writer .new. A kill after 3
+leaves .next, which is complete; the next owner of the folder repeats 4. Files of the folder that are not in the new
+checkpoint stay, except those that would be wrong beside it: the rest of another tokenizer, and a gate or thresholds
+made for other weights.
 
 Reading. A reader takes the folder that `settled` returns: .next if there is one, otherwise the folder itself. If
 another process is in the middle of 4, `settled` waits a second for it. A reader never writes.
@@ -147,28 +150,28 @@ def replace_folder(folder, keep: bool = False):
 
 
 def keep_files(folder: Path) -> None:
-    """Fill folder/previous with the files of `folder`: hard links, and a copy of the log, which is still written to."""
-    half, kept, old = folder / HALF, folder / "previous", folder / OLD
+    """Fill .previous with the files of `folder`: hard links, and a copy of the log, which is still written to."""
+    half = folder / HALF
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir()
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith("."):
             (shutil.copy2 if path.suffix == ".jsonl" else link)(path, half / path.name)
     flush(half)
-    shutil.rmtree(old, ignore_errors=True)
-    if kept.exists():
-        kept.rename(old)
-    half.rename(kept)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def finish_replacement(folder: Path) -> None:
     """Replace the files of `folder` by those of .next, if there is one; also after a kill in the middle of this."""
-    ready, new = folder / NEXT, folder / NEW
-    if (folder / HALF).exists() and not (folder / "previous").exists():
-        (folder / HALF).rename(folder / "previous")
+    ready, new, half, kept, old = (folder / name for name in (NEXT, NEW, HALF, "previous", OLD))
     if not ready.exists():
+        shutil.rmtree(half, ignore_errors=True)              # perhaps incomplete
         return
+    if half.exists():                                        # complete, since it was made before .next
+        if kept.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            kept.rename(old)
+        half.rename(kept)
+    shutil.rmtree(old, ignore_errors=True)
     names = {path.name for path in ready.iterdir()}
     stale = {GATE_FILE, THRESHOLDS_FILE, *(TOKENIZER_FILES if names & set(TOKENIZER_FILES) else ()),
              *(() if "train.pt" in names else ("train.pt", "previous"))} - names

@@ -511,11 +511,47 @@ def test_a_kill_at_any_line_of_replacing_leaves_one_whole_version(tmp_path, monk
                     assert not there
                 if there:
                     assert (out / "log.jsonl").read_text() == "log"
-                    assert version(out / "previous") in {"version 2": ["version 1"],
-                                                         "version 1": ["version 1", "version 0"]}[seen]
+                    assert version(out / "previous") == {"version 2": "version 1", "version 1": "version 0"}[seen]
             save(out, 3)
             assert version(out) == "version 3" and not {".new", ".next", ".lock"} & names(out)
         assert found == ({"version 1", "version 2"} if there else {"version 2"})
+
+
+def test_two_checkpoints_share_no_file_at_any_moment_of_a_save(tmp_path, monkeypatch):
+    """Before every call that links, moves or removes: damage to one file leaves a whole checkpoint."""
+    out, moments = tmp_path / "out", []
+
+    def checkpoints():
+        """The inodes of the files of each whole checkpoint."""
+        found = []
+        for folder in [out, *(out / name for name in (".next", ".previous", "previous", ".old"))]:
+            files = [folder / name for name in ("config.json", "model.safetensors", "train.pt")]
+            if all(path.exists() for path in files):
+                texts = [json.loads(files[0].read_text())["text"], *(path.read_text() for path in files[1:])]
+                found += [{path.stat().st_ino for path in files}] * (len(set(texts)) == 1)
+        return found
+
+    def watch(owner, name):
+        really = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            whole = checkpoints()
+            moments.append(any(a.isdisjoint(b) for a in whole for b in whole))
+            return really(*args, **kwargs)
+        monkeypatch.setattr(owner, name, call)
+
+    def save(v):
+        with replace_folder(out, keep=True) as tmp:
+            (tmp / "config.json").write_text(json.dumps({"format": "nanoRRT", "text": f"version {v}"}))
+            for name in ("model.safetensors", "train.pt"):
+                (tmp / name).write_text(f"version {v}")
+    save(0), save(1)
+    for owner, name in ((os, "link"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "rename")):
+        watch(owner, name)
+    save(2)
+    monkeypatch.undo()
+    assert len(moments) > 10 and all(moments)
+    assert version(out) == "version 2" and version(out / "previous") == "version 1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
