@@ -1,5 +1,27 @@
-"""Folders that are replaced whole, and the lock that gives a run's folder one owner."""
+"""Folders that hold a checkpoint: how one is replaced safely, and how two processes are kept from writing in it.
 
+Replacing. A checkpoint is several files that belong together, and a process may be killed between any two of them.
+The folder itself cannot be swapped for a new one, since it may be a mount point or somebody's current folder, and may
+hold other files (a log). So its files are replaced one by one, but from a complete copy:
+
+    1. `replace_folder` lets the caller write the new files into the subfolder .new, and flushes them to the disk.
+    2. With `keep`, the old files get a second name (a hard link) in the subfolder .previous.
+    3. .new is renamed .next. This one rename is the moment at which the new checkpoint replaces the old one.
+    4. `finish_replacement` renames .previous to `previous`, in place of the checkpoint kept before, links each file of
+       .next over the old file of its name, and deletes .next at the end.
+
+So there are two complete checkpoints that share no file at any moment: damage to one of them leaves the other.
+A kill before 3 leaves the old checkpoint; the next owner deletes .previous, and the next writer .new. A kill after 3
+leaves .next, which is complete; the next owner of the folder repeats 4. Files of the folder that are not in the new
+checkpoint stay, except those that would be wrong beside it: the rest of another tokenizer, and a gate or thresholds
+made for other weights.
+
+Reading. A reader takes the folder that `settled` returns: .next if there is one, otherwise the folder itself. If
+another process is in the middle of 4, `settled` waits a second for it. A reader never writes.
+
+Locking. `own_folder` holds a lock of the operating system (flock) on the file .lock inside. It ends when the process
+does, also by a kill, so that no stale lock can remain; the text in the file only names the owner in error messages.
+"""
 
 import fcntl
 import json
@@ -14,33 +36,27 @@ from safetensors import SafetensorError
 
 from lib.cli import UserError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders that are replaced whole
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.tiktoken", "tokenizer.model", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
                    "chat_template.jinja", "chat_template.json", "additional_chat_templates", "generation_config.json")
-GATE_FILE, THRESHOLDS_FILE = "gate.safetensors", "exits.json"  # made for the weights beside them (rules.py)
+GATE_FILE, THRESHOLDS_FILE = "gate.safetensors", "exits.json"  # made for the weights beside them (exits.py)
 
-
-# Inside a folder: half written; whole but not in place; what becomes the folder previous, and was it; who owns it all.
+# In a folder: unfinished files; a complete checkpoint; the next folder `previous`, and the last one; the lock.
 NEW, NEXT, HALF, OLD, LOCK = ".new", ".next", ".previous", ".old", ".lock"
 
 
 @contextmanager
 def own_folder(folder):
-    """Keep other processes from writing in `folder`, which is made if need be; its resolved path. UserError if another
-    process owns it, and says which, or if nothing can be written there.
-
-    The lock is the system's, on a file inside, and ends with its process, however that ends.
+    """A context in which no other process writes in `folder`, which is made if it is missing; yields its resolved path.
+    Finishes a replacement that a kill interrupted. UserError if another process owns it, or if it cannot be written.
     """
-    folder = Path(folder).resolve()                          # the place stays the same, whatever becomes of links
+    folder = Path(folder).resolve()                          # links may change during a run, its place must not
     if folder in OWNED:
         yield folder
         return
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --out needs a folder that is new, empty or a checkpoint")
-    made = []                                                # and removed again if nothing came to be in them
+    made = []                                                # folders to remove at the end if they are still empty
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,11 +76,11 @@ def own_folder(folder):
         remove_empty(made)
 
 
-OWNED: set[Path] = set()                                     # folders that this process owns
+OWNED: set[Path] = set()                                     # by this process
 
 
 def take_lock(folder: Path) -> int:
-    """The descriptor of the file whose lock this process now holds. UserError if another does."""
+    """The descriptor of .lock, locked by this process. UserError if another process holds it."""
     for _ in range(100):
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -73,17 +89,18 @@ def take_lock(folder: Path) -> int:
             owner = os.pread(lock, 300, 0).decode(errors="replace") or "another process"
             os.close(lock)
             raise UserError(f"{owner} is writing in {folder}: wait until it ends, or give another --out") from None
-        except OSError:                                      # a file system without locks: then without
+        except OSError:                                      # a file system without locks: go on without one
             pass
         if same_file(lock, folder / LOCK):
             break
-        os.close(lock)                                       # its owner has just removed it
+        os.close(lock)                                       # its last owner has removed it: lock the new one
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return lock
 
 
 def same_file(descriptor: int, path: Path) -> bool:
+    """True if `path` is the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:
@@ -91,25 +108,21 @@ def same_file(descriptor: int, path: Path) -> bool:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):                                  # the first that holds something ends it
+    """Remove these nested folders, innermost first, up to the first that is not empty."""
+    with suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
 @contextmanager
 def replace_folder(folder, keep: bool = False):
-    """Yield an empty folder; when the block ends, its files replace those in `folder`. On an error all stays as it was.
+    """A context that yields an empty folder; at its end, the files in it replace those in `folder` (see the top).
 
-    A kill at any moment leaves all of the old files or all of the new: the new ones are written to the folder .new
-    inside, flushed to the disk, and .new is renamed .next. From then on they count: `settled` finds them, and
-    `finish_replacement` puts them in place, now or, after a kill, when the folder has an owner again. Nothing but the
-    files inside is ever renamed, so that `folder` may be a mount point, or somebody's current folder. What the block
-    did not write (a log, a folder inside) stays, but nothing of an old tokenizer beside a new, and no gate of other
-    weights.
-    keep: a run's checkpoint that is replaced stays in the folder previous inside.
+    After an error, or a full disk, `folder` is unchanged. keep: the old checkpoint of a run is kept in the subfolder
+    `previous`.
     """
     with own_folder(folder) as folder:
-        if not keep:                                         # a run did so when it began
+        if not keep:                                         # a run has done this at its start
             check_out(folder)
         new = folder / NEW
         try:
@@ -118,9 +131,9 @@ def replace_folder(folder, keep: bool = False):
             yield new
             for path in (*new.iterdir(), new):
                 if path.is_file():
-                    path.chmod(new.stat().st_mode & 0o666)   # safetensors makes its files readable by their owner alone
+                    path.chmod(new.stat().st_mode & 0o666)   # safetensors lets only the owner read its files
                 flush(path)
-            if keep and (folder / "train.pt").exists():      # an empty folder could not be gone back to
+            if keep and (folder / "train.pt").exists():      # only a whole checkpoint is worth keeping
                 keep_files(folder)
             new.rename(folder / NEXT)
         except BaseException as e:
@@ -137,44 +150,44 @@ def replace_folder(folder, keep: bool = False):
 
 
 def keep_files(folder: Path) -> None:
-    """Let folder/previous hold what `folder` does now: the same files under a second name, but a log, which grows."""
-    half, kept, old = folder / HALF, folder / "previous", folder / OLD
+    """Fill .previous with the files of `folder`: hard links, and a copy of the log, which is still written to."""
+    half = folder / HALF
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir()
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith("."):
             (shutil.copy2 if path.suffix == ".jsonl" else link)(path, half / path.name)
     flush(half)
-    shutil.rmtree(old, ignore_errors=True)
-    if kept.exists():
-        kept.rename(old)
-    half.rename(kept)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def finish_replacement(folder: Path) -> None:
-    """Put the files of folder/.next, if there is one, in place; where a kill ended that before, again."""
-    ready, new = folder / NEXT, folder / NEW
-    if (folder / HALF).exists() and not (folder / "previous").exists():
-        (folder / HALF).rename(folder / "previous")
+    """Replace the files of `folder` by those of .next, if there is one; also after a kill in the middle of this."""
+    ready, new, half, kept, old = (folder / name for name in (NEXT, NEW, HALF, "previous", OLD))
     if not ready.exists():
+        shutil.rmtree(half, ignore_errors=True)              # perhaps incomplete
         return
+    if half.exists():                                        # complete, since it was made before .next
+        if kept.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            kept.rename(old)
+        half.rename(kept)
+    shutil.rmtree(old, ignore_errors=True)
     names = {path.name for path in ready.iterdir()}
     stale = {GATE_FILE, THRESHOLDS_FILE, *(TOKENIZER_FILES if names & set(TOKENIZER_FILES) else ()),
              *(() if "train.pt" in names else ("train.pt", "previous"))} - names
     for path in (new, *(folder / name for name in stale)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-    for name in names:                                       # linked, not moved: .next stays whole to the end
+    for name in names:                                       # links, so that .next stays complete until the end
         link(ready / name, new)
         os.replace(new, folder / name)
-        new.unlink(missing_ok=True)                          # what was in place already is not even renamed
+        new.unlink(missing_ok=True)                          # os.replace does nothing if both are the same file
     flush(folder)
     ready.rename(new)
     shutil.rmtree(new, ignore_errors=True)
 
 
 def link(path: Path, other: Path) -> None:
-    """A second name for a file; a copy on file systems that know no such thing."""
+    """Make `other` a hard link to `path`, or a copy on file systems without hard links."""
     try:
         os.link(path, other, follow_symlinks=False)
     except OSError:
@@ -183,15 +196,15 @@ def link(path: Path, other: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """See to it that a file or a folder is on the disk."""
+    """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def settled(folder) -> Path:
-    """Where to read the checkpoint in `folder`: there, or inside if a replacement was killed before its end. One that
-    is being finished is waited for. A reader never writes: what it mended, the owner could be writing."""
+    """The folder to read the checkpoint in `folder` from: itself, or .next inside if a replacement was interrupted. A
+    replacement that is going on is waited for. Nothing is written: the owner might be writing at the same time."""
     folder, tries = Path(folder), 50
     while (folder / NEXT).exists() and tries:
         time.sleep(0.02)
@@ -200,20 +213,20 @@ def settled(folder) -> Path:
 
 
 def check_out(folder) -> None:
-    """Raise UserError if `folder` holds anything that is not a checkpoint, so that nobody's files are replaced."""
+    """Raise UserError if `folder` holds anything but a checkpoint of this project, so that no other files are lost."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --out needs a folder that is new, empty or a checkpoint")
     held = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    held = [name for name in held if not name.startswith(".") and name != "lost+found"]  # a new disk's
-    damaged = (folder / "train.pt").exists() and is_ours(folder / "previous")  # what --resume=auto mends
+    held = [name for name in held if not name.startswith(".") and name != "lost+found"]  # made by mkfs
+    damaged = (folder / "train.pt").exists() and is_ours(folder / "previous")  # --resume=auto repairs it
     if held and not is_ours(settled(folder)) and not damaged:
         raise UserError(f"{folder} holds something that is not a checkpoint of this project ({', '.join(held[:3])}); "
                         "give a folder that is new, empty or such a checkpoint")
 
 
 def is_ours(folder: Path) -> bool:
-    """True if this project wrote the checkpoint in `folder`: its own kind, or an export to Hugging Face's."""
+    """True if this project wrote the checkpoint in `folder`, in its own format or in Hugging Face's."""
     try:
         config = json.loads((folder / "config.json").read_text())
         return "nanoRRT" in (config.get("format"), config.get("exported_by"))

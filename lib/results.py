@@ -1,5 +1,4 @@
-"""Files of results: JSON lines in, JSON lines out, and what can be written checked before the work."""
-
+"""Files of results, one JSON object a line, and checks before the work that they can be written."""
 
 import json
 import os
@@ -10,27 +9,27 @@ from lib.cli import UserError
 
 
 def json_line(numbers: dict) -> str:
-    """A line of JSON; null for NaN and infinities, which JSON does not have and strict readers refuse."""
+    """The numbers as one line of JSON, with null for NaN and infinities, which JSON does not have."""
     return json.dumps(json.loads(json.dumps(numbers), parse_constant=lambda _: None))
 
 
 def check_writable(name: str, path: str | None) -> None:
-    """Raise UserError if the file that --name gives, if it does, could not be written when the work is done."""
+    """Raise UserError, before the work, if the file `path` of the setting `name` cannot be written. None is fine."""
     if not path:
         return
     try:
         new = not os.path.exists(path)
-        if new or os.path.isfile(path) or os.path.isdir(path):       # not a pipe, which would wait for its reader
-            open(path, "ab").close()                         # tried: modes do not tell of root or of a read-only disk
+        if new or os.path.isfile(path) or os.path.isdir(path):       # a pipe would wait for its reader
+            open(path, "ab").close()                         # modes say nothing of root or a read-only disk
         if new:
-            os.unlink(os.path.realpath(path))                # not a link that led to it
+            os.unlink(os.path.realpath(path))                # the file, not a link to it
     except OSError as e:
         raise UserError(f"--{name}={path} cannot be written ({e.strerror}): give a file in a folder that is there and "
                         "may be written to") from None
 
 
 def check_plot(path: str | None) -> None:
-    """Raise UserError, before minutes of work, if --plot, where it is given, could not be drawn or written."""
+    """Raise UserError, before the work, if the file of --plot cannot be drawn or written. None is fine."""
     if not path:
         return
     check_writable("plot", path)
@@ -43,8 +42,8 @@ def check_plot(path: str | None) -> None:
 
 
 def read_lines(path) -> list[dict]:
-    """The JSON objects of a .jsonl file; none where there is no file. Blank lines are skipped, and a last line that a
-    kill cut short is left out and named on stderr. Raises UserError for any other line that is not a JSON object."""
+    """The JSON objects of a .jsonl file; none if it does not exist. A last line that a kill cut short is left out and
+    named on stderr. UserError for any other line that is not a JSON object."""
     found = []
     try:
         lines = Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
@@ -63,7 +62,7 @@ def read_lines(path) -> list[dict]:
 
 
 def json_object(line: bytes) -> dict | None:
-    """The JSON object that a line holds; None where it is none, or only a part."""
+    """The JSON object in a line; None if it is something else, or cut short."""
     try:
         values = json.loads(line)
     except ValueError:
@@ -72,10 +71,10 @@ def json_object(line: bytes) -> dict | None:
 
 
 def append_line(path: str, numbers: dict) -> None:
-    """Add `json_line` to the file, on a line of its own. Raises UserError where it cannot be written."""
+    """Append `json_line(numbers)` to the file. UserError if it cannot be written."""
     try:
-        if Path(path).is_file():                             # what a kill cut short is dropped, else it would stay in
-            with open(path, "rb+") as f:                     # the middle
+        if Path(path).is_file():                             # drop a last line that a kill cut short
+            with open(path, "rb+") as f:
                 rest = f.read().rpartition(b"\n")[-1]
                 if rest.startswith(b"{") and json_object(rest) is None:
                     f.truncate(f.tell() - len(rest))

@@ -1,5 +1,4 @@
-"""Processes, devices, compilers, memory, and what a figure was measured on."""
-
+"""Processes, devices, memory, signals, and the hardware and versions that a figure was measured with."""
 
 import os
 import platform
@@ -19,17 +18,17 @@ import torch.distributed as dist
 from lib.cli import UserError, is_main, print0
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes, devices, printing
+# Processes and devices
 
 @dataclass
 class Processes:
-    rank: int            # this process, 0 .. world - 1
-    world: int           # how many there are
+    rank: int            # of this process, 0 .. world - 1
+    world: int           # the number of processes
     device: torch.device
 
 
 def start_processes(device: str = "auto") -> Processes:
-    """Join the group that torchrun made, if it did; pick this process' device (nccl on GPUs, gloo on CPUs)."""
+    """This process's rank and device. Under torchrun it joins the process group (nccl on GPUs, gloo on CPUs)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available() and device in ("auto", "cuda"):
@@ -43,23 +42,23 @@ def start_processes(device: str = "auto") -> Processes:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1:
-        # torchrun's store outlives its restarts, and with it the addresses of processes that died: each attempt gets
-        # its own corner. (Nodes may count attempts differently: several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.)
+        # torchrun's store outlives restarts, and so do the addresses of dead processes in it: each attempt has a prefix
+        # of its own. (Nodes may count attempts differently: several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if here == world else ""
         try:
             store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://", rank, world))[0])
-        except (RuntimeError, ValueError) as e:              # the port is in use, MASTER_ADDR is missing or wrong
+        except (RuntimeError, ValueError) as e:              # a port in use, a missing or wrong MASTER_ADDR
             raise UserError(f"the {world} processes cannot meet ({str(e).splitlines()[0]}); start them with torchrun, "
                             "or give them a free MASTER_PORT") from None
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                                 device_id=chosen if chosen.type == "cuda" else None)
-        if chosen.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's cautious default
+        if chosen.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's default
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     return Processes(rank, world, chosen)
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The named device, or with "auto" the GPU if there is one. Raises UserError for a device that is not here."""
+    """The device of this name; "auto" is the GPU if there is one. UserError if it cannot be used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -72,61 +71,52 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def check_compile(device: torch.device) -> None:
-    """Raise UserError, before minutes of work, if torch.compile has not what it needs here."""
+    """Raise UserError, before minutes of work, if torch.compile does not work here."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as e:                                   # every backend raises its own
+    except Exception as e:                                   # each backend has its own kinds
         why = next((line for line in reversed(str(e).splitlines()) if "Error" in line or "ompiler" in line), e)
         raise UserError(f"--compile does not work here ({str(why).strip()[:200]}): install a C++ compiler (on GPUs "
                         "Triton, too), or leave out --compile") from None
 
 
-# Dense bf16 TFLOP/s from the makers' data sheets, by words of torch.cuda.get_device_name(); the first match counts.
+# Dense bf16 TFLOP/s from the data sheets, by words of torch.cuda.get_device_name(); the first match counts.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989,
                "B200": 2250, "A100": 312, "A800": 312, "H800": 989, "L40S": 362, "L40": 181, "L4": 121, "A10": 125,
                "A6000": 155, "4090": 165, "3090": 71}
 
 
 def peak_flops(device: torch.device, bf16: bool) -> float | None:
-    """FLOP/s that this process could reach in matrix products: a GPU's bf16 peak by its name, a CPU's as measured now.
-    None where nothing is known."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if not bf16 or re.search(r"\b(MIG|Laptop)\b", name):  # a slice of that GPU, or a smaller one of its name
-            return None
-        return next((peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
-    if device.type != "cpu":
+    """The bf16 peak in FLOP/s of a GPU, by its name. None if it is not known, in fp32, and for CPUs."""
+    if device.type != "cuda" or not bf16:
         return None
-    a = torch.randn(1024, 1024, dtype=torch.bfloat16 if bf16 else torch.float32)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - began)
-    return 2 * 1024**3 / min(seconds)
+    name = torch.cuda.get_device_name(device)
+    if re.search(r"\b(MIG|Laptop)\b", name):                # a part of that GPU, or a smaller one of the same name
+        return None
+    return next((peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: the most that tensors took on a GPU, or that this process took of the machine's memory."""
+    """Peak memory in GiB: of tensors on a GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")  # on Linux; ru_maxrss there starts at what the process had that started this one
+    status = Path("/proc/self/status")       # Linux, where ru_maxrss begins with the parent process's
     if status.exists() and (kilobytes := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(kilobytes[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def process_age() -> float:
-    """Seconds since this process was started, which imports torch first; 0 where the system does not say."""
+    """Seconds since this process was started (importing torch takes some); 0 if the system does not say."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])      # between boot and start
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])      # from boot to start
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
         return 0.0
 
 
 def run_info() -> dict:
-    """Where a figure was measured: hardware, versions, commit."""
+    """The hardware, versions and commit that a figure was measured with."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
                          text=True)
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -138,19 +128,19 @@ def run_info() -> dict:
 
 
 class StopFlag:
-    """Ctrl-C, SIGTERM or a closed terminal on any process ends the run after the current step, with a checkpoint."""
+    """A context in which Ctrl-C, SIGTERM or a closed terminal, on any process, asks the run to stop after its step."""
 
     def __init__(self):
-        self.asked = 0                                       # the number of the signal
+        self.asked = 0                                       # the signal's number
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                       if signal.getsignal(s) != signal.SIG_IGN}     # nohup ignores the last, a shell's & the first
+                       if signal.getsignal(s) != signal.SIG_IGN}     # nohup ignores SIGHUP, a shell's & SIGINT
         return self
 
     def ask(self, number, _):
-        if not self.asked:  # torchrun passes Ctrl-C on a second time: repeats mean nothing
-            with suppress(RuntimeError):                     # in the midst of another print
+        if not self.asked:  # torchrun sends Ctrl-C a second time: say it once
+            with suppress(RuntimeError):                     # a signal during another print
                 print0("stopping after this step")
         self.asked = number
 
@@ -159,7 +149,7 @@ class StopFlag:
             signal.signal(s, handler)
 
     def agreed(self, procs: Processes) -> int:
-        """0, or on all processes the signal that one of them was sent."""
+        """The number of the signal that any of the processes received, on all of them; 0 if none did."""
         if procs.world == 1:
             return self.asked
         flag = torch.tensor(float(self.asked), device=procs.device)
@@ -168,8 +158,8 @@ class StopFlag:
 
 
 def on_first(work):
-    """work()'s result on the first process, on all of them; as is its UserError: alone, it would leave others waiting.
-    """
+    """The result of work(), which runs on the first process, on all processes. A UserError is raised on all, too: the
+    others would wait for ever."""
     result = [None]
     if is_main():
         try:

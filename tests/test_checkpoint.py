@@ -33,9 +33,10 @@ from tiny import (
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import train
-from lib.checkpoint import check_whole, drop_log_after, find_state, load_optimizer, load_state
+from lib.checkpoint import check_whole, find_state, load_optimizer, load_state
 from lib.cli import UserError
 from lib.folders import check_out, own_folder, replace_folder
+from lib.log import drop_log_after
 from model import RecursiveTransformer
 
 ROOT = Path(__file__).resolve().parent.parent

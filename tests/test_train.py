@@ -33,8 +33,9 @@ from tiny import (
 import convert
 import train
 from convert import to_hf
-from lib.cli import UserError, script
+from lib.cli import UserError, clock, parse_args, script
 from lib.data import batch, load_tokens, validation, write_shards
+from lib.log import drop_log_after, loss_cells, write_log
 from lib.tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
 from losses import distill_loss
 from model import Layer, RecursiveTransformer, is_matrix
@@ -105,13 +106,18 @@ def test_the_objective_of_the_exits_and_its_gradient_are_those_written_out(kind,
 
 
 def test_learning_rate_goes_from_warmup_over_its_peak_to_its_end():
-    args = train.TrainConfig(lr=2.0, min_lr=0.1, warmup=4)
+    args = train.TrainConfig(lr=2.0, min_lr_ratio=0.1, warmup=4)
     lr = [train.learning_rate(step, 21, args) for step in range(21)]
     assert lr[:4] == [0.5, 1.0, 1.5, 2.0] and max(lr) == 2.0
     assert lr[4] == pytest.approx(2.0) and lr[12] == pytest.approx(1.1) and lr[20] == pytest.approx(0.2)
     assert lr[4:] == sorted(lr[4:], reverse=True)
     assert train.learning_rate(0, 1, replace(args, warmup=0)) == 2.0
     assert train.learning_rate(2, 3, replace(args, warmup=100)) == pytest.approx(0.06)  # warm-up longer than the run
+
+
+def test_a_renamed_setting_keeps_its_old_flag():
+    assert parse_args(train.TrainConfig, ["--min_lr=0.3"]) == train.TrainConfig(min_lr_ratio=0.3)
+    assert parse_args(train.TrainConfig, ["--min_lr=0.3", "--min_lr_ratio=0.2"]).min_lr_ratio == 0.2
 
 
 @pytest.mark.parametrize("arch, vectors", [("gemma", "tied"), ("llama", "per_loop"), ("gpt_neox", "per_loop")])
@@ -144,8 +150,8 @@ def test_a_batch_that_cannot_be_dealt_out_gets_numbers_that_can(batch_tokens, mi
 
 
 def test_a_run_of_many_tokens_is_announced_in_few_characters():
-    assert [train.clock(s) for s in (8.4, 600, 7200)] == ["8s", "10m", "2.0h"]
-    assert train.score(10_000.0, {"stored": 1, "run": 1})[0] == "10000.0000"  # diverged: no overflow at the very end
+    assert [clock(s) for s in (8.4, 600, 7200)] == ["8s", "10m", "2.0h"]
+    assert loss_cells(10_000.0, {"stored": 1, "run": 1})[0] == "10000.0000"  # diverged: no overflow at the very end
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,6 +433,7 @@ def test_a_run_of_an_earlier_version_goes_on(home, tmp_path):
     state["history"] = {name: state["history"][name] for name in (
         "donor_config", "tokenizer_hash", "skipped", "donor", "converted")} | {"tokenizer": str(home / "donor")}
     state["args"]["exit_coef"] = 0.3                                   # changes nothing, and was once accepted
+    state["args"]["min_lr"] = state["args"].pop("min_lr_ratio")        # its former name
     torch.save(state, out / "train.pt")
     train.main(["--resume", f"--out={out}"])
     assert read_log(out) == want
@@ -487,12 +494,12 @@ def test_only_the_first_process_writes_the_log(tmp_path, monkeypatch):
     log, lines = tmp_path / "log.jsonl", '{"step": 1}\n{"step": 2}\n{"st'
     log.write_text(lines)
     monkeypatch.setenv("RANK", "1")
-    train.drop_log_after(log, 1)
-    train.write_log(str(tmp_path), step=3)
+    drop_log_after(log, 1)
+    write_log(str(tmp_path), step=3)
     assert log.read_text() == lines
     monkeypatch.setenv("RANK", "0")
-    train.drop_log_after(log, 2)
-    train.write_log(str(tmp_path), step=3)
+    drop_log_after(log, 2)
+    write_log(str(tmp_path), step=3)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
@@ -577,25 +584,26 @@ BAD = {  # flags -> what the message says
     "--warmup=-1": r"--warmup=-1 must not be negative",
     "--weight_decay=-1": r"--weight_decay=-1.0 must not be negative",
     "--distill_weight=-1": r"--distill_weight=-1.0 must not be negative",
-    "--min_lr=-1": r"--min_lr=-1.0 must not be negative",
+    "--min_lr_ratio=-1": r"--min_lr_ratio=-1.0 must not be negative",
     "--rank=-1": r"--rank=-1 must not be negative",
     "--seed=-1": r"--seed=-1 must not be negative",
     "--lr=inf": r"--lr=inf must be positive and finite",
     "--weight_decay=inf": r"--weight_decay=inf must not be negative, and must be finite",
-    "--min_lr=nan": r"--min_lr=nan must not be negative",
+    "--min_lr=nan": r"--min_lr_ratio=nan must not be negative",
     "--exit_coef=0.3": r"--exit_coef=0.3 would change nothing here, it needs --exit_loss=aggressive",
     "--exit_coef=0.3 --exit_loss=weighted": r"--exit_coef=0.3 would change nothing",
     "--distill=none --temperature=2": r"--temperature=2.0 would change nothing here, it needs distillation",
     "--distill=none --distill_weight=0.5": r"--distill_weight=0.5 would change nothing",
     "--init=scratch --temperature=2": r"--temperature=2.0 would change nothing",
     "--init=scratch --distill=rkl": r"--distill=rkl would change nothing here, it needs a --teacher",
-    "--init=random --norms=average": r"--norms=average would change nothing",
-    "--init=average --vectors=per_loop --norms=pick": r"--norms=pick would change nothing here, .* --vectors=tied",
-    "--init=average --rounding=floor": r"--rounding=floor would change nothing here, it needs --init=stepwise",
-    "--lora_init=zero": r"--lora_init=zero would change nothing here, it needs a LoRA: give --rank",
-    "--donor={home}/nan": r"nan has weights that are not finite, in 1 tensors \(layers.1.mlp.up.weight\)",
-    "--teacher={home}/nan": r"nan has weights that are not finite",
-    "--ckpt={home}/nan_start": r"nan_start has weights that are not finite, in 1 tensors \(norm.weight\)",
+    "--init=random --norms=average": r"--norms=average says .* --init=random takes none: drop --norms",
+    "--init=average --vectors=per_loop --norms=pick":
+        r"--norms=pick says .* --vectors=per_loop keeps them all: drop --norms",
+    "--init=average --rounding=floor": r"--rounding=floor says .* --init=average takes none: drop --rounding",
+    "--lora_init=zero": r"--lora_init=zero says .* --rank=0 has none: drop --lora_init",
+    "--donor={home}/nan": r"nan: model.layers.1.mlp.up_proj.weight is not finite",
+    "--teacher={home}/nan": r"nan: model.layers.1.mlp.up_proj.weight is not finite",
+    "--ckpt={home}/nan_start": r"norm.weight in \S*nan_start/model.safetensors is not finite",
     "--beta2=1": r"--beta2=1.0 must be at least 0 and less than 1",
     "--loops=3": r"3 loops do not divide the 4 layers; use one of 1, 2, 4",
     "--loops=0": r"0 loops do not divide the 4 layers; use one of 1, 2, 4",
