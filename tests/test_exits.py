@@ -22,18 +22,18 @@ from evaluation.thresholds import binomial_cdf, calibrate, keeps, train_gate
 from exits import (
     SCORED,
     Gate,
-    Outcome,
+    ExitResult,
     Rule,
-    Seen,
-    decide,
+    ExitStats,
+    exits_in_chunks,
     decode,
     load_rule,
-    observe,
+    collect_exit_stats,
     oracle_exits,
-    outcome,
+    apply_rule,
     read_thresholds,
     run_exits,
-    statistics,
+    summarize,
 )
 from lib.cli import UserError
 from lib.folders import GATE_FILE, THRESHOLDS_FILE
@@ -344,7 +344,7 @@ def test_a_text_of_which_the_logits_are_not_finite_is_not_summed_up():
     model = tiny("llama", n_loop=2)
     model.layers[0].mlp.down.weight[0, 0] = torch.inf
     with pytest.raises(UserError, match="not finite"):
-        observe(model, [(tokens(2, 6), tokens(2, 6))])
+        collect_exit_stats(model, [(tokens(2, 6), tokens(2, 6))])
 
 
 def test_nobody_waits_for_a_row_that_has_ended(monkeypatch):
@@ -422,7 +422,7 @@ def test_the_oracle_leaves_as_soon_as_the_argmax_is_the_last_loops(n_loop):
 def test_what_is_observed_is_what_the_exits_say():
     model, pairs = tiny("gemma", n_loop=3, rank=2), pairs_of((3, 7), (3, 7), (1, 7))
     rules = [Rule(name, gate=draw_gate(model)) for name in SCORED]
-    seen = observe(model, pairs, rules)
+    seen = collect_exit_stats(model, pairs, rules)
     states = [torch.cat([model(idx)[loop].flatten(0, 1) for idx, _ in pairs]) for loop in range(3)]
     targets = torch.cat([t.flatten() for _, t in pairs])
     logits = [model.logits(x) for x in states]
@@ -437,40 +437,40 @@ def test_what_is_observed_is_what_the_exits_say():
     assert torch.equal(out.loops, loops)
     assert out.token.tolist() == [seen.token[loop, n].item() for n, loop in enumerate(loops)]
     assert out.ce.tolist() == [seen.ce[loop, n].item() for n, loop in enumerate(loops)]
-    assert observe(model, pairs).score == {}
+    assert collect_exit_stats(model, pairs).score == {}
 
 
 @pytest.mark.parametrize("name", SCORED)
 def test_what_was_seen_is_what_reading_again_gives(name):
     model, pairs = tiny("llama", n_loop=3).double(), pairs_of((3, 9), (2, 9))
     rule = at_median(model, name)
-    seen = observe(model, pairs, [rule])
+    seen = collect_exit_stats(model, pairs, [rule])
     for at in (*scores(model, rule)[::12].tolist(), 0.0, math.inf, seen.score[name].max().item() * (1 - 1e-9)):
         rule = replace(rule, threshold=at)
-        a, b = outcome(model, pairs, seen, rule), outcome(model, pairs, replace(seen, score={}), rule)
+        a, b = apply_rule(model, pairs, seen, rule), apply_rule(model, pairs, replace(seen, score={}), rule)
         assert torch.equal(a.loops, b.loops) and torch.equal(a.token, b.token)
         close(a.ce, b.ce, 1e-9)
         x, loops = zip(*(run_exits(model, idx, rule, "copy") for idx, _ in pairs), strict=True)
         assert not b.ce.requires_grad                        # or it would hold on to all the logits
-        c, said = outcome(model, pairs, seen, rule, "copy"), [model.logits(out).argmax(-1).flatten() for out in x]
+        c, said = apply_rule(model, pairs, seen, rule, "copy"), [model.logits(out).argmax(-1).flatten() for out in x]
         assert torch.equal(c.loops, torch.cat([at.flatten() for at in loops])) and torch.equal(c.token, torch.cat(said))
 
 
 def test_statistics_by_hand():
-    seen = Seen(token=torch.tensor([[1, 2, 3, 4, 5, 6, 9, 8], [1, 0, 3, 7, 5, 6, 9, 7], [1, 2, 0, 7, 5, 9, 9, 8]]),
+    seen = ExitStats(token=torch.tensor([[1, 2, 3, 4, 5, 6, 9, 8], [1, 0, 3, 7, 5, 6, 9, 7], [1, 2, 0, 7, 5, 9, 9, 8]]),
                 ce=torch.zeros(3, 8), score={})
     assert seen.oracle.tolist() == [0, 0, 2, 1, 0, 2, 0, 0]
     loops = torch.tensor([0, 1, 1, 1, 2, 2, 0, 2])
-    out = Outcome(loops, seen.token.gather(0, loops[None])[0], torch.tensor([1.0, 2, 3, 0, 0, 0, 1, 1]))
-    got = statistics(out, seen)
+    out = ExitResult(loops, seen.token.gather(0, loops[None])[0], torch.tensor([1.0, 2, 3, 0, 0, 0, 1, 1]))
+    got = summarize(out, seen)
     assert got == {"loops": 1 + 9 / 8, "left_at": [2 / 8, 3 / 8, 3 / 8], "agreement": 6 / 8,
                    "perplexity": pytest.approx(math.e), "caught": 3 / 6}
-    all_run = statistics(seen.at(torch.full((8,), 2)), seen)
+    all_run = summarize(seen.at(torch.full((8,), 2)), seen)
     assert all_run == {"loops": 3, "left_at": [0, 0, 1], "agreement": 1, "perplexity": 1, "caught": 0}
-    best = statistics(seen.at(seen.oracle), seen)
+    best = summarize(seen.at(seen.oracle), seen)
     assert (best["agreement"], best["caught"], best["loops"]) == (1, 1, 1 + 5 / 8)
-    late = Seen(seen.token[-1:] + torch.arange(3)[:, None], seen.ce, {})
-    assert statistics(late.at(loops), late)["caught"] == 0   # nothing to catch is no error
+    late = ExitStats(seen.token[-1:] + torch.arange(3)[:, None], seen.ce, {})
+    assert summarize(late.at(loops), late)["caught"] == 0   # nothing to catch is no error
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -478,12 +478,12 @@ def test_a_large_vocabulary_is_gone_through_in_chunks(at_once, monkeypatch):
     """The number of tokens whose logits are made at once falls with the vocabulary's size, which is pretended here."""
     model, pairs = tiny("llama", n_loop=3).double(), pairs_of((3, 9), (2, 9))
     rules = [at_median(model, name) for name in SCORED]
-    seen = observe(model, pairs, rules)
+    seen = collect_exit_stats(model, pairs, rules)
     exited = [run_exits(model, pairs[0][0], rule, "copy") for rule in rules]
     sizes, logits = [], model.logits
     monkeypatch.setattr(model.config, "vocab_size", 2**25 // at_once if at_once > 1 else 2**26)
     monkeypatch.setattr(model, "logits", lambda x: sizes.append(len(x)) or logits(x))
-    again = observe(model, pairs, rules)
+    again = collect_exit_stats(model, pairs, rules)
     assert max(sizes) == at_once and sum(sizes) == 3 * 45
     assert torch.equal(again.token, seen.token)
     close(again.ce, seen.ce, 1e-12)
@@ -495,7 +495,7 @@ def test_a_large_vocabulary_is_gone_through_in_chunks(at_once, monkeypatch):
         assert torch.equal(loops, b) and torch.equal(x, a)
         assert sizes == ([] if rule.name == "gate" else [at_once] * (2 * 27 // at_once))
     x = torch.randn(2, 5, 32).double()
-    assert torch.equal(decide(model, rules[0], x, 0), rules[0](x, 0, logits(x)))
+    assert torch.equal(exits_in_chunks(model, rules[0], x, 0), rules[0](x, 0, logits(x)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,7 +541,7 @@ def draw_agreements(windows, T, wrong, alike):
 @pytest.mark.parametrize("alike, naive", [(0.0, 0.0), (0.1, 0.15), (0.5, 0.25)])
 def test_what_does_not_keep_the_agreement_seldom_passes(alike, naive):
     """At most one time in twenty, with confidence 0.95; a test that took tokens of a window for independent ones would
-    let it pass much more often. Seen in 400 samples, of which 5 % are 20 with a standard deviation of 4.4."""
+    let it pass much more often. ExitStats in 400 samples, of which 5 % are 20 with a standard deviation of 4.4."""
     torch.manual_seed(0)
     samples = [draw_agreements(100, 64, 0.103, alike) for _ in range(400)]
     assert sum(keeps(agree, 0.9, 0.95) for agree in samples) <= 20 + 3 * 4.4
@@ -553,15 +553,15 @@ def test_what_does_not_keep_the_agreement_seldom_passes(alike, naive):
 
 def calibrated(monkeypatch, agreements, grid, keys="exact", agreement=0.9, confidence=0.95):
     """(what `calibrate` finds, the thresholds it asked about), where `agreements(threshold)` is bool (windows, T)."""
-    asked, seen = [], Seen(torch.zeros(2, 0), torch.zeros(2, 0), {})
+    asked, seen = [], ExitStats(torch.zeros(2, 0), torch.zeros(2, 0), {})
 
     def pretended(model, pairs, given, rule, policy):
         asked.append(rule.threshold)
         assert (rule.name, policy, given) == ("margin", keys, seen)
         agree = agreements(rule.threshold)
         seen.token = torch.zeros(2, agree.numel())
-        return Outcome(None, (~agree).flatten().float(), None)
-    monkeypatch.setattr(exits, "outcome", pretended)
+        return ExitResult(None, (~agree).flatten().float(), None)
+    monkeypatch.setattr(exits, "apply_rule", pretended)
     pairs = [(torch.zeros(n, 8), None) for n in (8, 8, 4)]
     found = calibrate(None, pairs, seen, Rule("margin"), keys, grid, agreement, confidence)
     return found, asked
@@ -619,7 +619,7 @@ def test_a_gate_learns_which_states_may_leave(learnable):
     gate = train_gate(model.requires_grad_(True), pairs, epochs=60)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert not gate.training and not any(p.requires_grad for p in gate.parameters())
-    seen = observe(model, pairs_of((8, 32), seed=9), [Rule("gate", gate=gate)])
+    seen = collect_exit_stats(model, pairs_of((8, 32), seed=9), [Rule("gate", gate=gate)])
     for loop, score in enumerate(seen.score["gate"]):
         same = seen.token[loop] == seen.token[-1]
         assert 0.1 < same.float().mean() < 0.9
@@ -708,8 +708,8 @@ def test_what_is_printed_is_what_the_rules_then_do(home, out, capsys):
     for name in read_thresholds(out)["exact"]["thresholds"]:
         got = []
         for pairs in halves:
-            rule, seen = load_rule(out, model, name), observe(model, pairs)
-            numbers = statistics(outcome(model, pairs, seen, rule), seen)
+            rule, seen = load_rule(out, model, name), collect_exit_stats(model, pairs)
+            numbers = summarize(apply_rule(model, pairs, seen, rule), seen)
             got += [f"{numbers['loops']:.3f}", f"{numbers['agreement']:.4f}"]
         assert lines[name] == [name, f"{rule.threshold:.4f}", *got, f"{numbers['caught']:.0%}"]
 
@@ -799,7 +799,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_lost(home, out, tmp_path, give
 def test_damaged_files_are_named_before_the_work(home, out, name, message, monkeypatch):
     cut(out / name, 0.5)
     before = contents(out)
-    monkeypatch.setattr(exits, "observe", pytest.fail)
+    monkeypatch.setattr(exits, "collect_exit_stats", pytest.fail)
     with pytest.raises(UserError, match=f"{name} {message}"):
         prepare(home, out)
     assert contents(out) == before

@@ -13,7 +13,7 @@ from tiny import story
 from convert import to_hf
 from evaluation import perplexity as evaluate
 from evaluation.perplexity import EvaluateConfig, read_text
-from exits import Gate, Rule, observe, outcome
+from exits import Gate, Rule, collect_exit_stats, apply_rule
 from lib.cli import UserError
 from lib.folders import GATE_FILE, THRESHOLDS_FILE
 from lib.tokenizer import Tokenizer, train_tokenizer
@@ -145,8 +145,8 @@ def test_copied_keys_have_rows_of_their_own(home, capsys):
 
 def test_what_a_rule_makes_of_a_text_keeps_no_graph(home, capsys, monkeypatch):
     """It would hold on to the logits of the whole text."""
-    outcome, kept = evaluate.outcome, []
-    monkeypatch.setattr(evaluate, "outcome", lambda *args: kept.append(outcome(*args)) or kept[-1])
+    apply_rule, kept = evaluate.apply_rule, []
+    monkeypatch.setattr(evaluate, "apply_rule", lambda *args: kept.append(apply_rule(*args)) or kept[-1])
     run(capsys, home, home / "ckpt", "--thresholds=0.1", "--tokens=32")
     assert len(kept) == 8 and not any(out.ce.requires_grad for out in kept)
 
@@ -154,10 +154,10 @@ def test_what_a_rule_makes_of_a_text_keeps_no_graph(home, capsys, monkeypatch):
 def test_a_token_leaves_at_the_threshold_itself(home):
     model = RecursiveTransformer.load(home / "ckpt")
     pairs = read(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 32, 16))
-    seen = observe(model, pairs, [Rule("margin")])
+    seen = collect_exit_stats(model, pairs, [Rule("margin")])
     for keys in ("exact", "copy"):
         rule = Rule("margin", threshold=seen.score["margin"][0, 7].item())
-        assert outcome(model, pairs, seen, rule, keys).loops[7] == 0
+        assert apply_rule(model, pairs, seen, rule, keys).loops[7] == 0
 
 
 def test_thresholds_are_spread_so_that_a_tenth_two_tenths_of_the_scores_pass(home, capsys):
@@ -317,7 +317,7 @@ def test_windows_are_spread_evenly_over_the_text(home, monkeypatch):
 
 
 def test_a_mistake_is_named_before_any_work(home, ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "observe", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(evaluate, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
     (tmp_path / "short.txt").write_text("My aunt")
     (tmp_path / "empty.txt").write_text("")
     for flag, says in [
@@ -343,7 +343,7 @@ def test_a_mistake_is_named_before_any_work(home, ckpt, tmp_path, monkeypatch):
 
 
 def test_a_plot_that_cannot_be_is_named_before_any_work(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "observe", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(evaluate, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
     monkeypatch.chdir(tmp_path)
 
     def refused(path, says):
@@ -390,7 +390,7 @@ def test_in_a_sliding_window_each_token_counts_once_behind_all_that_it_may_see(h
 
 
 def test_a_stride_needs_a_window_that_covers_it(home, monkeypatch):
-    monkeypatch.setattr(evaluate, "observe", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(evaluate, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
     for stride in (0, -1, 17):
         with pytest.raises(UserError, match=f"--stride={stride} must be 1 to --seq_len=16"):
             evaluate.main(flags(home, home / "ckpt", f"--stride={stride}"))
