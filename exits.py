@@ -141,10 +141,8 @@ class Rule:
 
 def load_rule(folder, model: RecursiveTransformer, name: RuleName, threshold: float | None = None,
               exit_loop: int = 1, keys: Keys = "exact") -> Rule:
-    """The rule `name` for the model in `folder`, by default with the threshold that was calibrated for `keys`.
-
-    exit_loop counts from 1. UserError if the model has no exits, or the rule no gate, threshold or loop.
-    """
+    """The rule `name` for the model in `folder`, by default with the threshold that was calibrated for `keys`. exit_loop
+    counts from 1. UserError if the model has no exits, or the rule lacks a gate, threshold or loop."""
     n_loop = model.config.n_loop
     if name == "never":
         return Rule()
@@ -221,10 +219,8 @@ class ExitStats:
 
 def score_exit(model: RecursiveTransformer, x: Tensor, targets: Tensor, loop: int,
                rules: Sequence[Rule] = ()) -> list[Tensor]:
-    """[argmax, cross entropy of the target, each rule's score], all (...), for states x (..., C) after `loop`.
-
-    Goes through the tokens in chunks: the logits of all may not fit. UserError where they are not finite.
-    """
+    """[argmax, cross entropy of the target, each rule's score], all (...), for states x (..., C) after `loop`, in chunks
+    of tokens: the logits of all may not fit. UserError where they are not finite."""
     chunks, size = [], max(1, CHUNK // model.config.vocab_size)
     for x_, t in zip(x.flatten(0, -2).split(size), targets.flatten().split(size), strict=True):
         logits = model.logits(x_)
@@ -349,8 +345,7 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
 
     Prompts run all loops, so the first token exits after the last one. A row ends with `eos_id`, or any of several ids,
     and repeats it with exit loop -1. A row whose logits are not finite has failed: token -1, exit loop -1 from then on;
-    UserError if all have. Rows do not influence one another. This is the reference for the engine.
-    (These are inference tensors: clone them for autograd.)
+    UserError if all have. Rows do not influence one another. All are inference tensors: clone them for autograd.
     """
     c, (B, T), embedding = model.config, idx.shape, model.embed.weight
     if not 0 < T <= c.n_ctx:
@@ -414,9 +409,7 @@ def run_all_loops(model: RecursiveTransformer, cache: KVCache, idx: Tensor, rout
 def recompute_kv_later(model: RecursiveTransformer, cache: KVCache, rule: Rule, pending: list[Tensor], idx: Tensor,
                        routed: Routed) -> Routed:
     """Recomputed KV, one row: the loops that a token skips run once a later token reaches them, in the same pass.
-
-    pending: for each loop the states (1, n, C) of tokens that exited before it, and have no KV there yet.
-    """
+    pending: for each loop the states (1, n, C) of tokens that exited before it and have no KV there yet."""
     x = model.first_state(idx)
     for loop in range(model.config.n_loop):
         x = model.block(torch.cat([pending[loop], x], 1), loop, cache)       # (1, n + 1, C), the newest token last
@@ -452,5 +445,5 @@ def copy_kv(model: RecursiveTransformer, cache: KVCache, rule: Rule, idx: Tensor
 
 
 if __name__ == "__main__":
-    print(f"error: run python -m evaluation.thresholds {' '.join(sys.argv[1:])}", file=sys.stderr)
+    print("error: exits.py is no script: run python -m evaluation.thresholds", *sys.argv[1:], file=sys.stderr)
     sys.exit(2)

@@ -183,7 +183,7 @@ def main(argv=None) -> None:
     print0(f"{folder}: {model.config.n_loop} loops; gate trained on {count[0]:,} tokens of {config.data}, thresholds "
            f"calibrated on {count[1]:,} tokens of {config.valid} and checked on {count[2]:,} others")
     if (n := sum(len(idx) for idx, _ in calibration)) < 30:  # measured: 10 to 30 % of such guarantees are missed
-        print0(f"{n} windows to calibrate on are few: how much tokens of one window are correlated cannot be told well; "
+        print0(f"{n} windows to calibrate on are few: how far tokens of one window are correlated is uncertain; "
                "give --tokens enough for 30 windows in each half")
 
     if config.new_gate or not (Path(folder) / GATE_FILE).exists():

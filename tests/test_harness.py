@@ -1,4 +1,4 @@
-"""harness.py: its answers against the harness' own Hugging Face model, and against others written out."""
+"""evaluation/harness.py: its answers against the harness' own Hugging Face model, and against others written out."""
 
 import json
 import math
@@ -109,7 +109,7 @@ def test_greedy_is_said_of_what_decoding_would_say(donor):
     with torch.no_grad():
         for _ in range(6):
             ids.append(lm.model.logits(lm.model(torch.tensor([ids]))[-1])[0, -1].argmax().item())
-    assert said == lm.words.decode(ids[-6:])
+    assert said == lm.text_tokenizer.decode(ids[-6:])
     encoded = [(None, ids[:-6], ids[-6:]), (None, ids[:-6], [*ids[-6:-1], (ids[-1] + 1) % 300])]
     assert [greedy for _, greedy in lm._loglikelihood_tokens(encoded)] == [True, False]
 
@@ -125,7 +125,7 @@ def test_greedy_text_is_the_harness_own_models(donor):
     assert got == want and got[0] == long[:long.index(long[5:7])]
     for refused in ({"do_sample": True}, {"temperature": 0.5}, {"num_beams": 4}, {"repetition_penalty": 1.5},
                     {"min_new_tokens": 9}, {"do_sample": True, "temperature": 0}):
-        with pytest.raises(UserError, match="asks for drawn text"):
+        with pytest.raises(UserError, match="asks for sampling"):
             ours.generate_until(requests("generate_until", [("A", refused)]))
     with pytest.raises(UserError, match="256 new tokens, but the model's context is 32"):
         ours.generate_until(requests("generate_until", [("A", {})]))
@@ -147,9 +147,9 @@ def test_every_spelling_of_a_tasks_settings_is_read(donor, given):
 def test_any_end_of_text_ends_it(donor, monkeypatch):
     lm = adapter(donor)
     ids = [token.item() for token, _ in decode(lm.model, torch.tensor([lm.tok_encode("The cat")]), 12)]
-    monkeypatch.setattr(lm.words, "eos_ids", (1, ids[4]))
+    monkeypatch.setattr(lm.text_tokenizer, "eos_ids", (1, ids[4]))
     ended = lm.generate_until(requests("generate_until", [("The cat", {"max_gen_toks": 12})]))[0]
-    assert ended == lm.words.decode(ids[:ids.index(ids[4])]) != lm.words.decode(ids)
+    assert ended == lm.text_tokenizer.decode(ids[:ids.index(ids[4])]) != lm.text_tokenizer.decode(ids)
 
 
 @needs
@@ -184,7 +184,7 @@ def test_each_exit_and_rule_scores_what_comes_out_there(looped):
             assert likelihood == pytest.approx(want, abs=1e-9), (rule.name, keys, context)
             for loop in loops[0, -n:].tolist():
                 left[loop] += 1
-        assert lm.left_at.tolist() == left
+        assert lm.n_exited.tolist() == left
         assert (rule.name == "max_prob") == (min(left[0], left[2]) > 5)
 
 
@@ -263,7 +263,7 @@ def test_a_local_file_that_will_not_do_is_named(tmp_path):
     def refused(says, *names):
         with pytest.raises(UserError, match=says):
             harness.load_tasks(list(names), str(folder))
-    refused("needs one file mmlu.jsonl for the task mmlu, .*local files can be had for lambada_openai", "mmlu")
+    refused("needs one file mmlu.jsonl for the task mmlu, .*local files work for lambada_openai", "mmlu")
     (folder / "piqa_train.jsonl").write_text("{}")
     refused("needs one file piqa.jsonl .* and has piqa.jsonl, piqa_train.jsonl", "arc_easy", "piqa")
     (folder / "arc_easy.jsonl").unlink()
@@ -335,7 +335,7 @@ def test_a_mistake_is_named_before_any_work(looped, donor, tmp_path, monkeypatch
         refused("do not go together", "--rule=fixed")
         refused("needs a rule that compares scores", "--threshold=0.5")
         refused("has no gate", "--rule=gate")
-        refused("--keys=copy is about tokens that leave early", "--keys=copy")
+        refused("--keys=copy is about tokens that exit early", "--keys=copy")
         refused("--against=.* cannot be loaded by transformers", f"--against={tmp_path}")
         refused("no calibrated threshold of max_prob", "--rule=max_prob")
         refused("needs one file hellaswag.jsonl", f"--files={tmp_path}", "--tasks=hellaswag")

@@ -1,4 +1,4 @@
-"""evaluate.py: its figures against others written out, and every mistake named before the work begins."""
+"""evaluation/perplexity.py: its figures against others written out, and every mistake named before the work begins."""
 
 import json
 import math
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from tiny import story
 
 from convert import to_hf
-from evaluation import perplexity as evaluate
+from evaluation import perplexity
 from evaluation.perplexity import EvaluateConfig, read_text
-from exits import Gate, Rule, collect_exit_stats, apply_rule
+from exits import Gate, Rule, apply_rule, collect_exit_stats
 from lib.cli import UserError
 from lib.folders import GATE_FILE, THRESHOLDS_FILE
 from lib.tokenizer import Tokenizer, train_tokenizer
@@ -55,7 +55,7 @@ def strict(line):
 
 def run(capsys, home, ckpt, *more):
     """What was printed before the JSON line, and that line."""
-    evaluate.main(flags(home, ckpt, *more))
+    perplexity.main(flags(home, ckpt, *more))
     *shown, line = capsys.readouterr().out.splitlines()
     return "\n".join(shown), strict(line)
 
@@ -145,8 +145,8 @@ def test_copied_keys_have_rows_of_their_own(home, capsys):
 
 def test_what_a_rule_makes_of_a_text_keeps_no_graph(home, capsys, monkeypatch):
     """It would hold on to the logits of the whole text."""
-    apply_rule, kept = evaluate.apply_rule, []
-    monkeypatch.setattr(evaluate, "apply_rule", lambda *args: kept.append(apply_rule(*args)) or kept[-1])
+    apply_rule, kept = perplexity.apply_rule, []
+    monkeypatch.setattr(perplexity, "apply_rule", lambda *args: kept.append(apply_rule(*args)) or kept[-1])
     run(capsys, home, home / "ckpt", "--thresholds=0.1", "--tokens=32")
     assert len(kept) == 8 and not any(out.ce.requires_grad for out in kept)
 
@@ -154,10 +154,10 @@ def test_what_a_rule_makes_of_a_text_keeps_no_graph(home, capsys, monkeypatch):
 def test_a_token_leaves_at_the_threshold_itself(home):
     model = RecursiveTransformer.load(home / "ckpt")
     pairs = read(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 32, 16))
-    seen = collect_exit_stats(model, pairs, [Rule("margin")])
+    stats = collect_exit_stats(model, pairs, [Rule("margin")])
     for keys in ("exact", "copy"):
-        rule = Rule("margin", threshold=seen.score["margin"][0, 7].item())
-        assert apply_rule(model, pairs, seen, rule, keys).loops[7] == 0
+        rule = Rule("margin", threshold=stats.scores["margin"][0, 7].item())
+        assert apply_rule(model, pairs, stats, rule, keys).exit_loop[7] == 0
 
 
 def test_thresholds_are_spread_so_that_a_tenth_two_tenths_of_the_scores_pass(home, capsys):
@@ -173,7 +173,7 @@ def test_thresholds_are_spread_so_that_a_tenth_two_tenths_of_the_scores_pass(hom
 
 def test_thresholds_of_as_many_scores_as_there_may_be():
     """torch.quantile gives up beyond 2^24."""
-    found = evaluate.find_thresholds(torch.zeros(2**24 + 1), [], 0.5)
+    found = perplexity.find_thresholds(torch.zeros(2**24 + 1), [], 0.5)
     assert found == [0.5, 0.0]
 
 
@@ -207,10 +207,10 @@ def test_rules_and_keys_can_be_chosen(home, capsys):
 def test_without_a_gate_it_goes_on_and_says_so_unless_the_gate_was_asked_for(home, ckpt, capsys):
     (ckpt / GATE_FILE).unlink()
     shown, numbers = run(capsys, home, ckpt, "--thresholds=0.1")
-    assert f"{ckpt} has no gate yet: python exits.py --ckpt={ckpt} trains one" in shown
+    assert f"{ckpt} has no gate yet: python -m evaluation.thresholds --ckpt={ckpt} trains one" in shown
     assert {row["rule"] for row in numbers["rows"]} == {"oracle", "max_prob", "margin", "entropy"}
     with pytest.raises(UserError, match="has no gate: train one"):
-        evaluate.main(flags(home, ckpt, "--rules=max_prob,gate"))
+        perplexity.main(flags(home, ckpt, "--rules=max_prob,gate"))
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def one_loop(home, tmp_path):
 @pytest.mark.parametrize("more", [[], ["--rules=gate", "--thresholds=0.5"]])
 def test_a_model_of_one_loop_has_a_loss_and_no_exits(home, one_loop, capsys, more):
     shown, numbers = run(capsys, home, one_loop, *more)
-    assert "has 1 loop: nothing can leave before the last" in shown and "oracle" not in shown and "gate" not in shown
+    assert "has 1 loop, so no token can exit before the last" in shown and "oracle" not in shown and "gate" not in shown
     (loss,), (oracle,) = numbers["exit_loss"], numbers["rows"]
     assert abs(loss - math.log(300)) < 0.5 and f"{loss:.4f}" in shown
     assert oracle["loops"] == 1 and oracle["perplexity"] == pytest.approx(math.exp(loss))
@@ -244,16 +244,16 @@ def test_a_hugging_face_folder_is_scored_as_what_it_is_converted_to(home, one_lo
 def test_a_loss_that_is_not_a_number_is_said_and_nothing_is_saved(home, ckpt, tmp_path, monkeypatch, name):
     model = RecursiveTransformer.load(ckpt)
     dict(model.named_parameters())[name].data[1, 1] = math.nan
-    monkeypatch.setattr(evaluate, "load_any", lambda *_: model)
+    monkeypatch.setattr(perplexity, "load_any", lambda *_: model)
     with pytest.raises(UserError, match="the logits are not finite"):
-        evaluate.main(flags(home, ckpt, f"--save={tmp_path}/lines.jsonl"))
+        perplexity.main(flags(home, ckpt, f"--save={tmp_path}/lines.jsonl"))
     assert not (tmp_path / "lines.jsonl").exists()
 
 
 def test_a_plot_of_one_loop_is_refused(home, one_loop, tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match="1 loop, so there are no exits to plot"):
-        evaluate.main(flags(home, one_loop, f"--plot={tmp_path}/a.png"))
+        perplexity.main(flags(home, one_loop, f"--plot={tmp_path}/a.png"))
 
 
 def test_the_line_says_all_and_save_appends_it(home, capsys, tmp_path):
@@ -288,10 +288,11 @@ def test_a_plot_has_a_line_for_each_rule_and_keys(home, tmp_path, capsys, monkey
     assert (tmp_path / "exits.png").read_bytes().startswith(b"\x89PNG\r\n")
     (axes,) = figures[0].axes
     *lines, star = axes.lines
-    assert [line.get_label() for line in lines] == ["margin, exact keys", "gate, exact keys", "margin, copy keys",
-                                                    "gate, copy keys"]
+    assert [line.get_label() for line in lines] == ["margin, recomputed KV", "gate, recomputed KV", "margin, copied KV",
+                                                    "gate, copied KV"]
     for line in lines:
-        name, keys, _ = line.get_label().replace(",", "").split()
+        name, keys = line.get_label().removesuffix(" KV").split(", ")
+        keys = {"recomputed": "exact", "copied": "copy"}[keys]
         rows = sorted((r["loops"], r["agreement"]) for r in pick(numbers, rule=name, keys=keys))
         assert line.get_xydata().tolist() == [list(row) for row in rows]
         assert line.get_linestyle() == ("-" if keys == "exact" else "--")
@@ -301,7 +302,7 @@ def test_a_plot_has_a_line_for_each_rule_and_keys(home, tmp_path, capsys, monkey
 
 
 def test_windows_are_spread_evenly_over_the_text(home, monkeypatch):
-    monkeypatch.setattr(evaluate, "windows", lambda tokens, seq_len, indices, stride: list(indices))
+    monkeypatch.setattr(perplexity, "windows", lambda tokens, seq_len, indices, stride: list(indices))
     there = (len(Tokenizer.load(home / "ckpt").encode((home / "text.txt").read_text())) - 1) // 16
     assert there > 60
 
@@ -317,7 +318,7 @@ def test_windows_are_spread_evenly_over_the_text(home, monkeypatch):
 
 
 def test_a_mistake_is_named_before_any_work(home, ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(perplexity, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
     (tmp_path / "short.txt").write_text("My aunt")
     (tmp_path / "empty.txt").write_text("")
     for flag, says in [
@@ -326,7 +327,8 @@ def test_a_mistake_is_named_before_any_work(home, ckpt, tmp_path, monkeypatch):
             ("--keys=exact,moved", "--keys=exact,moved: 'moved' is unknown; use exact, copy"),
             ("--thresholds=0.5,1.5", "0.5,1.5 are out of range"), ("--thresholds=-0.1", "out of range"),
             ("--thresholds=nan", "out of range"), ("--thresholds=0.5,inf", "out of range"),
-            ("--thresholds=0.5,half", "must be numbers by comma"), ("--thresholds=0.5,,0.9", "must be numbers"),
+            ("--thresholds=0.5,half", "must be numbers separated by commas"),
+            ("--thresholds=0.5,,0.9", "must be numbers"),
             ("--seq_len=0", "--seq_len=0 must be at least 1"), ("--seq_len=-5", "must be at least 1"),
             ("--tokens=15", "less than one window; use --tokens=16"), ("--tokens=0", "less than one window"),
             ("--tokens=-1", "less than one window"),
@@ -336,19 +338,19 @@ def test_a_mistake_is_named_before_any_work(home, ckpt, tmp_path, monkeypatch):
             (f"--save={tmp_path}/nowhere/a.jsonl", "nowhere/a.jsonl cannot be written"),
             (f"--save={tmp_path}", "cannot be written"), ("--device=abacus", "cannot be used here")]:
         with pytest.raises(UserError, match=says):
-            evaluate.main(flags(home, ckpt, flag))
+            perplexity.main(flags(home, ckpt, flag))
     (ckpt / THRESHOLDS_FILE).write_text("{")
     with pytest.raises(UserError, match="not readable as thresholds"):
-        evaluate.main(flags(home, ckpt))
+        perplexity.main(flags(home, ckpt))
 
 
 def test_a_plot_that_cannot_be_is_named_before_any_work(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(perplexity, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
     monkeypatch.chdir(tmp_path)
 
     def refused(path, says):
         with pytest.raises(UserError, match=says):
-            evaluate.main(flags(home, home / "ckpt", f"--plot={path}"))
+            perplexity.main(flags(home, home / "ckpt", f"--plot={path}"))
     refused(tmp_path / "nowhere" / "a.png", "--plot=.*nowhere/a.png cannot be written")
     refused(tmp_path, "cannot be written")
     with monkeypatch.context() as without:
@@ -390,10 +392,10 @@ def test_in_a_sliding_window_each_token_counts_once_behind_all_that_it_may_see(h
 
 
 def test_a_stride_needs_a_window_that_covers_it(home, monkeypatch):
-    monkeypatch.setattr(evaluate, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(perplexity, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
     for stride in (0, -1, 17):
         with pytest.raises(UserError, match=f"--stride={stride} must be 1 to --seq_len=16"):
-            evaluate.main(flags(home, home / "ckpt", f"--stride={stride}"))
+            perplexity.main(flags(home, home / "ckpt", f"--stride={stride}"))
 
 
 def test_of_a_data_set_by_name_the_first_tokens_are_read(home, capsys, monkeypatch):

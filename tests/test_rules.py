@@ -231,9 +231,10 @@ def test_saving_other_weights_drops_gate_and_thresholds(ckpt):
     ({"name": "entropy", "threshold": -math.inf}, "--threshold=-inf is out of range"),
     ({"name": "fixed", "exit_loop": 0}, "--exit_loop=0, but the model has the loops 1 to 3"),
     ({"name": "fixed", "exit_loop": 4}, "--exit_loop=4, but the model has the loops 1 to 3"),
-    ({"name": "max_prob"}, "no calibrated threshold of max_prob with exact keys: run python exits.py --ckpt=.*/ckpt "
+    ({"name": "max_prob"}, "no calibrated threshold of max_prob for --keys=exact: run "
+                           "python -m evaluation.thresholds --ckpt=.*/ckpt "
                            r"--keys=exact .* or give --threshold \(0 to 1\)"),
-    ({"name": "gate", "keys": "copy"}, "no calibrated threshold of gate with copy keys: run .*--keys=copy"),
+    ({"name": "gate", "keys": "copy"}, "no calibrated threshold of gate for --keys=copy: run .*--keys=copy"),
 ])
 def test_what_cannot_be_is_refused(ckpt, model, asked, message):
     before = contents(ckpt)
@@ -244,13 +245,14 @@ def test_what_cannot_be_is_refused(ckpt, model, asked, message):
 
 @pytest.mark.parametrize("name", ["fixed", *SCORED])
 def test_a_model_of_one_loop_has_no_exits(ckpt, name):
-    with pytest.raises(UserError, match=rf"--rule={name} lets tokens leave .* has 1 loop; use --rule=never"):
+    with pytest.raises(UserError, match=rf"--rule={name} lets tokens exit .* has 1 loop; use --rule=never"):
         load_rule(ckpt, tiny("llama"), name, 0.5)
 
 
 def test_a_checkpoint_without_a_gate_says_so(ckpt, model):
     (ckpt / GATE_FILE).unlink()
-    with pytest.raises(UserError, match=r"ckpt has no gate: train one with python exits.py --ckpt=.*/ckpt, or use "):
+    with pytest.raises(UserError, match="ckpt has no gate: train one with python -m evaluation.thresholds "
+                                        "--ckpt=.*/ckpt, or use "):
         load_rule(ckpt, model, "gate", 0.5)
     assert load_rule(ckpt, model, "max_prob", 0.5).threshold == 0.5
 
@@ -275,8 +277,8 @@ def test_a_rule_that_is_unknown_is_refused():
 def test_the_gate_of_another_model_or_a_damaged_one_is_named(ckpt, model, damage):
     damage(ckpt / GATE_FILE)
     before = contents(ckpt)
-    with pytest.raises(UserError, match=rf"{GATE_FILE} is not the gate of this model .*; train it anew with python "
-                                        r"exits.py --ckpt=.*/ckpt --new_gate"):
+    with pytest.raises(UserError, match=rf"{GATE_FILE} is not the gate of this model .*; train a new one with python "
+                                        r"-m evaluation.thresholds --ckpt=.*/ckpt --new_gate"):
         load_rule(ckpt, model, "gate", 0.5)
     assert contents(ckpt) == before
 
@@ -288,7 +290,7 @@ def test_the_gate_of_another_model_or_a_damaged_one_is_named(ckpt, model, damage
 def test_damaged_thresholds_are_named(ckpt, model, text):
     (ckpt / THRESHOLDS_FILE).write_bytes(text)
     with pytest.raises(UserError, match=rf"{THRESHOLDS_FILE} is not readable .*; remove it, and calibrate again with "
-                                        "python exits.py --ckpt="):
+                                        "python -m evaluation.thresholds --ckpt="):
         load_rule(ckpt, model, "max_prob")
     assert (ckpt / THRESHOLDS_FILE).read_bytes() == text
     assert load_rule(ckpt, model, "max_prob", 0.5).threshold == 0.5          # what is not needed is not read

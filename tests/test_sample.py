@@ -131,7 +131,7 @@ def test_streams_whole_characters_only(ckpt, capsys, monkeypatch):
     assert len(ids) > 3
     pieces = []
     monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.extend(a))
-    assert sample.write([(i, 0) for i in ids], tokens, []) == ""
+    assert sample.write([(i, 0) for i in ids], tokens, []) is False
     assert "".join(pieces) == "日🙂é" and not any("�" in p for p in pieces)
 
 
@@ -162,10 +162,10 @@ def test_control_tokens_of_a_prompt_are_themselves_or_text(ckpt, capsys, monkeyp
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--keys=copy"], "--keys=copy is about tokens that leave early"),
+    (["--keys=copy"], "--keys=copy is about tokens that exit early"),
     (["--keys=copy", "--rule=never", "--show_exits"], "give a --rule as well"),
-    (["--temperature=0", "--top_p=0.9"], "always takes the likeliest token"),
-    (["--temperature=0", "--top_k=5"], "always takes the likeliest token"),
+    (["--temperature=0", "--top_p=0.9"], "--temperature=0 is greedy"),
+    (["--temperature=0", "--top_k=5"], "--temperature=0 is greedy"),
     (["--prompt=caf\udce9"], "has bytes that are not UTF-8"),
     (["--temperature=nan"], "must be 0 or more"), (["--top_p=nan"], "above 0"),
     (["--prompt=" + "the cat " * 60], "the model's context is 48"), (["--temperature=-1"], "must be 0 or more"),
@@ -240,7 +240,7 @@ def said(monkeypatch):
 
 
 def loops_of(said):
-    """The loop, from 1, that each token left after."""
+    """The loop, from 1, that each token exited after."""
     return [loop + 1 for _, loops in said for loop in loops]
 
 
@@ -260,7 +260,7 @@ def test_to_show_exits_changes_no_text_and_the_legend_counts_its_tokens(calibrat
     monkeypatch.setattr(sample, "use_colour", lambda _: terminal)
     plain = run(capsys, *flags)
     assert not re.search("[₀-₉]|\033\\[", plain)
-    text, legend, rest = run(capsys, *flags, "--show_exits").rpartition("left after")
+    text, legend, rest = run(capsys, *flags, "--show_exits").rpartition("exited after")
     loops = loops_of(said)
     assert set(loops) == ({2} if "--rule=never" in flags else {1, 2})
     assert re.sub("\033\\[\\d+m" if terminal else "[₁₂]", "", text) == plain != text
@@ -294,7 +294,7 @@ def test_every_piece_is_marked_by_the_loop_of_its_token_and_characters_stay_whol
 def test_half_a_character_at_the_end_is_marked_too(ckpt, capsys):
     tokens = Tokenizer.load(ckpt)
     half = tokens.encode("🙂")[:1]
-    sample.write([(half[0], 1)], tokens, [], sample.Exits(2, colour=False))
+    sample.write([(half[0], 1)], tokens, [], sample.ExitMarker(2, colour=False))
     assert re.fullmatch("\ufffd+₂", capsys.readouterr().out)
 
 
@@ -311,13 +311,13 @@ def test_colours_are_for_terminals_that_want_them(calibrated, capsys, monkeypatc
 
 
 def test_loops_have_colours_of_their_own_and_numbers_of_two_digits(monkeypatch):
-    show = sample.Exits(6, colour=True)
+    show = sample.ExitMarker(6, colour=True)
     assert len({show.mark("a", loop) for loop in range(6)}) == 6
-    assert sample.Exits(12, colour=True).mark("a", 11).endswith("ma\033[0m")
-    assert sample.Exits(12, colour=False).mark("a", 11) == "a₁₂"
+    assert sample.ExitMarker(12, colour=True).mark("a", 11).endswith("ma\033[0m")
+    assert sample.ExitMarker(12, colour=False).mark("a", 11) == "a₁₂"
     monkeypatch.setattr(sample.sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
-    assert sample.Exits(12, colour=False).mark("a", 11) == "a[12]"
-    assert show.mark("", 0) == sample.Exits(6, colour=False).mark("", 0) == ""
+    assert sample.ExitMarker(12, colour=False).mark("a", 11) == "a[12]"
+    assert show.mark("", 0) == sample.ExitMarker(6, colour=False).mark("", 0) == ""
 
 
 @pytest.mark.parametrize("samples", [1, 2])
@@ -356,10 +356,11 @@ def test_to_show_exits_alone_asks_the_calibrated_gate_or_says_what_it_does_inste
     asked.clear()
     for folder, more, keys in [(ckpt, [], "exact"), (calibrated, ["--keys=copy"], "copy")]:
         found = shown(folder, *more)
-        assert f"{folder} is not calibrated for {keys} keys: tokens leave where the likeliest one has" in found.err
-        assert f"run python exits.py --ckpt={folder} --keys={keys}" in found.err and "not calibrated" not in found.out
+        assert f"{folder} is not calibrated for --keys={keys}: tokens exit where the greedy one has" in found.err
+        assert f"run python -m evaluation.thresholds --ckpt={folder} --keys={keys}" in found.err
+        assert "not calibrated" not in found.out
     assert asked == [("max_prob", 0.5, 1, "exact"), ("max_prob", 0.5, 1, "copy")]
-    with pytest.raises(UserError, match="no calibrated threshold of gate with copy keys"):
+    with pytest.raises(UserError, match="no calibrated threshold of gate for --keys=copy"):
         shown(calibrated, "--rule=gate", "--keys=copy")
 
 
@@ -372,7 +373,7 @@ def test_a_model_of_one_loop_shows_one_loop_and_has_no_rules(ckpt, capsys, tmp_p
     sample.main(flags)
     assert "mean depth 1.00 of 1" in capsys.readouterr().out
     for rule in ("gate", "fixed", "max_prob"):
-        with pytest.raises(UserError, match=f"--rule={rule} lets tokens leave before the last loop.* has 1 loop"):
+        with pytest.raises(UserError, match=f"--rule={rule} lets tokens exit before the last loop.* has 1 loop"):
             sample.main([*flags, f"--rule={rule}"])
 
 
@@ -396,10 +397,10 @@ def test_a_text_may_end_early_with_a_rule(calibrated, capsys, monkeypatch, said,
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--rule=gate", "has no gate: train one with python exits.py"),
+    ("--rule=gate", "has no gate: train one with python -m evaluation.thresholds"),
     ("--rule=gate --threshold=0.5", "has no gate"), ("--show_exits --threshold=0.5", "has no gate"),
-    ("--rule=max_prob", "no calibrated threshold of max_prob with exact keys.*exits.py .*--keys=exact"),
-    ("--rule=max_prob --keys=copy", "max_prob with copy keys.*--keys=copy"),
+    ("--rule=max_prob", "no calibrated threshold of max_prob for --keys=exact.*thresholds .*--keys=exact"),
+    ("--rule=max_prob --keys=copy", "max_prob for --keys=copy.*thresholds .*--keys=copy"),
     ("--rule=max_prob --threshold=1.5", "--threshold=1.5 is out of range"),
     ("--rule=margin --threshold=-0.1", "out of range"), ("--rule=entropy --threshold=nan", "out of range"),
     ("--rule=fixed --exit_loop=0", "--exit_loop=0, but the model has the loops 1 to 2"),
@@ -410,7 +411,7 @@ def test_a_text_may_end_early_with_a_rule(calibrated, capsys, monkeypatch, said,
     ("--rule=fixed --threshold=0.5", "needs a rule that compares"),
     ("--exit_loop=2", "--exit_loop=2 is for --rule=fixed"),
     ("--rule=max_prob --threshold=0.5 --exit_loop=2", "is for --rule=fixed"),
-    ("--ckpt=assets/donor --rule=gate", "--rule=gate lets tokens leave before.*has 1 loop")])
+    ("--ckpt=assets/donor --rule=gate", "--rule=gate lets tokens exit before.*has 1 loop")])
 def test_rules_that_cannot_be_are_refused(ckpt, flags, says):
     with pytest.raises(UserError, match=says):
         sample.main([f"--ckpt={ckpt}", *flags.split()])
@@ -450,12 +451,12 @@ def test_each_of_many_texts_is_what_it_would_be_alone_in_the_order_of_the_prompt
     flags = [f"--ckpt={calibrated}", "--temperature=0", "--max_new_tokens=15", *flags.split()]
     sample.main([*flags, prompts])
     many = capsys.readouterr()
-    found, samples = pages(many.out.split("left after")[0]), "--samples=2" in flags
+    found, samples = pages(many.out.split("exited after")[0]), "--samples=2" in flags
     titles = [f"prompt {i} of 6" for i in range(1, 7)]
     assert list(found) == ([f"{t}, sample {i} of 2" for t in titles for i in (1, 2)] if samples else titles)
     alone = [run(capsys, *(f for f in flags if "samples" not in f), f"--prompt={line}") for line in LINES]
-    assert list(found.values()) == [a.split("left after")[0] + "\n" for a in alone for _ in range(1 + samples)]
-    assert ("left after" in many.out) == ("--show_exits" in flags)
+    assert list(found.values()) == [a.split("exited after")[0] + "\n" for a in alone for _ in range(1 + samples)]
+    assert ("exited after" in many.out) == ("--show_exits" in flags)
     n, slots = 12 if samples else 6, int((re.findall(r"slots=(\d)", " ".join(flags)) or [6])[0])
     assert f"; {n} texts through {slots} slots\n" in many.err
     assert re.search(r"\n[\d,]+ tokens in \d+\.\d s, [\d,]+ tok/s\n$", many.err)
@@ -470,9 +471,9 @@ def test_many_texts_are_drawn_anew_with_another_seed_only(ckpt, capsys, prompts)
 @pytest.mark.parametrize("top_k, kept", [(1, 1), (3, 3), (0, 6)])
 def test_tokens_are_drawn_as_often_as_they_are_probable(top_k, kept):
     logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5]).expand(20_000, -1)
-    choose = sample.chooser(sample.SampleConfig(temperature=0.7, top_k=top_k))
+    sampler = sample.make_sampler(sample.SampleConfig(temperature=0.7, top_k=top_k))
     want = sample.token_probs(logits[:1], 0.7, top_k, 1.0)[0]
-    share = choose(logits).bincount(minlength=6) / len(logits)
+    share = sampler(logits).bincount(minlength=6) / len(logits)
     assert (share > 0).sum() == kept
     torch.testing.assert_close(share, want, atol=0.02, rtol=0)
 
@@ -480,9 +481,9 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(top_k, kept):
 def test_to_choose_waits_for_nothing_on_the_host():
     """Else no CUDA graph could hold it."""
     for temperature in (0, 0.7):
-        choose = sample.chooser(sample.SampleConfig(temperature=temperature, top_k=5, top_p=0.9))
+        sampler = sample.make_sampler(sample.SampleConfig(temperature=temperature, top_k=5, top_p=0.9))
         with NothingWaits() as watch:
-            choose(torch.randn(4, 20))
+            sampler(torch.randn(4, 20))
         assert watch.calls and "multinomial" not in {func.overloadpacket.__name__ for func, *_ in watch.calls}  # inside
 
 
@@ -492,7 +493,7 @@ def test_prompts_that_cannot_be_served_are_refused_alone(ckpt, capsys, prompts, 
 
     def refuse():
         raise UserError("the prompt is empty")
-    with pytest.raises(UserError, match="2 of 4 prompts were refused; the reason stands at each"):
+    with pytest.raises(UserError, match="2 of 4 prompts were refused; the reason is printed with each"):
         sample.main([f"--ckpt={ckpt}", prompts, "--max_new_tokens=3", "--slots=2"])
     many, long = capsys.readouterr(), len(Tokenizer.load(ckpt).encode("the cat " * 60))
     ends = [page.rstrip("\n").splitlines()[-1] for page in pages(many.out).values()]
@@ -531,6 +532,6 @@ def test_files_of_prompts_that_cannot_be(ckpt, prompts, tmp_path, text):
     else:
         (tmp_path / "prompts.txt").write_text(text)
     flags, says = {None: ([], "cannot read --prompts="), "": ([], "is empty; give a file with a prompt on each line"),
-                   "the cat\n": (["--prompt=dog"], "each say what to go on from; give one of them")}[text]
+                   "the cat\n": (["--prompt=dog"], "each give the prompt; use one of them")}[text]
     with pytest.raises(UserError, match=says):
         sample.main([f"--ckpt={ckpt}", prompts, *flags])
