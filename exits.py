@@ -141,8 +141,8 @@ class Rule:
 
 def load_rule(folder, model: RecursiveTransformer, name: RuleName, threshold: float | None = None,
               exit_loop: int = 1, keys: Keys = "exact") -> Rule:
-    """The rule `name` for the model in `folder`, by default with the threshold that was calibrated for `keys`. exit_loop
-    counts from 1. UserError if the model has no exits, or the rule lacks a gate, threshold or loop."""
+    """The rule `name` for the model in `folder`, by default with the threshold calibrated for `keys`. exit_loop counts
+    from 1. UserError if the model has no exits, or the rule lacks a gate, threshold or loop."""
     n_loop = model.config.n_loop
     if name == "never":
         return Rule()
@@ -219,8 +219,8 @@ class ExitStats:
 
 def score_exit(model: RecursiveTransformer, x: Tensor, targets: Tensor, loop: int,
                rules: Sequence[Rule] = ()) -> list[Tensor]:
-    """[argmax, cross entropy of the target, each rule's score], all (...), for states x (..., C) after `loop`, in chunks
-    of tokens: the logits of all may not fit. UserError where they are not finite."""
+    """[argmax, cross entropy of the target, each rule's score], all (...), for states x (..., C) after `loop`, computed
+    in chunks: the logits of all tokens may not fit. UserError where they are not finite."""
     chunks, size = [], max(1, CHUNK // model.config.vocab_size)
     for x_, t in zip(x.flatten(0, -2).split(size), targets.flatten().split(size), strict=True):
         logits = model.logits(x_)
@@ -235,7 +235,7 @@ def score_exit(model: RecursiveTransformer, x: Tensor, targets: Tensor, loop: in
 def collect_exit_stats(model: RecursiveTransformer, pairs: list[tuple[Tensor, Tensor]],
                        rules: Sequence[Rule] = ()) -> ExitStats:
     """The statistics of the texts in `pairs`, inputs and targets (B, T); targets that are IGNORE are left out."""
-    batches = [[] for _ in range(model.config.n_loop)]       # [loop][batch] = [argmax, ce, scores...]
+    batches = [[] for _ in range(model.config.n_loop)]       # [loop][batch] = [argmax, ce, *scores]
     for idx, targets in progress(pairs, desc="scoring exits", unit="batch"):
         idx, targets = (t.to(model.embed.weight.device) for t in (idx, targets))
         kept = targets != IGNORE

@@ -65,8 +65,8 @@ def check_settings(args: SampleConfig) -> None:
     if args.keys != SampleConfig.keys and args.rule in (None, "never") and not (args.rule is None and args.show_exits):
         raise UserError(f"--keys={args.keys} is about tokens that exit early, and none does: give a --rule as well")
     if args.temperature == 0 and (args.top_p < 1 or args.top_k not in (SampleConfig.top_k, 0)):
-        raise UserError(f"--temperature=0 is greedy, so --top_k={args.top_k} and --top_p="
-                        f"{args.top_p} change nothing: drop them, or give a temperature above 0")
+        raise UserError(f"--temperature=0 is greedy, so --top_k={args.top_k} and --top_p={args.top_p} change nothing: "
+                        "drop them, or give a temperature above 0")
     if args.exit_loop != SampleConfig.exit_loop and args.rule != "fixed":
         raise UserError(f"--exit_loop={args.exit_loop} is for --rule=fixed; the other rules decide token by token")
 
@@ -121,8 +121,8 @@ def find_rule(args: SampleConfig, folder, model: RecursiveTransformer) -> Rule:
         name = "gate"
         if threshold is None and name not in read_thresholds(folder).get(args.keys, {}).get("thresholds", {}):
             name, threshold = "max_prob", 0.5
-            print(f"{args.ckpt} is not calibrated for --keys={args.keys}: tokens exit where the greedy one has a "
-                  "probability of 0.5; for a calibrated gate run python -m evaluation.thresholds "
+            print(f"{args.ckpt} is not calibrated for --keys={args.keys}: a token exits where the highest "
+                  "probability is at least 0.5; for a calibrated gate run python -m evaluation.thresholds "
                   f"--ckpt={args.ckpt} --keys={args.keys}", file=sys.stderr)
     return load_rule(folder, model, name, threshold, args.exit_loop, args.keys)
 

@@ -238,8 +238,8 @@ def test_all_exit_or_none(rows, exits):
 @each_policy
 @torch.no_grad()
 def test_a_whole_text_is_what_decoding_it_gives(rows, n_loop, keys):
-    """`decode` forced to follow the text, against `run_exits` in one pass: long enough that several loops at a time lack
-    KV, which several passes recompute."""
+    """`decode` forced to follow the text, against `run_exits` in one pass: long enough that several loops lack KV at a
+    time, which several passes recompute."""
     for seed, arch in enumerate(ARCHS):
         model = tiny(arch, n_layer=n_loop, n_loop=n_loop, rank=2 * (seed % 2)).double()
         idx, draw = tokens(rows, 25), torch.Generator().manual_seed(seed)
