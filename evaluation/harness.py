@@ -1,11 +1,10 @@
-"""Any checkpoint scored as the field scores, by lm-evaluation-harness: at full depth, at an earlier exit, with a rule.
+"""Scores any checkpoint with lm-evaluation-harness: at full depth, at an earlier exit, or with an exit rule.
 
-    python harness.py --ckpt=out                                # the paper's seven tasks, downloaded by the harness
-    python harness.py --ckpt=out --exit_loop=1 --files=FOLDER   # after the first loop, from local files
-    python harness.py --ckpt=out_full --against=DONOR           # beside the harness' own Hugging Face model
+    python -m evaluation.harness --ckpt=out                                # the paper's seven tasks, downloaded
+    python -m evaluation.harness --ckpt=out --exit_loop=1 --files=FOLDER   # after the first loop, from local files
+    python -m evaluation.harness --ckpt=out_full --against=DONOR           # beside the harness' Hugging Face model
 
-Prompts, shots, normalisation and metrics are the harness' (pip install -e ".[eval]"); here is the model that it asks.
-(A few of its other tasks import the package evaluate, of whose name there is a file here: those will not run.)
+Prompts, shots, normalisation and metrics are the harness' own (pip install -e ".[eval]"); here is the model adapter.
 """
 
 import json
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from exits import Keys, Rule, RuleName, at_exit, decode, load_rule, run_exits
+from exits import Keys, Rule, RuleName, decode, load_rule, run_exits, score_exit
 from hf import load_any
 from lib.cli import UserError, parse_args, print0, progress, script, table
 from lib.donors import find_donor
@@ -35,11 +34,10 @@ try:
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ImportError:                                          # named when it is needed: --help works without
+except ImportError:                                          # an error in main: --help works without
     lm_eval, TemplateLM = None, object
 
-# The paper's seven tasks, and one that takes the perplexity of any text: the folder of each in the harness, and the
-# columns that it reads, as the data set has them on the Hugging Face hub.
+# The paper's seven tasks and wikitext, a perplexity: the folder of each in the harness, and the columns that it reads.
 SEVEN = ("lambada_openai", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 LOCAL = {
     "lambada_openai": ("lambada", {"text"}), "hellaswag": ("hellaswag", {"activity_label", "ctx_a", "ctx_b", "endings",
@@ -51,9 +49,9 @@ LOCAL = {
     "openbookqa": ("openbookqa", {"question_stem", "choices", "answerKey"}), "wikitext": ("wikitext", {"page"}),
 }
 
-# What a task may ask of its texts: settings that greedy text has no use for, and those that leave it as it is if they
-# are as here. Any other is refused.
-DRAWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed"}
+# Generation settings that a task may have: those that greedy decoding ignores, and those that change nothing at these
+# values. Any other is an error.
+IGNORED = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed"}
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "length_penalty": 1, "min_length": 0,
            "no_repeat_ngram_size": 0, "min_new_tokens": 0, "early_stopping": False, "use_cache": True}
 
@@ -61,13 +59,13 @@ NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "
 @dataclass
 class HarnessConfig:
     ckpt: str = "out"                  # checkpoint: one of ours, or a Hugging Face folder or id
-    tasks: str = ",".join(SEVEN)       # tasks of the harness, by comma
-    files: str | None = None           # folder with a file TASK.jsonl of each; not set: the harness downloads its own
-    limit: int = 0                     # the first so many items of each task; 0: all
-    exit_loop: int | None = None       # all tokens leave after this loop, counted from 1; not set: after the last
-    rule: RuleName | None = None       # or each token where this rule lets it
-    threshold: float | None = None     # score from which a token leaves, 0 to 1; not set: as python exits.py found
-    keys: Keys = "exact"               # keys of tokens that left: computed later, or copied from their exit loop
+    tasks: str = ",".join(SEVEN)       # tasks of the harness, separated by commas
+    files: str | None = None           # folder with a file TASK.jsonl of each; not set: the harness downloads them
+    limit: int = 0                     # only the first items of each task; 0: all
+    exit_loop: int | None = None       # all tokens exit after this loop, counted from 1; not set: the last
+    rule: RuleName | None = None       # or each token where this rule lets it exit
+    threshold: float | None = None     # score from which a token exits, 0 to 1; not set: the calibrated one
+    keys: Keys = "exact"               # KV of exited tokens: recomputed (exact), or copied from the exit loop
     batch: int = 16                    # requests side by side
     against: str | None = None         # also score this Hugging Face folder with the harness' own model, and compare
     save: str | None = None            # also append the JSON line to this file
@@ -75,49 +73,50 @@ class HarnessConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model that the harness asks
+# The model adapter
 
 class HarnessLM(TemplateLM):
-    """What the harness wants of a model: log-likelihoods of continuations and of whole texts, and greedy text.
+    """The harness' interface to a model: log-likelihoods of continuations and of whole texts, and greedy text.
 
-    Each scored token comes out of the loop that `rule` lets it leave after (`run_exits`): also the first after a
-    context, which `decode` always gives at full depth. left_at: how many left after each loop.
+    Each token is scored at the exit where `rule` lets it exit (`run_exits`), also the first after a context, which
+    `decode` predicts at full depth. n_exited: how many tokens were scored at each exit.
     """
 
     def __init__(self, model: RecursiveTransformer, tokenizer: Tokenizer, rule: Rule | None = None,
                  keys: Keys = "exact", batch: int = 16):
         super().__init__()
-        self.model, self.words, self.rule, self.keys, self.batch = model, tokenizer, rule or Rule(), keys, batch
-        self.left_at = torch.zeros(model.config.n_loop, dtype=torch.long)
+        self.model, self.rule, self.keys, self.batch = model, rule or Rule(), keys, batch
+        self.text_tokenizer = tokenizer                      # self.tokenizer is for one of Hugging Face's
+        self.n_exited = torch.zeros(model.config.n_loop, dtype=torch.long)
 
     @property
     def eot_token_id(self) -> int:
-        return next(iter(self.words.eos_ids), None)
+        return next(iter(self.text_tokenizer.eos_ids), None)
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context is said to follow."""
-        start = self.eot_token_id if self.words.bos_id is None else self.words.bos_id
-        if start is None:
-            raise UserError("a text without a context has nothing to follow: the tokenizer has neither BOS nor EOS")
-        return start
+        """The token before a text without a context: BOS, or else EOS."""
+        prefix = self.eot_token_id if self.text_tokenizer.bos_id is None else self.text_tokenizer.bos_id
+        if prefix is None:
+            raise UserError("a text without a context needs a token before it: the tokenizer has neither BOS nor EOS")
+        return prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Ids, behind BOS where the tokenizer's template has it (Gemma, Llama) and the text does not say it itself."""
-        ids, first = self.words.encode(string, special=True), self.words.first_id
+        """Token ids, with BOS first if the tokenizer's template has it (Gemma, Llama) and the text does not."""
+        ids, first = self.text_tokenizer.encode(string, special=True), self.text_tokenizer.first_id
         if first is None or add_special_tokens is False or (add_special_tokens is None and ids[:1] == [first]):
             return ids
         return [first, *ids]
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, would greedy decoding have said it) for each request's (context, continuation).
+        """(log-likelihood in nats, True if greedy decoding gives it) for each request's (context, continuation).
 
-        The harness' own TemplateLM encodes both as one text, and counts a context's last spaces to the continuation.
+        TemplateLM encodes both as one text, and moves spaces at the end of the context into the continuation.
         """
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood in nats of each request's whole text, in windows of the model's context side by side."""
+        """Log-likelihood in nats of each request's whole text, in adjacent windows as long as the model's context."""
         texts = [[(None, *make_disjoint_window(window)) for window in get_rolling_token_windows(
             self.tok_encode(request.args[0]), self.prefix_token_id, self.model.config.n_ctx, 1)]
             for request in requests]
@@ -125,9 +124,12 @@ class HarnessLM(TemplateLM):
         return [sum(likelihood for likelihood, _ in islice(found, len(text))) for text in texts]
 
     def _loglikelihood_tokens(self, requests: list, **_) -> list[tuple[float, bool]]:
-        """Of (anything, ids of the context, ids of the continuation). Long ones first: a batch is of like lengths, and
-        what does not fit into memory shows at once. What does not fit into the context goes at the left."""
-        n_ctx, device = self.model.config.n_ctx, self.model.embed.weight.device
+        """`loglikelihood` of requests (text, ids of the context, ids of the continuation).
+
+        The longest come first, so that batches are of similar lengths and a lack of memory shows at once. Contexts that
+        are too long are cut at the left.
+        """
+        n_ctx = self.model.config.n_ctx
         for text, _context, continuation in requests:
             if not 0 < len(continuation) <= n_ctx:
                 raise UserError(f"a continuation of {len(continuation)} tokens cannot be scored ({text!r:.200}): the "
@@ -135,82 +137,82 @@ class HarnessLM(TemplateLM):
         answers: list = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         with progress(total=len(requests), desc="scoring", unit="request") as bar:
-            for some in (order[i:i + self.batch] for i in range(0, len(order), self.batch)):
-                # A context of spaces alone, which count to the continuation, is none.
-                rows = [((requests[i][1] or [self.prefix_token_id]) + requests[i][2])[-(n_ctx + 1):] for i in some]
-                counts = [len(requests[i][2]) for i in some]
-                # Padded on the right, where causal attention does not look; nothing there is scored.
-                idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-                scored = torch.zeros_like(idx[:, 1:], dtype=torch.bool)
-                for row, ids, n in zip(scored, rows, counts, strict=True):
-                    row[len(ids) - 1 - n:len(ids) - 1] = True
-                for i, answer in zip(some, self.score(idx.to(device), scored.to(device), counts), strict=True):
+            for batch in (order[i:i + self.batch] for i in range(0, len(order), self.batch)):
+                # A context of spaces alone is empty: they have been moved into the continuation.
+                rows = [((requests[i][1] or [self.prefix_token_id]) + requests[i][2])[-(n_ctx + 1):] for i in batch]
+                for i, answer in zip(batch, self.score(rows, [len(requests[i][2]) for i in batch]), strict=True):
                     answers[i] = answer
-                bar.update(len(some))
+                bar.update(len(batch))
         return answers
 
     @torch.no_grad()
-    def score(self, idx: torch.Tensor, scored: torch.Tensor, counts: list[int]) -> list[tuple[float, bool]]:
-        """Of texts idx (B, T + 1): the tokens whose places are marked, bool (B, T), so many in each row."""
-        states, loops = run_exits(self.model, idx[:, :-1], self.rule, self.keys)
-        targets = idx[:, 1:][scored]                                         # (N,)
-        token, ce = at_exit(self.model, states[scored], targets, self.model.config.n_loop - 1)
-        self.left_at += torch.bincount(loops[scored].cpu(), minlength=len(self.left_at))
+    def score(self, rows: list[list[int]], counts: list[int]) -> list[tuple[float, bool]]:
+        """The answers for texts of token ids, of each of which the last `counts` tokens are scored."""
+        # Padding on the right changes nothing under causal attention.
+        idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)   # (B, T + 1)
+        scored = torch.zeros_like(idx[:, 1:], dtype=torch.bool)                                        # (B, T)
+        for mask, row, n in zip(scored, rows, counts, strict=True):
+            mask[len(row) - 1 - n:len(row) - 1] = True
+        idx, scored = (t.to(self.model.embed.weight.device) for t in (idx, scored))
+        states, exit_loop = run_exits(self.model, idx[:, :-1], self.rule, self.keys)
+        targets = idx[:, 1:][scored]                                                                   # (N,)
+        token, ce = score_exit(self.model, states[scored], targets, self.model.config.n_loop - 1)
+        self.n_exited += torch.bincount(exit_loop[scored].cpu(), minlength=len(self.n_exited))
         return [(-nats.sum().item(), bool(same.all()))
                 for nats, same in zip(ce.double().split(counts), (token == targets).split(counts), strict=True)]
 
     def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
         """Greedy text after each request's context, up to the first of its stop strings or the end of the text."""
-        texts, n_ctx, device = [], self.model.config.n_ctx, self.model.embed.weight.device
-        for request in progress(requests, desc="generating", unit="request"):
-            context, given = request.args
-            asked = normalize_gen_kwargs(given)              # as the harness' own models read the task's settings
-            stops, n = list(filter(None, asked["until"])), asked["max_gen_toks"]
-            other = {key for key, value in asked.items() if key not in DRAWN and value not in (None, NEUTRAL.get(key))}
-            if asked["do_sample"] or other:
-                raise UserError(f"the task asks for drawn text, or by other settings than are known here ({given}): "
-                                "only greedy text is made")
-            if n >= n_ctx:
-                raise UserError(f"the task asks for {n} new tokens, but the model's context is {n_ctx}")
-            ids = self.tok_encode(context)[-(n_ctx - n):] or [self.prefix_token_id]
-            text, out = "", TextStream(self.words, ids)
-            for token, _ in decode(self.model, torch.tensor([ids], device=device), n, self.rule, self.keys,
-                                   eos_id=self.words.eos_ids):
-                if token in self.words.eos_ids or any(stop in text for stop in stops):
-                    break
-                text += out.push(token.item())
-            text += out.flush()
-            texts.append(text[:min([len(text), *(text.find(stop) for stop in stops if stop in text)])])
-        return texts
+        return [self.generate(*request.args) for request in progress(requests, desc="generating", unit="request")]
+
+    def generate(self, context: str, settings: dict) -> str:
+        known, n_ctx = normalize_gen_kwargs(settings), self.model.config.n_ctx         # as the harness' own models do
+        stops, n = list(filter(None, known["until"])), known["max_gen_toks"]
+        unknown = {key for key, value in known.items()
+                   if key not in IGNORED and value not in (None, NEUTRAL.get(key))}
+        if known["do_sample"] or unknown:
+            raise UserError(f"the task asks for sampling, or for unknown generation settings ({settings}): only greedy "
+                            "decoding is possible")
+        if n >= n_ctx:
+            raise UserError(f"the task asks for {n} new tokens, but the model's context is {n_ctx}")
+        ids = self.tok_encode(context)[-(n_ctx - n):] or [self.prefix_token_id]
+        text, stream = "", TextStream(self.text_tokenizer, ids)
+        idx = torch.tensor([ids], device=self.model.embed.weight.device)
+        for token, _ in decode(self.model, idx, n, self.rule, self.keys, eos_id=self.text_tokenizer.eos_ids):
+            if token in self.text_tokenizer.eos_ids or any(stop in text for stop in stops):
+                break
+            text += stream.push(token.item())
+        text += stream.flush()
+        return text[:min([len(text), *(text.find(stop) for stop in stops if stop in text)])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks, from the hub or from local files
 
 def find_file(folder: str, task: str) -> Path:
-    """The .jsonl file whose name begins with the task's, underscores aside: openbook_qa.jsonl, hellaswag_2000.jsonl."""
+    """The .jsonl file whose name begins with the task's, ignoring underscores: openbook_qa.jsonl, piqa_2000.jsonl."""
     def plain(name: str) -> str:
         return name.replace("_", "").lower()
-    there = sorted(Path(folder).glob("*.jsonl"))
-    found = [path for path in there if plain(path.stem).startswith(plain(task))] if task in LOCAL else []
+    files = sorted(Path(folder).glob("*.jsonl"))
+    found = [path for path in files if plain(path.stem).startswith(plain(task))] if task in LOCAL else []
     if len(found) != 1:
         raise UserError(f"--files={folder} needs one file {task}.jsonl for the task {task}, and has "
-                        f"{', '.join(p.name for p in found or there) or 'none'}; local files can be had for "
+                        f"{', '.join(p.name for p in found or files) or 'none'}; local files work for "
                         f"{', '.join(LOCAL)}")
     return found[0]
 
 
 def hub_columns(task: str, row: dict) -> dict:
-    """A line of a local file in the columns that the harness reads, which it may have already.
+    """A line of a local file with the columns that the harness reads.
 
-    Else it is in the form that MosaicML's evaluation gauntlet has spread: (query, choices, gold) for a question, with
-    (context, continuation) for LAMBADA and (context_options, continuation, gold) for WinoGrande.
+    Lines that lack them are in the format of MosaicML's evaluation gauntlet: (query, choices, gold) for questions,
+    (context, continuation) for LAMBADA, (context_options, continuation, gold) for WinoGrande.
     """
     if "context_options" in row:
         one, two = row["context_options"]
-        same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
-        same = one.rfind(" ", 0, same) + 1                   # the options are whole words
-        return {"sentence": f"{one[:same]}_ {row['continuation']}", "option1": one[same:], "option2": two[same:],
+        n = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+        n = one.rfind(" ", 0, n) + 1                         # of the common prefix; the options are whole words
+        return {"sentence": f"{one[:n]}_ {row['continuation']}", "option1": one[n:], "option2": two[n:],
                 "answer": str(row["gold"] + 1)}
     if "continuation" in row:
         return {"text": f"{row['context']} {row['continuation']}"}
@@ -232,9 +234,10 @@ def read_text(path: Path) -> str:
 
 
 def read_items(path: Path, task: str) -> list[dict]:
-    """The items of a local file. UserError for lines that the task could not read: it would take blanks for them."""
+    """The items of a local file. UserError for lines without the task's columns, which the harness would take as blank.
+    """
     items = []
-    for i, line in enumerate(read_text(path).split("\n")):   # JSON may hold other ends of lines
+    for i, line in enumerate(read_text(path).split("\n")):   # JSON may contain other line breaks
         if not line.strip():
             continue
         try:
@@ -250,12 +253,12 @@ def read_items(path: Path, task: str) -> list[dict]:
 
 
 def every_split(items: list[dict]) -> Callable:
-    """What the harness calls instead of downloading: whichever split a task asks for, it gets these items."""
+    """The function that the harness calls instead of downloading: these items as every split."""
     return lambda **_: dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list(items))
 
 
 def load_tasks(names: list[str], files: str | None) -> dict:
-    """The harness' tasks by name. UserError for those it does not know, and for data that are not there."""
+    """The harness' tasks by name. UserError for unknown tasks and missing data."""
     local = {name: read_items(find_file(files, name), name) for name in names} if files else {}
     home = Path(lm_eval.tasks.__file__).parent
     known = set(names) <= set(LOCAL)                         # reading the whole index takes ten seconds
@@ -265,47 +268,48 @@ def load_tasks(names: list[str], files: str | None) -> dict:
         if name not in manager.all_tasks:
             raise UserError(f"--tasks: the harness has no task {name!r}; the paper's are {', '.join(SEVEN)}")
 
-    asked = names if not files else [{"group": "local", "task": [
+    specs = names if not files else [{"group": "local", "task": [
         {"task": name, "custom_dataset": every_split(items)} for name, items in local.items()]}]
     try:
-        return manager.load(asked)["tasks"]
-    except Exception as e:                                   # datasets raises many kinds for "not to be had"
+        return manager.load(specs)["tasks"]
+    except Exception as e:                                   # datasets raises many types
         raise UserError(f"the harness cannot load its tasks ({type(e).__name__}: {str(e)[:300]}); without a network "
                         "give --files, a folder with a file TASK.jsonl of each") from e
 
 
 def run_task(lm, task, limit: int) -> tuple[dict, list[tuple]]:
-    """(figures by name, (log-likelihood, would greedy decoding say it) of each of its requests)."""
+    """(metrics by name, the model's answer to each of its requests: (log-likelihood, greedy) or (text, None))."""
     name = task.task_name
-    task.set_fewshot_seed(DEFAULT_OTHER_SEED)                # these two as its own simple_evaluate does, which takes
-    if task.get_config("num_fewshot") is None:               # seconds more to find out about the machine
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)                # these two as the harness' simple_evaluate does, which is
+    if task.get_config("num_fewshot") is None:               # seconds slower: it collects facts about the machine
         task.set_config("num_fewshot", 0)
-    done = lm_eval.evaluator.evaluate(lm, {"tasks": {name: task}}, limit=limit or None, bootstrap_iters=100)
-    figures = {key.removesuffix(",none"): value for key, value in done["results"][name].items()
+    results = lm_eval.evaluator.evaluate(lm, {"tasks": {name: task}}, limit=limit or None, bootstrap_iters=100)
+    metrics = {key.removesuffix(",none"): value for key, value in results["results"][name].items()
                if key.endswith(",none") and isinstance(value, float)}
-    answers = [resps[0] for sample in done["samples"][name] for resps in sample["resps"]]
-    return ({"items": done["n-samples"][name]["effective"], "shots": done["n-shot"][name]} | figures,
+    answers = [resps[0] for sample in results["samples"][name] for resps in sample["resps"]]
+    return ({"items": results["n-samples"][name]["effective"], "shots": results["n-shot"][name]} | metrics,
             [answer if isinstance(answer, tuple) else (answer, None) for answer in answers])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def compare(ours: list[tuple], theirs: list[tuple]) -> dict:
-    """How far two models' answers to the same requests are apart."""
+    """Differences between two models' answers to the same requests."""
     assert len(ours) == len(theirs), (len(ours), len(theirs))
-    apart = [abs(a - b) if isinstance(a, float) else float(a != b)
-             for (a, _), (b, _) in zip(ours, theirs, strict=True)]
-    return {"requests": len(ours), "largest_difference": max(apart), "mean_difference": sum(apart) / len(apart),
-            "other_greedy": sum(a != b for (_, a), (_, b) in zip(ours, theirs, strict=True))}
+    difference = [abs(a - b) if isinstance(a, float) else float(a != b)
+                  for (a, _), (b, _) in zip(ours, theirs, strict=True)]
+    return {"requests": len(ours), "largest_difference": max(difference),
+            "mean_difference": sum(difference) / len(difference),
+            "other_greedy": sum(a[1] != b[1] for a, b in zip(ours, theirs, strict=True))}
 
 
 def load_other(config: HarnessConfig, model: RecursiveTransformer):
-    """The harness' own model of --against, in the dtype and on the device of ours. UserError where it cannot be had."""
+    """The harness' own model of --against, in our model's dtype and on its device. UserError if it cannot be loaded."""
     from lm_eval.models.huggingface import HFLM
     try:
         return HFLM(config.against, dtype=str(model.embed.weight.dtype).removeprefix("torch."),
                     device=str(model.embed.weight.device), batch_size=config.batch)
-    except Exception as e:                                   # transformers raises many kinds, over many lines
+    except Exception as e:                                   # transformers raises many types, over many lines
         why = " ".join(str(e).split())[:200]
         raise UserError(f"--against={config.against} cannot be loaded by transformers ({type(e).__name__}: {why}); "
                         "give a folder with a model and a tokenizer that it reads, such as tokenizer.json") from e
@@ -315,27 +319,27 @@ def find_rule(config: HarnessConfig, folder, model: RecursiveTransformer) -> Rul
     name = config.rule or ("never" if config.exit_loop is None else "fixed")
     if (name == "fixed") != (config.exit_loop is not None):
         raise UserError(f"--rule={name} and --exit_loop={config.exit_loop} do not go together: give --exit_loop alone, "
-                        "for all tokens to leave there, or another rule without it")
+                        "for all tokens to exit there, or another rule without it")
     if config.threshold is not None and name in ("never", "fixed"):
         raise UserError(f"--threshold={config.threshold} needs a rule that compares scores with it: --rule=gate, ...")
     if config.keys != HarnessConfig.keys and name == "never":
-        raise UserError(f"--keys={config.keys} is about tokens that leave early, and none does: give --exit_loop or a "
+        raise UserError(f"--keys={config.keys} is about tokens that exit early, and none does: give --exit_loop or a "
                         "--rule as well")
     if name == "fixed" and model.config.n_loop == 1 == config.exit_loop:
-        return Rule()                                        # its one exit is the last
+        return Rule()                                        # the only exit is the last
     return load_rule(folder, model, name, config.threshold, config.exit_loop or 1, config.keys)
 
 
 def show(rows: dict[str, dict]) -> str:
-    """A line per task; columns for the figures that any of them has."""
-    figures = [key for key in dict.fromkeys(key for row in rows.values() for key in row)
+    """A line per task, with columns for the metrics that any of them has."""
+    metrics = [key for key in dict.fromkeys(key for row in rows.values() for key in row)
                if isinstance(next(row[key] for row in rows.values() if key in row), float) and "_stderr" not in key]
 
     def cell(row: dict, key: str) -> str:
         error = row.get(f"{key}_stderr")
         return f"{row[key]:.4f}" + (f" ± {error:.4f}" if error else "") if key in row else ""
-    lines = [[name, row["items"], row["shots"], *(cell(row, key) for key in figures)] for name, row in rows.items()]
-    return table([["task", "items", "shots", *figures], *lines])
+    lines = [[name, row["items"], row["shots"], *(cell(row, key) for key in metrics)] for name, row in rows.items()]
+    return table([["task", "items", "shots", *metrics], *lines])
 
 
 def main(argv=None) -> None:
@@ -351,30 +355,29 @@ def main(argv=None) -> None:
     model = load_any(folder, dtype).to(device)
     lm = HarnessLM(model, Tokenizer.load(folder, model.config.vocab_size), find_rule(config, folder, model),
                    config.keys, config.batch)
-    other = None
-    if config.against:
-        other = load_other(config, model)
+    other = load_other(config, model) if config.against else None
     tasks = load_tasks(list(dict.fromkeys(config.tasks.split(","))), config.files)
     print0(f"{config.ckpt}: {model.config.n_loop} loops, rule {lm.rule.name}"
            + f", exit after loop {config.exit_loop}" * (config.exit_loop is not None))
-    rows, theirs, apart = {}, {}, {}
+    rows, theirs, differences = {}, {}, {}
     for name, task in progress(tasks.items(), desc="tasks", unit="task"):
-        lm.left_at.zero_()
+        lm.n_exited.zero_()
         rows[name], answers = run_task(lm, task, config.limit)
-        if (scored := lm.left_at.sum().item()) and model.config.n_loop > 1:
-            left = lm.left_at / scored
-            rows[name] |= {"loops": (left * torch.arange(1, len(left) + 1)).sum().item(), "left_at": left.tolist()}
+        if (scored := lm.n_exited.sum().item()) and model.config.n_loop > 1:
+            share = lm.n_exited / scored
+            rows[name] |= {"loops": (share * torch.arange(1, len(share) + 1)).sum().item(), "left_at": share.tolist()}
         if other:
             theirs[name], others = run_task(other, task, config.limit)
-            apart[name] = compare(answers, others)
+            differences[name] = compare(answers, others)
     print0(show(rows))
     numbers = {"what": "harness", "settings": asdict(config)} | run_info() | {"lm_eval": version("lm_eval")} | {
         "tasks": rows}
     if other:
         print0(f"\n{config.against}, by the harness' own model:\n{show(theirs)}\n")
-        print0(table([["task", *next(iter(apart.values()))]] + [
-            [name, *(f"{v:.2e}" if isinstance(v, float) else v for v in row.values())] for name, row in apart.items()]))
-        numbers |= {"against": theirs, "apart": apart}
+        lines = [[name, *(f"{v:.2e}" if isinstance(v, float) else v for v in row.values())]
+                 for name, row in differences.items()]
+        print0(table([["task", *next(iter(differences.values()))], *lines]))
+        numbers |= {"against": theirs, "apart": differences}
     print0(json_line(numbers))
     if config.save:
         append_line(config.save, numbers)

@@ -1,4 +1,4 @@
-"""harness.py: its answers against the harness' own Hugging Face model, and against others written out."""
+"""evaluation/harness.py: its answers against the harness' own Hugging Face model, and against plain computations."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def adapter(folder, dtype=torch.float64, **settings) -> HarnessLM:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model that the harness asks
+# The model adapter
 
 @needs
 @pytest.mark.parametrize("bos", [False, True])
@@ -102,14 +102,14 @@ def test_log_likelihoods_are_those_of_the_harness_own_model(tmp_path, bos, dtype
 
 
 @needs
-def test_greedy_is_said_of_what_decoding_would_say(donor):
+def test_greedy_is_true_for_the_text_of_greedy_decoding(donor):
     lm = adapter(donor)
-    said = lm.generate_until(requests("generate_until", [("The cat sees", {"until": [], "max_gen_toks": 6})]))[0]
+    text = lm.generate_until(requests("generate_until", [("The cat sees", {"until": [], "max_gen_toks": 6})]))[0]
     ids = lm.tok_encode("The cat sees")
     with torch.no_grad():
         for _ in range(6):
             ids.append(lm.model.logits(lm.model(torch.tensor([ids]))[-1])[0, -1].argmax().item())
-    assert said == lm.words.decode(ids[-6:])
+    assert text == lm.text_tokenizer.decode(ids[-6:])
     encoded = [(None, ids[:-6], ids[-6:]), (None, ids[:-6], [*ids[-6:-1], (ids[-1] + 1) % 300])]
     assert [greedy for _, greedy in lm._loglikelihood_tokens(encoded)] == [True, False]
 
@@ -125,7 +125,7 @@ def test_greedy_text_is_the_harness_own_models(donor):
     assert got == want and got[0] == long[:long.index(long[5:7])]
     for refused in ({"do_sample": True}, {"temperature": 0.5}, {"num_beams": 4}, {"repetition_penalty": 1.5},
                     {"min_new_tokens": 9}, {"do_sample": True, "temperature": 0}):
-        with pytest.raises(UserError, match="asks for drawn text"):
+        with pytest.raises(UserError, match="asks for sampling"):
             ours.generate_until(requests("generate_until", [("A", refused)]))
     with pytest.raises(UserError, match="256 new tokens, but the model's context is 32"):
         ours.generate_until(requests("generate_until", [("A", {})]))
@@ -147,9 +147,9 @@ def test_every_spelling_of_a_tasks_settings_is_read(donor, given):
 def test_any_end_of_text_ends_it(donor, monkeypatch):
     lm = adapter(donor)
     ids = [token.item() for token, _ in decode(lm.model, torch.tensor([lm.tok_encode("The cat")]), 12)]
-    monkeypatch.setattr(lm.words, "eos_ids", (1, ids[4]))
+    monkeypatch.setattr(lm.text_tokenizer, "eos_ids", (1, ids[4]))
     ended = lm.generate_until(requests("generate_until", [("The cat", {"max_gen_toks": 12})]))[0]
-    assert ended == lm.words.decode(ids[:ids.index(ids[4])]) != lm.words.decode(ids)
+    assert ended == lm.text_tokenizer.decode(ids[:ids.index(ids[4])]) != lm.text_tokenizer.decode(ids)
 
 
 @needs
@@ -163,39 +163,39 @@ def test_logits_that_are_not_finite_are_an_error(donor):
 
 @needs
 def test_each_exit_and_rule_scores_what_comes_out_there(looped):
-    """The states are looked at one by one; with copied keys those of a text alone, without padding."""
+    """Text by text, without padding."""
     from exits import run_exits
     model, pairs = load_any(looped, torch.float64), [pair for pair in PAIRS if pair[0]]
-    words = Tokenizer.load(looped, 300)
+    tokenizer = Tokenizer.load(looped, 300)
     for rule, keys in ((Rule(), "exact"), (Rule("fixed", exit_loop=0), "exact"), (Rule("fixed", exit_loop=1), "exact"),
                        (Rule("max_prob", 0.06), "exact"), (Rule("max_prob", 0.06), "copy")):
-        lm, left = HarnessLM(model, words, rule, keys, batch=5), [0] * 3
+        lm, n_exited = HarnessLM(model, tokenizer, rule, keys, batch=5), [0] * 3
         got = lm.loglikelihood(requests("loglikelihood", pairs))
         for (context, continuation), (likelihood, _) in zip(pairs, got, strict=True):
             before, after = lm._encode_pair(context, continuation)
             ids = torch.tensor([(before + after)[-33:]])
             with torch.no_grad():
                 states, loops = run_exits(model, ids[:, :-1], rule, keys)
-                if keys == "exact":                          # what the loops give, whoever leaves
+                if keys == "exact":                          # those of the full model, at the exit loops
                     states = torch.stack(model(ids[:, :-1]))[loops[0], 0, torch.arange(ids.size(1) - 1)][None]
                 logs = model.logits(states)[0].log_softmax(-1)
             n = len(after)
             want = sum(logs[i, ids[0, i + 1]].item() for i in range(ids.size(1) - 1 - n, ids.size(1) - 1))
             assert likelihood == pytest.approx(want, abs=1e-9), (rule.name, keys, context)
             for loop in loops[0, -n:].tolist():
-                left[loop] += 1
-        assert lm.left_at.tolist() == left
-        assert (rule.name == "max_prob") == (min(left[0], left[2]) > 5)
+                n_exited[loop] += 1
+        assert lm.n_exited.tolist() == n_exited
+        assert (rule.name == "max_prob") == (min(n_exited[0], n_exited[2]) > 5)
 
 
 @needs
-def test_a_context_of_spaces_is_none(donor):
+def test_a_context_of_spaces_is_empty(donor):
     one, other = adapter(donor).loglikelihood(requests("loglikelihood", [("\n", "\n\nA dog"), ("", "\n\n\nA dog")]))
     assert one == other and one[0] < -1
 
 
 @needs
-def test_what_cannot_be_scored_is_refused(donor):
+def test_continuations_of_a_wrong_length_are_refused(donor):
     lm = adapter(donor)
     for context, continuation in (("The cat", ""), ("A", story(0, 30)), ("", "<s>")):
         with pytest.raises(UserError, match="cannot be scored .* context is 32 tokens"):
@@ -207,8 +207,8 @@ def test_what_cannot_be_scored_is_refused(donor):
 
 QUESTION = {"query": "Question: Which is red?\n", "choices": ["a rose", "the sea"], "gold": 0}
 PLAIN = {  # a line of each task in the gauntlet's form, the same in the hub's, and the requests that the harness makes
-    "lambada_openai": ({"context": "He said  \"no\" to", "continuation": "her"}, {"text": "He said  \"no\" to her"},
-                       [("He said  \"no\" to", " her")]),
+    "lambada_openai": ({"context": "He text  \"no\" to", "continuation": "her"}, {"text": "He text  \"no\" to her"},
+                       [("He text  \"no\" to", " her")]),
     "piqa": (QUESTION, {"goal": "Which is red?", "sol1": "a rose", "sol2": "the sea", "label": 0},
              [("Question: Which is red?\nAnswer:", f" {c}") for c in QUESTION["choices"]]),
     "arc_easy": (QUESTION | {"query": "Question: Which is red?"},
@@ -257,13 +257,13 @@ def test_local_files_become_the_harness_own_requests(tmp_path, form):
 
 
 @needs
-def test_a_local_file_that_will_not_do_is_named(tmp_path):
+def test_a_bad_local_file_is_named(tmp_path):
     folder = write_files(tmp_path / "files", 1)
 
     def refused(says, *names):
         with pytest.raises(UserError, match=says):
             harness.load_tasks(list(names), str(folder))
-    refused("needs one file mmlu.jsonl for the task mmlu, .*local files can be had for lambada_openai", "mmlu")
+    refused("needs one file mmlu.jsonl for the task mmlu, .*local files work for lambada_openai", "mmlu")
     (folder / "piqa_train.jsonl").write_text("{}")
     refused("needs one file piqa.jsonl .* and has piqa.jsonl, piqa_train.jsonl", "arc_easy", "piqa")
     (folder / "arc_easy.jsonl").unlink()
@@ -307,7 +307,7 @@ def test_all_tasks_beside_the_harness_own_model(donor, tmp_path, capsys):
 
 
 @needs
-def test_an_exit_or_a_rule_is_what_was_asked_for(looped, tmp_path, capsys):
+def test_exit_loop_and_rule_are_applied(looped, tmp_path, capsys):
     files = write_files(tmp_path / "files", 1)
     found = {}
     for flag in ("--keys=exact", "--exit_loop=1", "--exit_loop=3", "--rule=max_prob --threshold=0.06"):
@@ -335,7 +335,7 @@ def test_a_mistake_is_named_before_any_work(looped, donor, tmp_path, monkeypatch
         refused("do not go together", "--rule=fixed")
         refused("needs a rule that compares scores", "--threshold=0.5")
         refused("has no gate", "--rule=gate")
-        refused("--keys=copy is about tokens that leave early", "--keys=copy")
+        refused("--keys=copy is about tokens that exit early", "--keys=copy")
         refused("--against=.* cannot be loaded by transformers", f"--against={tmp_path}")
         refused("no calibrated threshold of max_prob", "--rule=max_prob")
         refused("needs one file hellaswag.jsonl", f"--files={tmp_path}", "--tasks=hellaswag")

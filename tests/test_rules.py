@@ -1,5 +1,4 @@
-"""Exit rules: their scores written out, rows that never influence each other, and the gate and thresholds on the disk.
-"""
+"""Exit rules: scores against formulas in plain Python, rows that are independent of each other, files on disk."""
 
 import json
 import math
@@ -16,7 +15,7 @@ from lib.cli import UserError
 from lib.folders import GATE_FILE, THRESHOLDS_FILE
 
 N, C, V, EXITS = 40, 6, 11, 3
-LOOPS = [*range(EXITS), torch.arange(N) % (EXITS + 1)]       # the last: rows at all loops, the end among them
+LOOPS = [*range(EXITS), torch.arange(N) % (EXITS + 1)]       # the last: rows at all loops, also the last loop
 each_rule = pytest.mark.parametrize("name", SCORED)
 
 
@@ -29,7 +28,7 @@ def random_gate(dtype=torch.float64, n_exits=EXITS, n_embd=C):
 
 
 def given(name, dtype=torch.float64, **options):
-    """A rule, and N states and logits: flat distributions and peaked ones."""
+    """A rule, and N states and logits, of flat and of peaked distributions."""
     rule = Rule(name, gate=random_gate(dtype), **options)
     torch.manual_seed(6)
     sharp = torch.logspace(-2, 1, N)[:, None]
@@ -54,10 +53,10 @@ def written_out(name, gate, x, loop, logits) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a rule answers
+# Scores and decisions
 
 @each_rule
-def test_scores_are_those_written_out(name):
+def test_scores_are_those_of_the_formulas(name):
     rule, x, logits = given(name)
     for loop in range(EXITS):
         want = [written_out(name, rule.gate, *row) for row in zip(x, [loop] * N, logits, strict=True)]
@@ -79,7 +78,7 @@ def test_rows_at_different_loops_score_as_they_do_one_by_one(name):
 @each_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_are_between_0_and_1(name, dtype):
-    """Also where all is equally likely, one token certain, or the states enormous."""
+    """Also for uniform distributions, for a token of probability 1, and for very large states."""
     rule, x, logits = given(name, dtype)
     torch.manual_seed(7)
     for size in (2, 7, 53, 4096):
@@ -101,7 +100,7 @@ def test_a_threshold_of_infinity_keeps_all_and_of_0_none(name, loop):
 
 
 @each_rule
-def test_a_state_leaves_from_the_threshold_on(name):
+def test_a_state_exits_where_its_score_reaches_the_threshold(name):
     rule, x, logits = given(name)
     score = rule.score(x, 1, logits)
     for rule.threshold in score.tolist():
@@ -110,7 +109,7 @@ def test_a_state_leaves_from_the_threshold_on(name):
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=str)
-def test_never_and_fixed_look_at_the_loop_alone(loop):
+def test_never_and_fixed_depend_on_the_loop_alone(loop):
     x, at = torch.full((N, C), torch.nan), torch.zeros(N, dtype=torch.long) + loop
     assert not Rule()(x, loop).any() and Rule()(x, loop).shape == (N,)
     for exit_loop in range(EXITS + 1):
@@ -121,21 +120,21 @@ def test_never_and_fixed_look_at_the_loop_alone(loop):
 @each_rule
 @pytest.mark.parametrize("loop", LOOPS, ids=str)
 def test_other_rows_change_nothing_and_a_broken_one_stays(name, loop):
-    """To the last bit: all others may be NaN. A state that is NaN itself never leaves, whatever the threshold."""
+    """Bit for bit, even if all other rows are NaN. A state that is NaN never exits, at any threshold."""
     rule, x, logits = given(name, torch.float32, threshold=0.4)
-    score, leaves = rule.score(x, loop, logits), rule(x, loop, logits)
-    assert leaves.any() and not leaves.all()
+    score, exits = rule.score(x, loop, logits), rule(x, loop, logits)
+    assert exits.any() and not exits.all()
     for keep in (torch.arange(N) % 2 == 0, torch.arange(N) == 3):
         broken = [torch.where(keep[:, None], t, torch.nan) for t in (x, logits)]
         assert torch.equal(rule.score(broken[0], loop, broken[1])[keep], score[keep])
-        assert torch.equal(rule(broken[0], loop, broken[1]), leaves & keep)
+        assert torch.equal(rule(broken[0], loop, broken[1]), exits & keep)
         rule.threshold = 0.0
         assert torch.equal(rule(broken[0], loop, broken[1]), keep)
         rule.threshold = 0.4
 
 
 class NoSync(TorchDispatchMode):
-    """Operations for which the host must wait for the device are an error."""
+    """Operations for which the host waits for the device are an error."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation.name()
@@ -150,7 +149,7 @@ def test_nothing_waits_for_the_device(name, loop):
     with NoSync():
         rule(x, loop, logits)
     with pytest.raises(AssertionError), NoSync():
-        bool(rule(x, loop, logits).any())                    # what it would notice
+        bool(rule(x, loop, logits).any())                    # so the check notices
 
 
 def test_the_gate_reads_half_precision_and_is_blind_to_scale():
@@ -161,7 +160,7 @@ def test_the_gate_reads_half_precision_and_is_blind_to_scale():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On the disk
+# Files
 
 @pytest.fixture
 def model():
@@ -170,7 +169,7 @@ def model():
 
 @pytest.fixture
 def ckpt(model, tmp_path):
-    """A checkpoint with a gate, and thresholds for exact keys."""
+    """A checkpoint with a gate, and thresholds for recomputed KV."""
     model.save(tmp_path / "ckpt")
     random_gate(torch.float32, 2, 32).save(tmp_path / "ckpt")
     (tmp_path / "ckpt" / THRESHOLDS_FILE).write_text(json.dumps(
@@ -202,7 +201,7 @@ def test_what_is_added_to_a_checkpoint_is_whole_or_not_there(ckpt):
     assert contents(ckpt) == before | {THRESHOLDS_FILE: b"x" * 200}
 
 
-def test_a_new_gate_takes_the_old_ones_thresholds_along(ckpt):
+def test_a_new_gate_removes_the_thresholds_of_the_old_one(ckpt):
     random_gate(torch.float32, 2, 32).save(ckpt)
     assert not (ckpt / THRESHOLDS_FILE).exists()
 
@@ -231,11 +230,12 @@ def test_saving_other_weights_drops_gate_and_thresholds(ckpt):
     ({"name": "entropy", "threshold": -math.inf}, "--threshold=-inf is out of range"),
     ({"name": "fixed", "exit_loop": 0}, "--exit_loop=0, but the model has the loops 1 to 3"),
     ({"name": "fixed", "exit_loop": 4}, "--exit_loop=4, but the model has the loops 1 to 3"),
-    ({"name": "max_prob"}, "no calibrated threshold of max_prob with exact keys: run python exits.py --ckpt=.*/ckpt "
+    ({"name": "max_prob"}, "no calibrated threshold of max_prob for --keys=exact: run "
+                           "python -m evaluation.thresholds --ckpt=.*/ckpt "
                            r"--keys=exact .* or give --threshold \(0 to 1\)"),
-    ({"name": "gate", "keys": "copy"}, "no calibrated threshold of gate with copy keys: run .*--keys=copy"),
+    ({"name": "gate", "keys": "copy"}, "no calibrated threshold of gate for --keys=copy: run .*--keys=copy"),
 ])
-def test_what_cannot_be_is_refused(ckpt, model, asked, message):
+def test_bad_arguments_are_refused(ckpt, model, asked, message):
     before = contents(ckpt)
     with pytest.raises(UserError, match=message):
         load_rule(ckpt, model, **asked)
@@ -244,13 +244,14 @@ def test_what_cannot_be_is_refused(ckpt, model, asked, message):
 
 @pytest.mark.parametrize("name", ["fixed", *SCORED])
 def test_a_model_of_one_loop_has_no_exits(ckpt, name):
-    with pytest.raises(UserError, match=rf"--rule={name} lets tokens leave .* has 1 loop; use --rule=never"):
+    with pytest.raises(UserError, match=rf"--rule={name} lets tokens exit .* has 1 loop; use --rule=never"):
         load_rule(ckpt, tiny("llama"), name, 0.5)
 
 
-def test_a_checkpoint_without_a_gate_says_so(ckpt, model):
+def test_a_missing_gate_is_an_error(ckpt, model):
     (ckpt / GATE_FILE).unlink()
-    with pytest.raises(UserError, match=r"ckpt has no gate: train one with python exits.py --ckpt=.*/ckpt, or use "):
+    with pytest.raises(UserError, match="ckpt has no gate: train one with python -m evaluation.thresholds "
+                                        "--ckpt=.*/ckpt, or use "):
         load_rule(ckpt, model, "gate", 0.5)
     assert load_rule(ckpt, model, "max_prob", 0.5).threshold == 0.5
 
@@ -272,11 +273,11 @@ def test_a_rule_that_is_unknown_is_refused():
     lambda path: random_gate(torch.float32, 1, 32).save(path.parent),
     lambda path: random_gate(torch.float32, 2, 30).save(path.parent), not_finite,
 ], ids=["cut", "empty", "garbage", "a model", "fewer loops", "narrower", "not finite"])
-def test_the_gate_of_another_model_or_a_damaged_one_is_named(ckpt, model, damage):
+def test_the_gate_of_another_model_or_a_damaged_one_is_an_error(ckpt, model, damage):
     damage(ckpt / GATE_FILE)
     before = contents(ckpt)
-    with pytest.raises(UserError, match=rf"{GATE_FILE} is not the gate of this model .*; train it anew with python "
-                                        r"exits.py --ckpt=.*/ckpt --new_gate"):
+    with pytest.raises(UserError, match=rf"{GATE_FILE} is not the gate of this model .*; train a new one with python "
+                                        r"-m evaluation.thresholds --ckpt=.*/ckpt --new_gate"):
         load_rule(ckpt, model, "gate", 0.5)
     assert contents(ckpt) == before
 
@@ -285,16 +286,16 @@ def test_the_gate_of_another_model_or_a_damaged_one_is_named(ckpt, model, damage
     b"", b'{"exact": ', b"[1, 2]", b"3", b"\xff\xfe", b'{"exact": 3}', b'{"exact": {"thresholds": [1]}}',
     b'{"exact": {"thresholds": {"max_prob": "high"}}}', b'{"exact": {"thresholds": {"max_prob": null}}}',
 ], ids=str)
-def test_damaged_thresholds_are_named(ckpt, model, text):
+def test_damaged_thresholds_are_an_error(ckpt, model, text):
     (ckpt / THRESHOLDS_FILE).write_bytes(text)
     with pytest.raises(UserError, match=rf"{THRESHOLDS_FILE} is not readable .*; remove it, and calibrate again with "
-                                        "python exits.py --ckpt="):
+                                        "python -m evaluation.thresholds --ckpt="):
         load_rule(ckpt, model, "max_prob")
     assert (ckpt / THRESHOLDS_FILE).read_bytes() == text
-    assert load_rule(ckpt, model, "max_prob", 0.5).threshold == 0.5          # what is not needed is not read
+    assert load_rule(ckpt, model, "max_prob", 0.5).threshold == 0.5          # not read if not needed
 
 
-def test_no_thresholds_are_none(ckpt):
+def test_without_a_file_there_are_no_thresholds(ckpt):
     assert read_thresholds(ckpt)["exact"]["thresholds"] == {"gate": 0.625, "margin": 0.25}
     (ckpt / THRESHOLDS_FILE).unlink()
     assert read_thresholds(ckpt) == {}

@@ -1,4 +1,4 @@
-"""Sampling: what is drawn, when it stops, and that only whole characters come out."""
+"""Sampling: token probabilities, when a text stops, and that only whole characters are printed."""
 
 import io
 import json
@@ -50,12 +50,12 @@ def test_token_probs_temperature_top_k_top_p():
     just_over_first = sample.token_probs(logits, 1.0, 0, float(p[0]) + 0.01)  # the first alone falls short of it
     torch.testing.assert_close(just_over_first[0, :2], p[:2] / p[:2].sum())
     assert (just_over_first[0, 2:] == 0).all()
-    assert sample.token_probs(logits.flip(-1), 1.0, 0, 0.1).argmax() == 3  # the likeliest is kept, wherever it stands
+    assert sample.token_probs(logits.flip(-1), 1.0, 0, 0.1).argmax() == 3  # the most probable one is kept, at any index
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tiny", [1e-8, 1e-38, 1e-45, 1e-300, 5e-324])
-def test_tiny_temperatures_and_shares_take_the_likeliest_token(tiny, dtype):
+def test_tiny_temperature_and_top_p_are_greedy(tiny, dtype):
     logits = torch.tensor([[2.0, 1.0, 40.0, 39.0], [-5.0, -4.0, -3.0, -900.0]], dtype=dtype)
     for probs in (sample.token_probs(logits, tiny, 0, 1.0), sample.token_probs(logits, 1.0, 0, tiny),
                   sample.token_probs(logits, tiny, 3, tiny)):
@@ -78,7 +78,7 @@ def test_same_seed_same_text_and_other_seed_other_text(ckpt, capsys):
 
 
 def scripted(monkeypatch, *tokens):
-    """Let the model say `tokens`, one after the other, whatever it would have said, and then "!" for ever."""
+    """Force the model to generate `tokens`, one after the other, and then only "!"."""
     script = iter(tokens)
 
     def one_hot(logits, *_):
@@ -115,7 +115,7 @@ def test_any_of_several_ids_ends_a_text(ckpt, capsys, monkeypatch, samples, tmp_
 
 @pytest.mark.parametrize("more", [[], ["--samples=2"]])
 def test_logits_that_are_not_finite_are_an_error(ckpt, capsys, monkeypatch, more):
-    """As where numbers grow too large for the dtype: damaged weights are refused when they are loaded."""
+    """As with numbers too large for the dtype: damaged weights are refused when they are loaded."""
     model = RecursiveTransformer.load(ckpt)
     model.norm.weight.data[3] = torch.nan
     monkeypatch.setattr(sample, "load_any", lambda *_: model)
@@ -125,13 +125,13 @@ def test_logits_that_are_not_finite_are_an_error(ckpt, capsys, monkeypatch, more
 
 
 def test_streams_whole_characters_only(ckpt, capsys, monkeypatch):
-    """Every print is valid text, though a smiling face is four tokens."""
+    """Every print is valid text, although the emoji takes four tokens."""
     tokens = Tokenizer.load(ckpt)
     ids = tokens.encode("日🙂é")
     assert len(ids) > 3
     pieces = []
     monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.extend(a))
-    assert sample.write([(i, 0) for i in ids], tokens, []) == ""
+    assert sample.write([(i, 0) for i in ids], tokens, []) is False
     assert "".join(pieces) == "日🙂é" and not any("�" in p for p in pieces)
 
 
@@ -162,10 +162,10 @@ def test_control_tokens_of_a_prompt_are_themselves_or_text(ckpt, capsys, monkeyp
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--keys=copy"], "--keys=copy is about tokens that leave early"),
+    (["--keys=copy"], "--keys=copy is about tokens that exit early"),
     (["--keys=copy", "--rule=never", "--show_exits"], "give a --rule as well"),
-    (["--temperature=0", "--top_p=0.9"], "always takes the likeliest token"),
-    (["--temperature=0", "--top_k=5"], "always takes the likeliest token"),
+    (["--temperature=0", "--top_p=0.9"], "--temperature=0 is greedy"),
+    (["--temperature=0", "--top_k=5"], "--temperature=0 is greedy"),
     (["--prompt=caf\udce9"], "has bytes that are not UTF-8"),
     (["--temperature=nan"], "must be 0 or more"), (["--top_p=nan"], "above 0"),
     (["--prompt=" + "the cat " * 60], "the model's context is 48"), (["--temperature=-1"], "must be 0 or more"),
@@ -214,34 +214,34 @@ def calibrated(ckpt, tmp_path):
 
 
 @pytest.fixture
-def said(monkeypatch):
-    """What was generated last: (tokens, loops) of each text, up to the one that ends it."""
-    said, generate, engine = [], sample.generate, sample.Engine
+def sampled(monkeypatch):
+    """(tokens, loops) of each text of the last run, up to the token that ends it."""
+    sampled, generate, engine = [], sample.generate, sample.Engine
 
     def recorded(*args):
-        said[:] = [([], [])]
+        sampled[:] = [([], [])]
         for step in generate(*args):
-            for found, each in zip(said[0], step, strict=True):
+            for found, each in zip(sampled[0], step, strict=True):
                 found.append(each.item())
             yield step
 
     class Recorded(engine):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            said.clear()
+            sampled.clear()
 
         def add(self, *args):
             request = super().add(*args)
-            said.append((request.tokens, request.loops))
+            sampled.append((request.tokens, request.loops))
             return request
     monkeypatch.setattr(sample, "generate", recorded)
     monkeypatch.setattr(sample, "Engine", Recorded)
-    return said
+    return sampled
 
 
-def loops_of(said):
-    """The loop, from 1, that each token left after."""
-    return [loop + 1 for _, loops in said for loop in loops]
+def loops_of(sampled):
+    """The exit loop of each token, counted from 1."""
+    return [loop + 1 for _, loops in sampled for loop in loops]
 
 
 def assert_legend(line, loops, n_loop=2):
@@ -254,14 +254,14 @@ def assert_legend(line, loops, n_loop=2):
 @pytest.mark.parametrize("flags", [
     "--rule=max_prob --threshold=0.08", "--rule=gate --samples=3", "--rule=margin --threshold=0.02 --keys=copy",
     "--rule=entropy --threshold=0.12 --keys=copy --samples=2", "--rule=never", "--rule=fixed --samples=2"])
-def test_to_show_exits_changes_no_text_and_the_legend_counts_its_tokens(calibrated, capsys, monkeypatch, said, flags,
+def test_show_exits_changes_no_text_and_its_legend_counts_the_tokens(calibrated, capsys, monkeypatch, sampled, flags,
                                                                         terminal):
     flags = [f"--ckpt={calibrated}", "--prompt=the cat", "--max_new_tokens=25", "--seed=3", *flags.split()]
     monkeypatch.setattr(sample, "use_colour", lambda _: terminal)
     plain = run(capsys, *flags)
     assert not re.search("[₀-₉]|\033\\[", plain)
-    text, legend, rest = run(capsys, *flags, "--show_exits").rpartition("left after")
-    loops = loops_of(said)
+    text, legend, rest = run(capsys, *flags, "--show_exits").rpartition("exited after")
+    loops = loops_of(sampled)
     assert set(loops) == ({2} if "--rule=never" in flags else {1, 2})
     assert re.sub("\033\\[\\d+m" if terminal else "[₁₂]", "", text) == plain != text
     marks = re.findall("\033\\[(3[23])m" if terminal else "([₁₂])", text)
@@ -294,7 +294,7 @@ def test_every_piece_is_marked_by_the_loop_of_its_token_and_characters_stay_whol
 def test_half_a_character_at_the_end_is_marked_too(ckpt, capsys):
     tokens = Tokenizer.load(ckpt)
     half = tokens.encode("🙂")[:1]
-    sample.write([(half[0], 1)], tokens, [], sample.Exits(2, colour=False))
+    sample.write([(half[0], 1)], tokens, [], sample.ExitMarker(2, colour=False))
     assert re.fullmatch("\ufffd+₂", capsys.readouterr().out)
 
 
@@ -311,37 +311,37 @@ def test_colours_are_for_terminals_that_want_them(calibrated, capsys, monkeypatc
 
 
 def test_loops_have_colours_of_their_own_and_numbers_of_two_digits(monkeypatch):
-    show = sample.Exits(6, colour=True)
+    show = sample.ExitMarker(6, colour=True)
     assert len({show.mark("a", loop) for loop in range(6)}) == 6
-    assert sample.Exits(12, colour=True).mark("a", 11).endswith("ma\033[0m")
-    assert sample.Exits(12, colour=False).mark("a", 11) == "a₁₂"
+    assert sample.ExitMarker(12, colour=True).mark("a", 11).endswith("ma\033[0m")
+    assert sample.ExitMarker(12, colour=False).mark("a", 11) == "a₁₂"
     monkeypatch.setattr(sample.sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
-    assert sample.Exits(12, colour=False).mark("a", 11) == "a[12]"
-    assert show.mark("", 0) == sample.Exits(6, colour=False).mark("", 0) == ""
+    assert sample.ExitMarker(12, colour=False).mark("a", 11) == "a[12]"
+    assert show.mark("", 0) == sample.ExitMarker(6, colour=False).mark("", 0) == ""
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_the_rule_never_is_no_rule_and_fixed_leaves_where_it_is_told(ckpt, capsys, said, samples):
+def test_the_rule_never_is_no_rule_and_fixed_exits_at_its_loop(ckpt, capsys, sampled, samples):
     flags = [f"--ckpt={ckpt}", "--prompt=the cat", "--max_new_tokens=12", f"--samples={samples}", "--seed=3"]
     texts = {rule: run(capsys, *flags, *rule.split()) for rule in
              ("", "--rule=never", "--rule=fixed --exit_loop=2", "--rule=fixed --exit_loop=1")}
-    assert [loops for _, loops in said] == [[1] + [0] * 11] * samples              # the first is the prompt's
+    assert [loops for _, loops in sampled] == [[1] + [0] * 11] * samples              # the first is the prompt's
     early = texts.pop("--rule=fixed --exit_loop=1")
     assert len(set(texts.values())) == 1 and early not in texts.values()
 
 
-def test_rule_threshold_and_keys_reach_the_decoder(ckpt, capsys, said):
+def test_rule_threshold_and_keys_reach_the_decoder(ckpt, capsys, sampled):
     idx, found = torch.tensor([Tokenizer.load(ckpt).encode("the cat")]), []
     for keys in ("exact", "copy"):
         run(capsys, f"--ckpt={ckpt}", "--prompt=the cat", "--max_new_tokens=30", "--rule=max_prob", "--threshold=0.06",
             f"--keys={keys}", "--temperature=0")
         want = list(decode(RecursiveTransformer.load(ckpt), idx, 30, Rule("max_prob", 0.06), keys, eos_id=299))
-        assert said == [tuple([step[part].item() for step in want] for part in (0, 1))]
-        found.append(said[0])
+        assert sampled == [tuple([step[part].item() for step in want] for part in (0, 1))]
+        found.append(sampled[0])
     assert found[0] != found[1]
 
 
-def test_to_show_exits_alone_asks_the_calibrated_gate_or_says_what_it_does_instead(ckpt, calibrated, capsys, said,
+def test_show_exits_alone_uses_the_calibrated_gate_or_prints_what_it_uses_instead(ckpt, calibrated, capsys, sampled,
                                                                                    monkeypatch):
     asked, load_rule = [], sample.load_rule
     monkeypatch.setattr(sample, "load_rule", lambda *args: asked.append(args[2:]) or load_rule(*args))
@@ -356,10 +356,11 @@ def test_to_show_exits_alone_asks_the_calibrated_gate_or_says_what_it_does_inste
     asked.clear()
     for folder, more, keys in [(ckpt, [], "exact"), (calibrated, ["--keys=copy"], "copy")]:
         found = shown(folder, *more)
-        assert f"{folder} is not calibrated for {keys} keys: tokens leave where the likeliest one has" in found.err
-        assert f"run python exits.py --ckpt={folder} --keys={keys}" in found.err and "not calibrated" not in found.out
+        assert f"{folder} is not calibrated for --keys={keys}: a token exits where the highest probability" in found.err
+        assert f"run python -m evaluation.thresholds --ckpt={folder} --keys={keys}" in found.err
+        assert "not calibrated" not in found.out
     assert asked == [("max_prob", 0.5, 1, "exact"), ("max_prob", 0.5, 1, "copy")]
-    with pytest.raises(UserError, match="no calibrated threshold of gate with copy keys"):
+    with pytest.raises(UserError, match="no calibrated threshold of gate for --keys=copy"):
         shown(calibrated, "--rule=gate", "--keys=copy")
 
 
@@ -372,13 +373,13 @@ def test_a_model_of_one_loop_shows_one_loop_and_has_no_rules(ckpt, capsys, tmp_p
     sample.main(flags)
     assert "mean depth 1.00 of 1" in capsys.readouterr().out
     for rule in ("gate", "fixed", "max_prob"):
-        with pytest.raises(UserError, match=f"--rule={rule} lets tokens leave before the last loop.* has 1 loop"):
+        with pytest.raises(UserError, match=f"--rule={rule} lets tokens exit before the last loop.* has 1 loop"):
             sample.main([*flags, f"--rule={rule}"])
 
 
 @pytest.mark.parametrize("rule", ["fixed", "gate"])
-def test_a_text_may_end_early_with_a_rule(calibrated, capsys, monkeypatch, said, rule):
-    """The third and the fifth time that the head runs, the first row it runs for ends."""
+def test_a_text_may_end_early_with_a_rule(calibrated, capsys, monkeypatch, sampled, rule):
+    """The third and the fifth time that the head runs, its first row ends."""
     runs, token_probs = iter(range(99)), sample.token_probs
 
     def ending(logits, *rest):
@@ -390,16 +391,16 @@ def test_a_text_may_end_early_with_a_rule(calibrated, capsys, monkeypatch, said,
     monkeypatch.setattr(sample, "token_probs", ending)
     out = run(capsys, f"--ckpt={calibrated}", "--prompt=the cat", "--samples=2", f"--rule={rule}", "--show_exits")
     assert out.count("(end of text)") == 2 and "endoftext" not in out
-    assert [tokens.index(299) + 1 for tokens, _ in said] == [len(loops) for _, loops in said]
-    assert min(len(loops) for _, loops in said) < 5
-    assert_legend(out.splitlines()[-1], loops_of(said))
+    assert [tokens.index(299) + 1 for tokens, _ in sampled] == [len(loops) for _, loops in sampled]
+    assert min(len(loops) for _, loops in sampled) < 5
+    assert_legend(out.splitlines()[-1], loops_of(sampled))
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--rule=gate", "has no gate: train one with python exits.py"),
+    ("--rule=gate", "has no gate: train one with python -m evaluation.thresholds"),
     ("--rule=gate --threshold=0.5", "has no gate"), ("--show_exits --threshold=0.5", "has no gate"),
-    ("--rule=max_prob", "no calibrated threshold of max_prob with exact keys.*exits.py .*--keys=exact"),
-    ("--rule=max_prob --keys=copy", "max_prob with copy keys.*--keys=copy"),
+    ("--rule=max_prob", "no calibrated threshold of max_prob for --keys=exact.*thresholds .*--keys=exact"),
+    ("--rule=max_prob --keys=copy", "max_prob for --keys=copy.*thresholds .*--keys=copy"),
     ("--rule=max_prob --threshold=1.5", "--threshold=1.5 is out of range"),
     ("--rule=margin --threshold=-0.1", "out of range"), ("--rule=entropy --threshold=nan", "out of range"),
     ("--rule=fixed --exit_loop=0", "--exit_loop=0, but the model has the loops 1 to 2"),
@@ -410,14 +411,14 @@ def test_a_text_may_end_early_with_a_rule(calibrated, capsys, monkeypatch, said,
     ("--rule=fixed --threshold=0.5", "needs a rule that compares"),
     ("--exit_loop=2", "--exit_loop=2 is for --rule=fixed"),
     ("--rule=max_prob --threshold=0.5 --exit_loop=2", "is for --rule=fixed"),
-    ("--ckpt=assets/donor --rule=gate", "--rule=gate lets tokens leave before.*has 1 loop")])
-def test_rules_that_cannot_be_are_refused(ckpt, flags, says):
+    ("--ckpt=assets/donor --rule=gate", "--rule=gate lets tokens exit before.*has 1 loop")])
+def test_bad_rules_are_refused(ckpt, flags, says):
     with pytest.raises(UserError, match=says):
         sample.main([f"--ckpt={ckpt}", *flags.split()])
 
 
 @pytest.mark.parametrize("flag", ["--rule=guess", "--keys=moved", "--threshold=half", "--exit_loop=1.5"])
-def test_what_is_no_choice_is_refused_by_the_command_line(ckpt, capsys, flag):
+def test_unknown_choices_are_refused_by_the_command_line(ckpt, capsys, flag):
     with pytest.raises(SystemExit):
         sample.main([f"--ckpt={ckpt}", flag])
     assert flag.split("=")[0] in capsys.readouterr().err
@@ -431,7 +432,7 @@ LINES = ["the cat", "dog", "", "the mat and the dog – naïve", "日本", "the 
 
 @pytest.fixture
 def prompts(tmp_path, monkeypatch):
-    """Six prompts, one of them empty; in double precision, where what is the same comes out the same."""
+    """Six prompts, one of them empty; in double precision, so that batches and single rows give the same tokens."""
     load = sample.load_any
     monkeypatch.setattr(sample, "load_any", lambda *args: load(*args).double())
     monkeypatch.setattr(exits.Gate, "load", lambda *args, load=exits.Gate.load: load(*args).double())
@@ -440,49 +441,49 @@ def prompts(tmp_path, monkeypatch):
 
 
 def pages(out):
-    """{title: what stands under it}."""
+    """{title: the text below it}."""
     return {part.split("\n", 1)[0]: part.split("\n", 1)[1] for part in out.split("--- ")[1:]}
 
 
 @pytest.mark.parametrize("flags", ["--rule=max_prob --threshold=0.06", "--rule=gate --slots=2 --show_exits",
                                    "--rule=margin --threshold=0.02 --keys=copy --slots=1", "--samples=2 --slots=5"])
-def test_each_of_many_texts_is_what_it_would_be_alone_in_the_order_of_the_prompts(calibrated, capsys, prompts, flags):
+def test_each_of_many_texts_equals_the_text_alone_in_the_order_of_the_prompts(calibrated, capsys, prompts, flags):
     flags = [f"--ckpt={calibrated}", "--temperature=0", "--max_new_tokens=15", *flags.split()]
     sample.main([*flags, prompts])
     many = capsys.readouterr()
-    found, samples = pages(many.out.split("left after")[0]), "--samples=2" in flags
+    found, samples = pages(many.out.split("exited after")[0]), "--samples=2" in flags
     titles = [f"prompt {i} of 6" for i in range(1, 7)]
     assert list(found) == ([f"{t}, sample {i} of 2" for t in titles for i in (1, 2)] if samples else titles)
     alone = [run(capsys, *(f for f in flags if "samples" not in f), f"--prompt={line}") for line in LINES]
-    assert list(found.values()) == [a.split("left after")[0] + "\n" for a in alone for _ in range(1 + samples)]
-    assert ("left after" in many.out) == ("--show_exits" in flags)
+    assert list(found.values()) == [a.split("exited after")[0] + "\n" for a in alone for _ in range(1 + samples)]
+    assert ("exited after" in many.out) == ("--show_exits" in flags)
     n, slots = 12 if samples else 6, int((re.findall(r"slots=(\d)", " ".join(flags)) or [6])[0])
     assert f"; {n} texts through {slots} slots\n" in many.err
     assert re.search(r"\n[\d,]+ tokens in \d+\.\d s, [\d,]+ tok/s\n$", many.err)
 
 
-def test_many_texts_are_drawn_anew_with_another_seed_only(ckpt, capsys, prompts):
+def test_many_texts_depend_on_the_seed(ckpt, capsys, prompts):
     texts = [run(capsys, f"--ckpt={ckpt}", prompts, "--max_new_tokens=9", "--slots=2", f"--seed={seed}")
              for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.parametrize("top_k, kept", [(1, 1), (3, 3), (0, 6)])
-def test_tokens_are_drawn_as_often_as_they_are_probable(top_k, kept):
+def test_tokens_are_sampled_with_their_probabilities(top_k, kept):
     logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5]).expand(20_000, -1)
-    choose = sample.chooser(sample.SampleConfig(temperature=0.7, top_k=top_k))
+    sampler = sample.make_sampler(sample.SampleConfig(temperature=0.7, top_k=top_k))
     want = sample.token_probs(logits[:1], 0.7, top_k, 1.0)[0]
-    share = choose(logits).bincount(minlength=6) / len(logits)
+    share = sampler(logits).bincount(minlength=6) / len(logits)
     assert (share > 0).sum() == kept
     torch.testing.assert_close(share, want, atol=0.02, rtol=0)
 
 
-def test_to_choose_waits_for_nothing_on_the_host():
-    """Else no CUDA graph could hold it."""
+def test_the_sampler_never_waits_for_the_gpu():
+    """Otherwise no CUDA graph could contain it."""
     for temperature in (0, 0.7):
-        choose = sample.chooser(sample.SampleConfig(temperature=temperature, top_k=5, top_p=0.9))
+        sampler = sample.make_sampler(sample.SampleConfig(temperature=temperature, top_k=5, top_p=0.9))
         with NothingWaits() as watch:
-            choose(torch.randn(4, 20))
+            sampler(torch.randn(4, 20))
         assert watch.calls and "multinomial" not in {func.overloadpacket.__name__ for func, *_ in watch.calls}  # inside
 
 
@@ -492,7 +493,7 @@ def test_prompts_that_cannot_be_served_are_refused_alone(ckpt, capsys, prompts, 
 
     def refuse():
         raise UserError("the prompt is empty")
-    with pytest.raises(UserError, match="2 of 4 prompts were refused; the reason stands at each"):
+    with pytest.raises(UserError, match="2 of 4 prompts were refused; the reason is printed with each"):
         sample.main([f"--ckpt={ckpt}", prompts, "--max_new_tokens=3", "--slots=2"])
     many, long = capsys.readouterr(), len(Tokenizer.load(ckpt).encode("the cat " * 60))
     ends = [page.rstrip("\n").splitlines()[-1] for page in pages(many.out).values()]
@@ -504,7 +505,7 @@ def test_prompts_that_cannot_be_served_are_refused_alone(ckpt, capsys, prompts, 
         sample.main([f"--ckpt={ckpt}", prompts, "--max_new_tokens=1"])
 
 
-def test_texts_come_as_they_are_finished_and_ctrl_c_shows_what_has_come(ckpt, capsys, prompts, monkeypatch):
+def test_texts_are_printed_when_finished_and_ctrl_c_prints_the_rest(ckpt, capsys, prompts, monkeypatch):
     """Of six texts through two slots two are finished and one or two have begun when Ctrl-C comes."""
     scripted(monkeypatch)
     steps, step, seen = iter(range(99)), sample.Engine.step, []
@@ -525,12 +526,12 @@ def test_texts_come_as_they_are_finished_and_ctrl_c_shows_what_has_come(ckpt, ca
 
 
 @pytest.mark.parametrize("text", [None, "", "the cat\n"])
-def test_files_of_prompts_that_cannot_be(ckpt, prompts, tmp_path, text):
+def test_bad_prompt_files_are_refused(ckpt, prompts, tmp_path, text):
     if text is None:
         (tmp_path / "prompts.txt").unlink()
     else:
         (tmp_path / "prompts.txt").write_text(text)
     flags, says = {None: ([], "cannot read --prompts="), "": ([], "is empty; give a file with a prompt on each line"),
-                   "the cat\n": (["--prompt=dog"], "each say what to go on from; give one of them")}[text]
+                   "the cat\n": (["--prompt=dog"], "each give the prompt; use one of them")}[text]
     with pytest.raises(UserError, match=says):
         sample.main([f"--ckpt={ckpt}", prompts, *flags])

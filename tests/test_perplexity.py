@@ -1,4 +1,4 @@
-"""evaluate.py: its figures against others written out, and every mistake named before the work begins."""
+"""evaluation/perplexity.py: its figures against plain computations, and every mistake an error before the work."""
 
 import json
 import math
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from tiny import story
 
 from convert import to_hf
-from evaluation import perplexity as evaluate
+from evaluation import perplexity
 from evaluation.perplexity import EvaluateConfig, read_text
-from exits import Gate, Rule, observe, outcome
+from exits import Gate, Rule, apply_rule, collect_exit_stats
 from lib.cli import UserError
 from lib.folders import GATE_FILE, THRESHOLDS_FILE
 from lib.tokenizer import Tokenizer, train_tokenizer
@@ -55,12 +55,12 @@ def strict(line):
 
 def run(capsys, home, ckpt, *more):
     """What was printed before the JSON line, and that line."""
-    evaluate.main(flags(home, ckpt, *more))
+    perplexity.main(flags(home, ckpt, *more))
     *shown, line = capsys.readouterr().out.splitlines()
     return "\n".join(shown), strict(line)
 
 
-def pick(numbers, **which):
+def select(numbers, **which):
     return [row for row in numbers["rows"] if all(row[key] == value for key, value in which.items())]
 
 
@@ -68,8 +68,8 @@ def read(config):
     return read_text(config, RecursiveTransformer.load(config.ckpt), Tokenizer.load(config.ckpt))
 
 
-def look(folder, pairs):
-    """By loop and token, from all logits at once: likeliest token, cross entropy, and each rule's score."""
+def predictions(folder, pairs):
+    """By loop and token, from all logits at once: argmax, cross entropy, and each rule's score."""
     model = RecursiveTransformer.load(folder)
     gate = Gate.load(folder, model)
     idx, targets = (torch.cat(part) for part in zip(*pairs, strict=True))
@@ -92,7 +92,7 @@ def look(folder, pairs):
 
 
 def assert_figures(row, loops, token, ce):
-    """The row says of tokens that leave after `loops`, in loops counted from 0, what it should."""
+    """The row is right for tokens that exit after `loops`, counted from 0."""
     n = len(loops)
     agree = [token[loop][i] == token[-1][i] for i, loop in enumerate(loops)]
     early = [i for i in range(n) if token[-1][i] in (token[0][i], token[1][i])]
@@ -103,9 +103,9 @@ def assert_figures(row, loops, token, ce):
     assert row["caught"] == pytest.approx(sum(loops[i] < 2 and agree[i] for i in early) / len(early))
 
 
-def test_the_figures_with_exact_keys_are_those_written_out(home, capsys):
+def test_the_figures_with_recomputed_kv_are_right(home, capsys):
     pairs = read(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 320, 16))
-    token, ce, score = look(home / "ckpt", pairs)
+    token, ce, score = predictions(home / "ckpt", pairs)
     shown, numbers = run(capsys, home, home / "ckpt", "--keys=exact", "--thresholds=0.04,0.105,0.4")
     assert numbers["tokens"] == len(ce[0]) == 320
     assert numbers["exit_loss"] == pytest.approx([sum(loop) / 320 for loop in ce], abs=1e-5)
@@ -126,13 +126,13 @@ def test_the_figures_with_exact_keys_are_those_written_out(home, capsys):
                  for a, b in zip(first, second, strict=True)]
         assert_figures(row, loops, token, ce)
     for name in RULES:
-        assert any(0.05 < row["left_at"][0] < 0.95 for row in pick(numbers, rule=name)), name
+        assert any(0.05 < row["left_at"][0] < 0.95 for row in select(numbers, rule=name)), name
 
 
-def test_copied_keys_have_rows_of_their_own(home, capsys):
-    """As many leave after the first loop, whatever the keys; what they leave behind changes the loops after it."""
+def test_copied_kv_have_rows_of_their_own(home, capsys):
+    """As many tokens exit after the first loop with either policy; their KV change the loops after it."""
     _, numbers = run(capsys, home, home / "ckpt", "--rules=margin", "--thresholds=0,0.04,1")
-    exact, copied = (pick(numbers, keys=keys, rule="margin") for keys in ("exact", "copy"))
+    exact, copied = (select(numbers, keys=keys, rule="margin") for keys in ("exact", "copy"))
     assert [row["threshold"] for row in exact] == [row["threshold"] for row in copied] == [1, 0.04, 0]
     for never, _, at_once in (exact, copied):
         assert never["left_at"] == [0, 0, 1] and never["loops"] == 3 and never["agreement"] == 1
@@ -143,42 +143,42 @@ def test_copied_keys_have_rows_of_their_own(home, capsys):
     assert copied[1]["perplexity"] != pytest.approx(exact[1]["perplexity"], rel=1e-4)
 
 
-def test_what_a_rule_makes_of_a_text_keeps_no_graph(home, capsys, monkeypatch):
-    """It would hold on to the logits of the whole text."""
-    outcome, kept = evaluate.outcome, []
-    monkeypatch.setattr(evaluate, "outcome", lambda *args: kept.append(outcome(*args)) or kept[-1])
+def test_the_results_of_a_rule_keep_no_graph(home, capsys, monkeypatch):
+    """It would keep the logits of the whole text alive."""
+    apply_rule, kept = perplexity.apply_rule, []
+    monkeypatch.setattr(perplexity, "apply_rule", lambda *args: kept.append(apply_rule(*args)) or kept[-1])
     run(capsys, home, home / "ckpt", "--thresholds=0.1", "--tokens=32")
     assert len(kept) == 8 and not any(out.ce.requires_grad for out in kept)
 
 
-def test_a_token_leaves_at_the_threshold_itself(home):
+def test_a_token_exits_at_the_threshold_itself(home):
     model = RecursiveTransformer.load(home / "ckpt")
     pairs = read(EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 32, 16))
-    seen = observe(model, pairs, [Rule("margin")])
+    stats = collect_exit_stats(model, pairs, [Rule("margin")])
     for keys in ("exact", "copy"):
-        rule = Rule("margin", threshold=seen.score["margin"][0, 7].item())
-        assert outcome(model, pairs, seen, rule, keys).loops[7] == 0
+        rule = Rule("margin", threshold=stats.scores["margin"][0, 7].item())
+        assert apply_rule(model, pairs, stats, rule, keys).exit_loop[7] == 0
 
 
-def test_thresholds_are_spread_so_that_a_tenth_two_tenths_of_the_scores_pass(home, capsys):
+def test_default_thresholds_are_deciles_of_the_scores(home, capsys):
     config = EvaluateConfig(f"{home}/ckpt", f"{home}/text.txt", 320, 16)
-    _, _, score = look(home / "ckpt", read(config))
+    _, _, score = predictions(home / "ckpt", read(config))
     _, numbers = run(capsys, home, home / "ckpt", "--keys=exact")
     for name in RULES:
-        thresholds = [row["threshold"] for row in pick(numbers, rule=name)]
+        thresholds = [row["threshold"] for row in select(numbers, rule=name)]
         scores = score[name][0] + score[name][1]
         passed = [sum(s >= t - 1e-6 for s in scores) / len(scores) for t in thresholds]
         assert len(thresholds) == 9 and passed == pytest.approx([i / 10 for i in range(1, 10)], abs=0.01)
 
 
-def test_thresholds_of_as_many_scores_as_there_may_be():
-    """torch.quantile gives up beyond 2^24."""
-    found = evaluate.find_thresholds(torch.zeros(2**24 + 1), [], 0.5)
+def test_thresholds_of_more_scores_than_torch_quantile_takes():
+    """2^24 is its limit."""
+    found = perplexity.find_thresholds(torch.zeros(2**24 + 1), [], 0.5)
     assert found == [0.5, 0.0]
 
 
 @pytest.mark.parametrize("given", ["", "--thresholds=0.3,0.2"])
-def test_a_calibrated_threshold_is_a_row_and_says_what_it_promised(home, ckpt, capsys, given):
+def test_a_calibrated_threshold_is_a_row_with_its_agreement(home, ckpt, capsys, given):
     (ckpt / THRESHOLDS_FILE).write_text(json.dumps({
         "exact": {"agreement": 0.98, "confidence": 0.95, "thresholds": {"gate": 0.3, "margin": 0.123456789012345}},
         "copy": {"agreement": 0.9, "confidence": 0.95, "thresholds": {"gate": 0.7}}}))
@@ -189,11 +189,11 @@ def test_a_calibrated_threshold_is_a_row_and_says_what_it_promised(home, ckpt, c
                         ("gate", "copy", 0.7): 0.9}
     assert shown.count("calibrated for 0.98\n") == 2 and shown.count("calibrated for 0.9\n") == 1
     rows = len(given.split(",")) if given else 9
-    assert len(pick(numbers, rule="max_prob", keys="exact")) == rows
-    assert len(pick(numbers, rule="gate", keys="copy")) == rows + 1
-    assert len(pick(numbers, rule="gate", keys="exact")) == rows + (not given)   # one of those given is that one
+    assert len(select(numbers, rule="max_prob", keys="exact")) == rows
+    assert len(select(numbers, rule="gate", keys="copy")) == rows + 1
+    assert len(select(numbers, rule="gate", keys="exact")) == rows + (not given)   # one of those given is that one
     for name in ("gate", "margin"):
-        thresholds = [row["threshold"] for row in pick(numbers, rule=name, keys="exact")]
+        thresholds = [row["threshold"] for row in select(numbers, rule=name, keys="exact")]
         assert thresholds == sorted(thresholds, reverse=True)
 
 
@@ -204,13 +204,13 @@ def test_rules_and_keys_can_be_chosen(home, capsys):
     assert "max_prob" not in shown and " exact" not in shown.split("oracle")[1].split("\n", 1)[1]
 
 
-def test_without_a_gate_it_goes_on_and_says_so_unless_the_gate_was_asked_for(home, ckpt, capsys):
+def test_a_missing_gate_is_an_error_only_if_asked_for(home, ckpt, capsys):
     (ckpt / GATE_FILE).unlink()
     shown, numbers = run(capsys, home, ckpt, "--thresholds=0.1")
-    assert f"{ckpt} has no gate yet: python exits.py --ckpt={ckpt} trains one" in shown
+    assert f"{ckpt} has no gate yet: python -m evaluation.thresholds --ckpt={ckpt} trains one" in shown
     assert {row["rule"] for row in numbers["rows"]} == {"oracle", "max_prob", "margin", "entropy"}
     with pytest.raises(UserError, match="has no gate: train one"):
-        evaluate.main(flags(home, ckpt, "--rules=max_prob,gate"))
+        perplexity.main(flags(home, ckpt, "--rules=max_prob,gate"))
 
 
 @pytest.fixture
@@ -226,13 +226,13 @@ def one_loop(home, tmp_path):
 @pytest.mark.parametrize("more", [[], ["--rules=gate", "--thresholds=0.5"]])
 def test_a_model_of_one_loop_has_a_loss_and_no_exits(home, one_loop, capsys, more):
     shown, numbers = run(capsys, home, one_loop, *more)
-    assert "has 1 loop: nothing can leave before the last" in shown and "oracle" not in shown and "gate" not in shown
+    assert "has 1 loop, so no token can exit before the last" in shown and "oracle" not in shown and "gate" not in shown
     (loss,), (oracle,) = numbers["exit_loss"], numbers["rows"]
     assert abs(loss - math.log(300)) < 0.5 and f"{loss:.4f}" in shown
     assert oracle["loops"] == 1 and oracle["perplexity"] == pytest.approx(math.exp(loss))
 
 
-def test_a_hugging_face_folder_is_scored_as_what_it_is_converted_to(home, one_loop, capsys, tmp_path):
+def test_a_hugging_face_folder_is_scored_as_its_conversion(home, one_loop, capsys, tmp_path):
     to_hf(RecursiveTransformer.load(one_loop), tmp_path / "hf")
     for name in ("tokenizer.tiktoken", "tokenizer_config.json"):
         shutil.copy(one_loop / name, tmp_path / "hf")
@@ -241,22 +241,22 @@ def test_a_hugging_face_folder_is_scored_as_what_it_is_converted_to(home, one_lo
 
 
 @pytest.mark.parametrize("name", ["embed.weight", "layers.0.mlp.down.lora_b"])
-def test_a_loss_that_is_not_a_number_is_said_and_nothing_is_saved(home, ckpt, tmp_path, monkeypatch, name):
+def test_a_loss_that_is_nan_is_an_error_and_nothing_is_saved(home, ckpt, tmp_path, monkeypatch, name):
     model = RecursiveTransformer.load(ckpt)
     dict(model.named_parameters())[name].data[1, 1] = math.nan
-    monkeypatch.setattr(evaluate, "load_any", lambda *_: model)
+    monkeypatch.setattr(perplexity, "load_any", lambda *_: model)
     with pytest.raises(UserError, match="the logits are not finite"):
-        evaluate.main(flags(home, ckpt, f"--save={tmp_path}/lines.jsonl"))
+        perplexity.main(flags(home, ckpt, f"--save={tmp_path}/lines.jsonl"))
     assert not (tmp_path / "lines.jsonl").exists()
 
 
 def test_a_plot_of_one_loop_is_refused(home, one_loop, tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match="1 loop, so there are no exits to plot"):
-        evaluate.main(flags(home, one_loop, f"--plot={tmp_path}/a.png"))
+        perplexity.main(flags(home, one_loop, f"--plot={tmp_path}/a.png"))
 
 
-def test_the_line_says_all_and_save_appends_it(home, capsys, tmp_path):
+def test_the_json_line_is_complete_and_save_appends_it(home, capsys, tmp_path):
     path, numbers = tmp_path / "lines.jsonl", []
     for thresholds in ("0.1", "0.2"):
         numbers.append(run(capsys, home, home / "ckpt", f"--thresholds={thresholds}", f"--save={path}",
@@ -288,11 +288,12 @@ def test_a_plot_has_a_line_for_each_rule_and_keys(home, tmp_path, capsys, monkey
     assert (tmp_path / "exits.png").read_bytes().startswith(b"\x89PNG\r\n")
     (axes,) = figures[0].axes
     *lines, star = axes.lines
-    assert [line.get_label() for line in lines] == ["margin, exact keys", "gate, exact keys", "margin, copy keys",
-                                                    "gate, copy keys"]
+    assert [line.get_label() for line in lines] == ["margin, recomputed KV", "gate, recomputed KV", "margin, copied KV",
+                                                    "gate, copied KV"]
     for line in lines:
-        name, keys, _ = line.get_label().replace(",", "").split()
-        rows = sorted((r["loops"], r["agreement"]) for r in pick(numbers, rule=name, keys=keys))
+        name, keys = line.get_label().removesuffix(" KV").split(", ")
+        keys = {"recomputed": "exact", "copied": "copy"}[keys]
+        rows = sorted((r["loops"], r["agreement"]) for r in select(numbers, rule=name, keys=keys))
         assert line.get_xydata().tolist() == [list(row) for row in rows]
         assert line.get_linestyle() == ("-" if keys == "exact" else "--")
         assert line.get_color() == lines[name == "gate"].get_color()
@@ -301,7 +302,7 @@ def test_a_plot_has_a_line_for_each_rule_and_keys(home, tmp_path, capsys, monkey
 
 
 def test_windows_are_spread_evenly_over_the_text(home, monkeypatch):
-    monkeypatch.setattr(evaluate, "windows", lambda tokens, seq_len, indices, stride: list(indices))
+    monkeypatch.setattr(perplexity, "windows", lambda tokens, seq_len, indices, stride: list(indices))
     there = (len(Tokenizer.load(home / "ckpt").encode((home / "text.txt").read_text())) - 1) // 16
     assert there > 60
 
@@ -316,8 +317,8 @@ def test_windows_are_spread_evenly_over_the_text(home, monkeypatch):
     assert len(numbers(480, seq_len=1000)) == 10             # no longer than the model's context, 48
 
 
-def test_a_mistake_is_named_before_any_work(home, ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "observe", lambda *_: pytest.fail("the text was read"))
+def test_mistakes_are_errors_before_the_work(home, ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
     (tmp_path / "short.txt").write_text("My aunt")
     (tmp_path / "empty.txt").write_text("")
     for flag, says in [
@@ -326,7 +327,8 @@ def test_a_mistake_is_named_before_any_work(home, ckpt, tmp_path, monkeypatch):
             ("--keys=exact,moved", "--keys=exact,moved: 'moved' is unknown; use exact, copy"),
             ("--thresholds=0.5,1.5", "0.5,1.5 are out of range"), ("--thresholds=-0.1", "out of range"),
             ("--thresholds=nan", "out of range"), ("--thresholds=0.5,inf", "out of range"),
-            ("--thresholds=0.5,half", "must be numbers by comma"), ("--thresholds=0.5,,0.9", "must be numbers"),
+            ("--thresholds=0.5,half", "must be numbers separated by commas"),
+            ("--thresholds=0.5,,0.9", "must be numbers"),
             ("--seq_len=0", "--seq_len=0 must be at least 1"), ("--seq_len=-5", "must be at least 1"),
             ("--tokens=15", "less than one window; use --tokens=16"), ("--tokens=0", "less than one window"),
             ("--tokens=-1", "less than one window"),
@@ -336,19 +338,19 @@ def test_a_mistake_is_named_before_any_work(home, ckpt, tmp_path, monkeypatch):
             (f"--save={tmp_path}/nowhere/a.jsonl", "nowhere/a.jsonl cannot be written"),
             (f"--save={tmp_path}", "cannot be written"), ("--device=abacus", "cannot be used here")]:
         with pytest.raises(UserError, match=says):
-            evaluate.main(flags(home, ckpt, flag))
+            perplexity.main(flags(home, ckpt, flag))
     (ckpt / THRESHOLDS_FILE).write_text("{")
     with pytest.raises(UserError, match="not readable as thresholds"):
-        evaluate.main(flags(home, ckpt))
+        perplexity.main(flags(home, ckpt))
 
 
-def test_a_plot_that_cannot_be_is_named_before_any_work(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "observe", lambda *_: pytest.fail("the text was read"))
+def test_a_plot_that_cannot_be_written_is_an_error_before_the_work(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
     monkeypatch.chdir(tmp_path)
 
     def refused(path, says):
         with pytest.raises(UserError, match=says):
-            evaluate.main(flags(home, home / "ckpt", f"--plot={path}"))
+            perplexity.main(flags(home, home / "ckpt", f"--plot={path}"))
     refused(tmp_path / "nowhere" / "a.png", "--plot=.*nowhere/a.png cannot be written")
     refused(tmp_path, "cannot be written")
     with monkeypatch.context() as without:
@@ -365,14 +367,14 @@ def test_a_plot_that_cannot_be_is_named_before_any_work(home, tmp_path, monkeypa
 # ---------------------------------------------------------------------------------------------------------------------
 # Sliding windows, data sets by name
 
-def test_in_a_sliding_window_each_token_counts_once_behind_all_that_it_may_see(home, capsys, tmp_path):
-    """16 tokens a window, 4 ahead of the last: by hand, token by token."""
+def test_in_sliding_windows_each_token_counts_once_with_its_longest_context(home, capsys, tmp_path):
+    """Windows of 16 tokens with a stride of 4, token by token."""
     (tmp_path / "few.txt").write_text(story(1, 10))
     model, ids = RecursiveTransformer.load(home / "ckpt"), Tokenizer.load(home / "ckpt").encode(story(1, 10))
     shown, numbers = run(capsys, home, home / "ckpt", "--stride=4", "--tokens=100000", "--rules=margin",
                          "--thresholds=0.05,0", f"--text={tmp_path}/few.txt")
     n = numbers["tokens"]
-    assert len(ids) - 4 <= n + 1 <= len(ids)                 # all but what makes no whole step
+    assert len(ids) - 4 <= n + 1 <= len(ids)                 # all but an incomplete stride at the end
     assert (numbers["windows"], numbers["window"], numbers["stride"]) == ((n - 16) // 4 + 1, 16, 4)
     assert f"{n:,} tokens ({numbers['bytes']:,} bytes) in {numbers['windows']} windows of 16, stride 4" in shown
     assert numbers["bytes"] == len(Tokenizer.load(home / "ckpt").decode(ids[1:n + 1]).encode())
@@ -383,21 +385,21 @@ def test_in_a_sliding_window_each_token_counts_once_behind_all_that_it_may_see(h
             for loop, x in enumerate(model(torch.tensor([ids[start:at + 1]]))):
                 loss[loop] -= model.logits(x)[0, -1].log_softmax(-1)[ids[at + 1]].item()
     assert numbers["exit_loss"] == pytest.approx([nats / n for nats in loss], abs=1e-5)
-    for keys in ("exact", "copy"):                           # ..., and no more of them may leave
-        some, none = pick(numbers, rule="margin", keys=keys)
+    for keys in ("exact", "copy"):                           # each counts as one exit
+        some, none = select(numbers, rule="margin", keys=keys)
         assert none["left_at"] == [1, 0, 0] and none["perplexity"] == pytest.approx(math.exp(loss[0] / n), rel=1e-5)
         assert all(round(share * n, 6).is_integer() for share in some["left_at"])
 
 
-def test_a_stride_needs_a_window_that_covers_it(home, monkeypatch):
-    monkeypatch.setattr(evaluate, "observe", lambda *_: pytest.fail("the text was read"))
+def test_a_stride_above_the_window_is_refused(home, monkeypatch):
+    monkeypatch.setattr(perplexity, "collect_exit_stats", lambda *_: pytest.fail("the text was read"))
     for stride in (0, -1, 17):
         with pytest.raises(UserError, match=f"--stride={stride} must be 1 to --seq_len=16"):
-            evaluate.main(flags(home, home / "ckpt", f"--stride={stride}"))
+            perplexity.main(flags(home, home / "ckpt", f"--stride={stride}"))
 
 
-def test_of_a_data_set_by_name_the_first_tokens_are_read(home, capsys, monkeypatch):
-    """No network: what is asked of datasets, and how much of it is taken."""
+def test_a_data_set_by_name_is_read_from_its_start(home, capsys, monkeypatch):
+    """Without a network: the arguments of load_dataset, and how much is read."""
     import datasets
     asked, taken = [], []
 
