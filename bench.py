@@ -117,8 +117,8 @@ class TimedEngine(Engine):
     def timed(self, name: str, work: Callable) -> None:
         self.time_with_gpu(name, partial(super().timed, name, work))         # a graph cannot hold the wait
 
-    def admit(self) -> None:
-        self.time_with_gpu("prefill_s", super().admit)
+    def prefill(self, scheduled: list[tuple[int, Request]]) -> None:
+        self.time_with_gpu("prefill_s", partial(super().prefill, scheduled))
 
     def time_with_gpu(self, name: str, part: Callable) -> None:
         """Run a part that adds to its own seconds; if it did, count them to the end of its work on the GPU instead."""

@@ -55,8 +55,8 @@ def bench_decision(config: DecisionConfig) -> dict:
     """Microseconds of one exit decision with all that its rule reads (logits, for most), beside one pass of the block
     and of the head. Random weights of a shape as two loops, one token per row, fp32 (bf16 on GPUs)."""
     shape = replace(load_shape(config.shape, config.donor, config.layers), n_loop=2)
-    batches, sizes = by_comma("rows", config.rows, positive=True), by_comma("vocab_sizes", config.vocab_sizes, positive=True)
-    rows = []
+    batches, rows = by_comma("rows", config.rows, positive=True), []
+    sizes = by_comma("vocab_sizes", config.vocab_sizes, positive=True)
     for size in progress(sizes, desc="vocabularies"):
         rows += time_decisions(config, replace(shape, vocab_size=size), batches)
     lines = [["vocabulary size", "rows", "block", "head", *SCORED, *(f"{name} / block" for name in SCORED)]]
