@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")           # read when a kernel is defined: before anything imports it
 torch.set_num_threads(1)                                     # the tensors are tiny: a second thread only waits
 
-pytest.register_assert_rewrite("tiny")
+pytest.register_assert_rewrite("tiny", "small_tokenizers")
+from small_tokenizers import byte_level, metaspace, ranks  # noqa: E402, F401
 from tiny import DONOR, home, start  # noqa: E402, F401 (fixtures of several files; they import what the above prepares)
 
 from model import RecursiveTransformer  # noqa: E402
