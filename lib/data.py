@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lib.bpe import train_tokenizer
 from lib.cli import UserError, parse_args, print0, script
 from lib.donors import find_donor
 from lib.shards import UNFINISHED, encode_batches, prefetch, token_type, write_shards
 from lib.texts import Texts, split_names
-from lib.tokenizer import Tokenizer, read_json, train_tokenizer
+from lib.tokenizer import Tokenizer, read_optional_json
 
 IGNORE = -100                           # a target that counts for no loss; torch's ignore_index
 
@@ -194,7 +195,7 @@ def main(argv=None) -> None:
         return
     folder = find_donor(config.tokenizer)
     tokenizer = Tokenizer.load(folder, config.vocab_size)
-    vocab_size = config.vocab_size or read_json(folder / "config.json").get("vocab_size")
+    vocab_size = config.vocab_size or read_optional_json(folder / "config.json").get("vocab_size")
     total, held = write_shards(config.name, tokenizer, config.out, vocab_size or tokenizer.vocab_size,
                                config.shard_tokens, config.tokens, config.valid_share)
     print0(f"{config.out}: {total:,} tokens" + f"; {config.out}/valid: {held:,} tokens held out" * (held > 0))

@@ -12,9 +12,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from lib.bpe import replace_file
 from lib.cli import UserError, print0, progress
 from lib.texts import Texts, find_sources
-from lib.tokenizer import Tokenizer, replace_file
+from lib.tokenizer import Tokenizer
 
 UNFINISHED = "resume.state"              # the file beside unfinished shards that the next run continues from
 BATCH = 1_000_000 * min(max(os.cpu_count() or 1, 4), 16)  # characters encoded at once, at some 40 bytes for each

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from lib.tokenizer import train_tokenizer
+from lib.bpe import train_tokenizer
 
 PLAIN = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 20
 HARD = "naïve café  — 你好，世界! 👩‍👩‍👧 🏴‍☠️\n\n\tdon’t <|endoftext|> 1234567 ٣ ﷽ \u0301e zero\u200bwidth"

@@ -15,8 +15,8 @@ import torch
 from test_harness import needs, write_files
 
 from convert import to_hf
+from lib.bpe import train_tokenizer
 from lib.cli import script
-from lib.tokenizer import train_tokenizer
 from model import Config, RecursiveTransformer
 
 ROOT = Path(__file__).resolve().parent.parent

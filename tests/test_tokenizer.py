@@ -15,9 +15,10 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import models, normalizers, pre_tokenizers
 
 from lib import data, shards
+from lib.bpe import train_tokenizer
 from lib.cli import UserError
 from lib.data import Texts, load_tokens
-from lib.tokenizer import TextStream, Tokenizer, copy_tokenizer, train_tokenizer
+from lib.tokenizer import TextStream, Tokenizer, copy_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

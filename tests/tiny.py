@@ -18,8 +18,9 @@ import torch
 
 import train
 from convert import to_hf
+from lib.bpe import train_tokenizer
 from lib.cli import script
-from lib.tokenizer import copy_tokenizer, train_tokenizer
+from lib.tokenizer import copy_tokenizer
 from model import Config, RecursiveTransformer
 
 DONOR = Config(vocab_size=320, n_layer=4, n_embd=32, n_head=4, n_kv_head=1, head_dim=8, n_hidden=64, n_ctx=64)
