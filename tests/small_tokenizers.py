@@ -47,7 +47,7 @@ def metaspace(tmp_path_factory):
 
 
 def save(fast, folder, eos="</s>"):
-    fast.enable_truncation(7)                                # as a careless last user left it
+    fast.enable_truncation(7)                                # some tokenizers are saved with such limits
     fast.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": eos}}))
     return folder

@@ -35,7 +35,7 @@ def test_each_epoch_has_every_window_once_in_its_own_order():
     assert not torch.equal(starts, batch(TOKENS, range(30), 10, seed=1)[0][:, 0].view(3, 10) // 10)
 
 
-def test_rows_do_not_depend_on_how_they_are_dealt():
+def test_rows_do_not_depend_on_how_they_are_distributed():
     whole = batch(TOKENS, range(24), 10, seed=3)
     for n in (1, 2, 3, 8):
         parts = [batch(TOKENS, range(i, i + n), 10, seed=3) for i in reversed(range(0, 24, n))][::-1]
@@ -46,7 +46,7 @@ def test_rows_do_not_depend_on_how_they_are_dealt():
     assert json.loads(other.stdout) == whole[0][:, 0].tolist(), other.stderr   # another process sees the same data
 
 
-def test_batches_prepared_ahead_are_the_same_in_the_same_order(monkeypatch):
+def test_prefetched_batches_are_the_same_in_the_same_order(monkeypatch):
     rows, prepared = [range(i, i + 3) for i in range(0, 30, 3)], []
     real = data.batch
     monkeypatch.setattr(data, "batch", lambda tokens, numbers, *rest: prepared.append(
@@ -62,7 +62,7 @@ def test_batches_prepared_ahead_are_the_same_in_the_same_order(monkeypatch):
     assert list(data.batches(TOKENS, [], 10, 3, torch.device("cpu"))) == []
 
 
-def test_an_error_while_preparing_ahead_comes_where_its_batch_would(monkeypatch):
+def test_an_error_in_the_prefetch_thread_is_raised_at_its_batch(monkeypatch):
     real = data.batch
     monkeypatch.setattr(data, "batch", lambda tokens, numbers, *rest: real(tokens, numbers, *rest) if 6 not in numbers
                         else 1 / 0)
@@ -71,7 +71,7 @@ def test_an_error_while_preparing_ahead_comes_where_its_batch_would(monkeypatch)
     assert len([next(stream), next(stream)]) == 2
     with pytest.raises(ZeroDivisionError):
         next(stream)
-    assert threading.active_count() == threads                         # nobody left to wait for
+    assert threading.active_count() == threads                         # no thread is left
 
 
 def test_too_short_a_text():
@@ -91,7 +91,7 @@ def test_validation_reads_from_the_start_in_order():
 
 
 def test_windows_begin_with_bos_where_the_tokenizer_does(metaspace, tmp_path):
-    """Gemma without BOS is lost: each window starts with it and predicts the window's own first token from it."""
+    """Each window starts with BOS, without which Gemma fails, and predicts its first own token from it."""
     copy_tokenizer(metaspace, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
     (tmp_path / "a.txt").write_text("a the a the a the a the ")

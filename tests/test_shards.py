@@ -144,17 +144,17 @@ def test_empty_text(ranks, tmp_path):
 
 @pytest.fixture
 def documents(monkeypatch):
-    """60 texts of 0 to 1,700 characters (a shard of 150 tokens has many, or a part of one), some of them twice."""
+    """60 texts of 0 to 1,700 characters, ten of them twice; a shard of 150 tokens holds many of them, or part of one."""
     rng = random.Random(0)
     texts = [PLAIN[rng.randrange(90):][:rng.choice((0, 5, 40, 40, 150, 1700))] for _ in range(50)]
     texts += rng.sample(texts, 10)
     monkeypatch.setattr(shards, "BATCH", 400)
-    monkeypatch.setattr(shards.os, "fsync", lambda fd: None)   # the disk need not keep up
+    monkeypatch.setattr(shards.os, "fsync", lambda fd: None)   # not needed without a power failure
     return texts
 
 
 def interrupted(texts, after):
-    """The texts, and an end with an error after so many."""
+    """The first `after` texts, then an error."""
     yield from texts[:after]
     raise RuntimeError("pulled the plug")
 
@@ -163,7 +163,7 @@ SETTINGS = {"shard_tokens": 150, "valid_share": 0.3}
 
 
 def stop_early(monkeypatch, *args, commits=1000, **settings):
-    """write_shards until it has written so many times, or all whole shards but not the rest."""
+    """write_shards, stopped after this many commits, or before the last one, which writes the rest."""
     commit = shards.commit
 
     def stopping(settings, position, parts):
@@ -181,19 +181,19 @@ def stop_early(monkeypatch, *args, commits=1000, **settings):
 @pytest.mark.parametrize("limit", [None, 1, 150, 1000, 1500])
 def test_resumed_shards_are_the_same_bytes(ranks, tmp_path, documents, monkeypatch, limit):
     tokenizer, rng = Tokenizer.load(ranks), random.Random(1)
-    with monkeypatch.context() as patch:                     # one batch: nor do the machine's cores change the bytes
+    with monkeypatch.context() as patch:                     # one batch: the batch size does not change the bytes
         patch.setattr(shards, "BATCH", 10**6)
         counts = data.write_shards(documents, tokenizer, tmp_path / "whole", 300, max_tokens=limit, **SETTINGS)
     whole, resumed = contents(tmp_path / "whole"), 0
     assert limit in (1, 150) or any(name.startswith("valid") for name in whole)
     for n in range(8):
         out, after = tmp_path / str(n), 0
-        while after < len(documents):                        # interrupted again and again, each time a bit later
+        while after < len(documents):                        # interrupted again and again, each time later
             after += rng.randrange(1, 25)
             try:
                 done = data.write_shards(interrupted(documents, after), tokenizer, out, 300, max_tokens=limit,
                                          **SETTINGS)
-                break                                        # it had its tokens before the error
+                break                                        # it had enough tokens before the error
             except RuntimeError:
                 resumed += (out / shards.UNFINISHED).exists()
                 assert (out / shards.UNFINISHED).exists() or not list(out.rglob("*.safetensors"))
@@ -205,7 +205,7 @@ def test_resumed_shards_are_the_same_bytes(ranks, tmp_path, documents, monkeypat
 
 @pytest.mark.parametrize("before", [True, False])
 def test_killed_at_every_write(ranks, tmp_path, documents, monkeypatch, before, capsys):
-    """Before and after each shard and state file reaches the disk, and before the last state is removed."""
+    """Killed before and after each shard and state file is written, and before the last state is removed."""
     tokenizer, documents = Tokenizer.load(ranks), documents[:20]
     data.write_shards(documents, tokenizer, tmp_path / "whole", 300, **SETTINGS)
     whole, replace, left = contents(tmp_path / "whole"), shards.replace_file, 0
@@ -237,8 +237,8 @@ def test_killed_at_every_write(ranks, tmp_path, documents, monkeypatch, before, 
     assert "was interrupted: continues after" in capsys.readouterr().out
 
 
-def test_killed_behind_the_last_token(ranks, tmp_path, documents, monkeypatch):
-    """--tokens is reached at a shard's border and saved, the rest is not: no document is read any more."""
+def test_killed_after_the_last_token(ranks, tmp_path, documents, monkeypatch):
+    """Once --tokens is reached at a shard's end and saved, the next run reads no further document."""
     tokenizer = Tokenizer.load(ranks)
     for limit in range(150, 1501, 150):
         whole, out = tmp_path / f"whole{limit}", tmp_path / f"out{limit}"
@@ -265,8 +265,8 @@ def test_kill_9(ranks, tmp_path, documents):
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_hub_streams_go_on_without_reading_again(ranks, tmp_path, documents, monkeypatch):
-    """What lies before the last whole shard may as well be gone from the hub."""
+def test_hub_streams_continue_without_reading_again(ranks, tmp_path, documents, monkeypatch):
+    """Data before the last whole shard may have disappeared from the hub."""
     import datasets
     load, tokenizer, asked = datasets.load_dataset, Tokenizer.load(ranks), []
     parts = [tmp_path / f"{i}.jsonl" for i in range(6)]
@@ -291,8 +291,8 @@ def test_hub_streams_go_on_without_reading_again(ranks, tmp_path, documents, mon
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet"])
-def test_what_an_older_version_began_goes_on(ranks, tmp_path, documents, monkeypatch, kind):
-    """It read local files with datasets, whose state counts the same rows, and knew the tokenizer by its bytes."""
+def test_a_run_of_an_older_version_continues(ranks, tmp_path, documents, monkeypatch, kind):
+    """It read local files with datasets, whose state counts the same rows, and stored the hash of the tokenizer's files."""
     tokenizer, name = Tokenizer.load(ranks), str(tmp_path / f"a.{kind}")
     lines = "".join(json.dumps({"text": t}) + "\n" for t in documents)
     if kind == "parquet":
@@ -313,7 +313,7 @@ def test_what_an_older_version_began_goes_on(ranks, tmp_path, documents, monkeyp
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_what_was_begun_goes_on_only_as_it_was(ranks, byte_level, tmp_path, documents, monkeypatch):
+def test_a_run_continues_only_with_its_own_settings(ranks, byte_level, tmp_path, documents, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
     tokenizer, name, out = Tokenizer.load(ranks), str(tmp_path / "a.jsonl"), tmp_path / "out"
 
@@ -343,7 +343,7 @@ def test_what_was_begun_goes_on_only_as_it_was(ranks, byte_level, tmp_path, docu
 # A part held out
 
 def test_held_out_documents_are_the_same_in_every_order(ranks, tmp_path, documents):
-    """Duplicates fall on one side, nothing is on both, nothing is lost, and a larger share holds a smaller one."""
+    """Duplicates fall on one side, nothing is on both or lost, and a larger share contains a smaller one."""
     tokenizer, texts = Tokenizer.load(ranks), [f"{i} {t}" for i, t in enumerate(documents)] * 2
     random.Random(2).shuffle(texts)
     sides = {}
@@ -359,7 +359,7 @@ def test_held_out_documents_are_the_same_in_every_order(ranks, tmp_path, documen
     assert sample == "1101100111111100"                      # in every process, on every machine
 
 
-def test_a_part_that_is_empty(ranks, tmp_path, capsys):
+def test_an_empty_training_or_held_out_part(ranks, tmp_path, capsys):
     tokenizer, texts = Tokenizer.load(ranks), ["one", "two"]
     assert not shards.held_out("one", 0.1) and shards.held_out("one", 0.999999)
     assert data.write_shards(texts, tokenizer, tmp_path / "a", 300, valid_share=1e-9)[1] == 0

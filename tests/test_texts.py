@@ -1,4 +1,4 @@
-"""lib/texts.py: documents from every kind of file and from the hub, and what is said about those that are damaged."""
+"""lib/texts.py: documents from every kind of file and from the hub, and the errors for damaged ones."""
 
 import gzip
 import json
@@ -69,7 +69,7 @@ def test_only_the_hub_needs_the_datasets_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["part[1].jsonl", "x*.jsonl", "a,b.jsonl", "a#b.jsonl", "a:b@c.jsonl", "A.JSONL",
                                   "**.parquet", "[a].txt", "{a,b}.jsonl", "zip::a.jsonl", "hf:a.jsonl", "~a.jsonl"])
 def test_names_are_literal(tmp_path, monkeypatch, name):
-    """Another file matches the name as a pattern; what is read is the one of that name, alone or in its folder."""
+    """Names are no patterns: only the file of that name is read, although another one would match."""
     write = {"jsonl": lambda path, text: path.write_text(json.dumps({"text": text})), "parquet": write_parquet,
              "txt": lambda path, text: path.write_text(text)}[name.lower().rpartition(".")[-1]]
     monkeypatch.chdir(tmp_path)
@@ -93,7 +93,7 @@ def test_load_tokens_of_names_with_commas(ranks, tmp_path):
     assert tokens[:].tolist() == [*tokenizer.encode("one"), 299, *tokenizer.encode("two")]
 
 
-def test_an_empty_name_is_not_the_folder_one_is_in(ranks, tmp_path, monkeypatch):
+def test_an_empty_name_does_not_mean_the_current_folder(ranks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("here")
     for name in ("", "a.txt,", ",a.txt"):
@@ -104,7 +104,7 @@ def test_an_empty_name_is_not_the_folder_one_is_in(ranks, tmp_path, monkeypatch)
 
 
 def test_other_columns_do_not_matter(tmp_path):
-    """A column beside that is null, a number, a string, an object, or new in the midst of the file."""
+    """Another column may be null, a number, a string, an object, or begin in the middle of the file."""
     meta = [None, 1, "a", {"b": [1, "c"]}, [], 2.5, True]
     rows = [{"text": str(i), "meta": m} | {f"new{i}": i} for i, m in enumerate(meta)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -121,7 +121,7 @@ def test_other_columns_do_not_matter(tmp_path):
     (r'{"text": "\ud83d\ude00"}', "\U0001f600"), (r'{"text": "\"a\" \\ \u0000\n\u2028"}', '"a" \\ \0\n\u2028'),
     ('{"text": "a\u2028b\x85c"}', "a\u2028b\x85c"), ('{\n  "text": "a"\n}', "a"), ('[{"text": "a"}]', "a"),
     ('[\n{"text": "a"}\n]', "a"), ('\ufeff[{"text": "a"}]\n', "a"), ('["a"]', "a")])
-def test_json_as_it_comes(ranks, tmp_path, line, text):
+def test_variants_of_json(ranks, tmp_path, line, text):
     for name, write in (("a.jsonl", lambda p, b: p.write_bytes(b)), ("a.json", lambda p, b: p.write_bytes(b)),
                         ("a.jsonl.gz", lambda p, b: p.write_bytes(gzip.compress(b)))):
         write(tmp_path / name, line.encode())
@@ -181,7 +181,7 @@ def test_a_column_that_no_row_has(tmp_path):
 
 
 def test_local_files_need_no_cache(ranks, tmp_path):
-    """HF_HOME may lie where nobody can write, even where root can."""
+    """Reading them works although HF_HOME cannot be written."""
     (tmp_path / "file").write_text("")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     write_parquet(tmp_path / "b.parquet", "b")
@@ -192,8 +192,8 @@ def test_local_files_need_no_cache(ranks, tmp_path):
     assert p.returncode == 0, p.stderr
 
 
-def test_several_sources_go_on_in_the_middle(tmp_path):
-    """A text file, a folder, JSON lines: from every place the rest is what is left."""
+def test_reading_continues_in_the_middle_of_several_sources(tmp_path):
+    """From every position in a text file, a folder or JSON lines exactly the remaining texts follow."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.txt").write_text("one")
     (tmp_path / "folder" / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
@@ -207,7 +207,7 @@ def test_several_sources_go_on_in_the_middle(tmp_path):
     assert n == 6 and list(Texts(name, texts.position())) == []
 
 
-def test_rows_without_a_text_are_counted_when_work_goes_on(tmp_path):
+def test_rows_without_a_text_count_in_the_position(tmp_path):
     rows = [None, "a", None, None, "b", None, "c", None]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) + "\n" for row in rows))
     write_parquet(tmp_path / "b.parquet", *rows)
@@ -235,7 +235,7 @@ def test_names_on_the_hub(monkeypatch, tmp_path, name, expected, revision):
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pg19").mkdir()                              # as --out=pg19 makes it: not what is read
+    (tmp_path / "pg19").mkdir()                              # as --out=pg19 makes it; not read
     (tmp_path / "a.txt").write_text("first")
     assert list(Texts(f"a.txt,{name}")) == ["first", "a", "b"]
     assert asked == [(expected, {"revision": revision, "split": "train", "streaming": True})]

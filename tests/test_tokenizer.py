@@ -65,7 +65,7 @@ def test_ids_of_padded_embeddings_decode_to_nothing(ranks):
 
 
 def test_ids_in_a_gap_decode_to_nothing(ranks, tmp_path):
-    """Ranks below 280 and the special token 299: no token has the ids between, which a model may draw all the same."""
+    """Ranks below 280 and the special token 299: a model may draw the ids between, though no token has them."""
     copy_tokenizer(ranks, tmp_path)
     lines = (ranks / "tokenizer.tiktoken").read_bytes().splitlines()
     (tmp_path / "tokenizer.tiktoken").write_bytes(b"\n".join(lines[:280]))
@@ -93,7 +93,7 @@ def test_control_tokens_that_a_document_spells_are_text(kind, request):
     models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -1.0) for c in "ab</s> ")], unk_id=0),
     models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>")])
 def test_control_tokens_among_the_words_of_a_model(tmp_path, model):
-    """What these find in their vocabulary they take, whatever the added tokens are."""
+    """These models use any token of their vocabulary, also control tokens."""
     fast = Fast(model)
     fast.add_special_tokens(["<unk>", "</s>"])
     if isinstance(model, models.WordLevel):
@@ -104,14 +104,14 @@ def test_control_tokens_among_the_words_of_a_model(tmp_path, model):
     assert ids.count(0) == 2 * isinstance(model, models.WordLevel)             # "</" and "s>" are unknown words
     assert isinstance(model, models.WordLevel) or tokenizer.decode(ids).replace(" ", "") == "a</s>b"
     tokenizer.fast.normalizer = normalizers.NFKC()
-    assert 1 not in tokenizer.encode("a \uff1c/s\uff1e b")                      # spelled only once it is normalised
+    assert 1 not in tokenizer.encode("a \uff1c/s\uff1e b")                      # a control token only after normalisation
 
 
 @BACKENDS
 @pytest.mark.parametrize("text", [" " * 1_000_000, "a" * 1_000_000 + "b", "\n" * 600_000 + "x", "\t" * 700_000 + "y",
                                   "." * 600_000], ids=["spaces", "letters", "lines", "tabs", "points"])
 def test_long_runs(kind, text, request):
-    """tiktoken's own search for words overflows its stack on some: what stands around them is encoded as ever."""
+    """tiktoken's regular expression overflows its stack on some of them; the text around them is encoded as usual."""
     tokenizer = Tokenizer.load(request.getfixturevalue(kind))
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -121,7 +121,7 @@ def test_long_runs(kind, text, request):
 
 
 @pytest.mark.parametrize("text", [PLAIN, HARD, "\n\n  \n \tx  ", "12345  '’s\r\n"])
-def test_what_stands_in_for_tiktoken_gives_the_same_ids(ranks, monkeypatch, text):
+def test_the_fallback_for_tiktoken_gives_the_same_ids(ranks, monkeypatch, text):
     tokenizer = Tokenizer.load(ranks)
     expected = tokenizer.encode(text)
 
@@ -131,7 +131,7 @@ def test_what_stands_in_for_tiktoken_gives_the_same_ids(ranks, monkeypatch, text
     assert tokenizer.encode(text) == expected
 
 
-def test_a_text_that_is_refused_ends_nothing(tmp_path, capsys):
+def test_refused_texts_are_left_out_with_a_warning(tmp_path, capsys):
     """A WordLevel model without a token for unknown words raises; a panic in Rust is not even an Exception."""
     fast = Fast(models.WordLevel({"a": 0, "</s>": 1}, unk_token="none"))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -241,7 +241,7 @@ def test_hash_follows_the_files_that_decide_the_ids(ranks, byte_level, tmp_path)
 
 
 def rewritten(file, folder, change):
-    """A tokenizer of a tokenizer.json after change(its content)."""
+    """The tokenizer of a tokenizer.json to whose content `change` was applied."""
     content = json.loads(file.read_text())
     content = change(content) or content
     folder.mkdir()
@@ -249,8 +249,8 @@ def rewritten(file, folder, change):
     return Tokenizer.load(folder)
 
 
-def test_a_tokenizer_is_the_same_however_its_file_is_written(byte_level, tmp_path):
-    """As by other versions of the library, which leave out what is off and spell merges as one word."""
+def test_the_hash_does_not_depend_on_how_the_file_is_written(byte_level, tmp_path):
+    """Other versions of the library leave out defaults and write each merge as one string."""
     file = byte_level / "tokenizer.json"
     tokenizer = Tokenizer.load(byte_level)
 
@@ -286,14 +286,14 @@ def test_a_tokenizer_is_the_same_however_its_file_is_written(byte_level, tmp_pat
     assert chat.understands(tokenizer) and not tokenizer.understands(chat) and chat.hash == tokenizer.hash
 
 
-def test_a_tokenizer_that_transformers_saved_again(byte_level, tmp_path):
+def test_a_tokenizer_saved_again_by_transformers_has_the_same_hash(byte_level, tmp_path):
     transformers = pytest.importorskip("transformers")
     transformers.PreTrainedTokenizerFast(tokenizer_file=str(byte_level / "tokenizer.json")).save_pretrained(tmp_path)
     again, tokenizer = Tokenizer.load(tmp_path), Tokenizer.load(byte_level)
     assert again.file_hash != tokenizer.file_hash and again.hash == tokenizer.hash
 
 
-def test_what_belongs_to_a_tokenizer_travels_with_it(byte_level, tmp_path):
+def test_all_files_of_a_tokenizer_are_copied(byte_level, tmp_path):
     source = tmp_path / "source"
     names = ["chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt",
              "special_tokens_map.json", "additional_chat_templates/tool.jinja"]
@@ -315,7 +315,7 @@ def test_stream_is_the_whole_decode_and_never_half_a_character(kind, text, reque
     parts = [stream.push(i) for i in tokenizer.encode(text)]
     assert "".join(parts) + stream.flush() == text
     assert sum(p.count("\ufffd") for p in parts) <= text.count("\ufffd")
-    half = tokenizer.encode("👩")[:-1]                       # cut off in the middle, and the same object used again
+    half = tokenizer.encode("👩")[:-1]                       # an incomplete character, then the same stream again
     assert [stream.push(i) for i in half] == [""] * len(half)
     assert stream.flush().strip("\ufffd") == "" == stream.flush()
     assert "".join([stream.push(i) for i in tokenizer.encode("a")]) == "a"
@@ -335,7 +335,7 @@ def test_stream_gives_text_out_as_soon_as_it_is_whole(kind, request):
 
 @pytest.mark.parametrize("kind", ["ranks", "byte_level"])
 def test_stream_survives_bytes_that_are_no_text(kind, request):
-    """An untrained model emits any id: the stream goes on, equals the whole decode and keeps a short window."""
+    """An untrained model emits any id: the text equals the whole decode, and the window stays short."""
     tokenizer, rng = Tokenizer.load(request.getfixturevalue(kind)), random.Random(0)
     noise = [rng.randrange(tokenizer.vocab_size) for _ in range(2000)]
     emoji = tokenizer.encode("👩")
@@ -349,7 +349,7 @@ def test_stream_survives_bytes_that_are_no_text(kind, request):
         assert longest <= 12
 
 
-def test_stream_goes_on_from_a_prompt(metaspace):
+def test_stream_continues_a_prompt(metaspace):
     """A decoder that strips the first space of a text must not strip that of a continuation."""
     tokenizer = Tokenizer.load(metaspace)
     ids = tokenizer.encode("a the")
@@ -358,8 +358,8 @@ def test_stream_goes_on_from_a_prompt(metaspace):
 
 
 @pytest.mark.parametrize("prompt", [[], [2], [1], [1, 2]])
-def test_a_new_text_begins_as_the_decoder_begins_one(metaspace, prompt):
-    """Behind nothing but control tokens the first word's space is stripped, as it is of the whole text."""
+def test_the_first_space_of_a_new_text_is_stripped_as_by_the_decoder(metaspace, prompt):
+    """After control tokens alone the first space is stripped, as by decoding the whole text."""
     tokenizer = Tokenizer.load(metaspace)
     stream = TextStream(tokenizer, prompt)
     assert "".join(stream.push(i) for i in tokenizer.encode("a the")) + stream.flush() == "a the"
@@ -381,7 +381,7 @@ def test_a_tokenizer_trained_in_another_locale(tmp_path):
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
 @pytest.mark.parametrize("at", [1, 2])
-def test_half_a_tokenizer_bars_no_way(ranks, tmp_path, monkeypatch, call, at):
+def test_a_failed_write_leaves_no_tokenizer_and_can_be_repeated(ranks, tmp_path, monkeypatch, call, at):
     real, calls = getattr(shards.os, call), []
 
     def fail(*args):
@@ -400,7 +400,7 @@ def test_half_a_tokenizer_bars_no_way(ranks, tmp_path, monkeypatch, call, at):
     assert contents(tmp_path) == contents(ranks)
 
 
-def test_a_folder_that_cannot_be_written_is_found_out_before_the_training(tmp_path):
+def test_an_unwritable_folder_is_refused_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "inside"):
         with pytest.raises(UserError, match="cannot be written"):
