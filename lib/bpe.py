@@ -10,14 +10,14 @@ from pathlib import Path
 
 from lib.cli import UserError
 
-# GPT-4's pattern, which splits text into words before byte pairs are merged, plus the typographic apostrophe of books.
+# GPT-4's pattern, which splits text into words before byte pairs are merged, plus the typographic apostrophe.
 SPLIT_PATTERN = (r"['’](?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                  r"|\s*[\r\n]|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder) -> None:
-    """Write a byte-level BPE tokenizer into `folder`: vocab_size - 1 tokens and, as the last id, <|endoftext|>."""
+    """Write a byte-level BPE tokenizer into `folder`; its last id is <|endoftext|>."""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Fast
     folder = Path(folder)
@@ -59,8 +59,8 @@ def check_new_folder(folder: Path) -> None:
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two tokens that each token was merged from, in order. A ranks file does not name them: they are what is left
-    of a token when only the merges before its own are applied."""
+    """The two tokens that each token was merged from, in order. A ranks file does not name them: they are
+    what is left of a token when only the merges before its own are applied."""
     merges = []
     for token in sorted(ranks, key=ranks.get):
         parts = [bytes([b]) for b in token]
@@ -76,7 +76,7 @@ def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's printable characters for bytes: visible Latin-1 characters as they are, the others from U+0100 on."""
+    """GPT-2's printable characters for bytes: visible Latin-1 as it is, the others from U+0100 on."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}

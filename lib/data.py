@@ -50,10 +50,10 @@ class Tokens:
 
 
 def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int, hub_tokens: int = 0) -> Tokens:
-    """The tokens of folders of shards and of texts (see `Texts`), separated by commas; EOS stands between documents.
+    """The tokens of shards and texts (folders and names separated by commas), with EOS between documents.
 
-    hub_tokens: how many tokens to read of a data set on the hub; 0 refuses it. Raises UserError for shards of another
-    tokenizer or with ids outside the model's vocabulary, damaged or unfinished shards, and empty text.
+    hub_tokens: how many tokens to read of a data set on the hub; 0 refuses it. Raises UserError for empty text
+    and for shards that are damaged, unfinished, of another tokenizer or beyond the model's vocabulary.
     """
     arrays, shards = [], []
     for part in split_names(path):
@@ -87,7 +87,7 @@ def read_tokens(name: str, tokenizer: Tokenizer, vocab_size: int, max_tokens: in
 
 
 def open_shard(path: Path, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """The tokens of a shard, memory-mapped. Raises UserError if it is damaged or does not fit tokenizer and model."""
+    """The tokens of a shard, memory-mapped. Raises UserError if it is damaged or does not fit the model."""
     try:
         with safe_open(path, framework="numpy") as f:        # checks the header against the length of the file
             metadata, view = f.metadata() or {}, f.get_slice("tokens")
@@ -105,7 +105,7 @@ def open_shard(path: Path, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 
 
 def count_windows(tokens: Tokens, seq_len: int, stride: int | None = None) -> int:
-    """The number of windows of seq_len inputs and their targets: side by side, or one every `stride` tokens."""
+    """The number of windows of seq_len inputs and targets: side by side, or one every `stride` tokens."""
     n = (len(tokens) - 1 - seq_len) // (stride or seq_len) + 1
     if n < 1:
         raise UserError(f"{len(tokens)} tokens, need at least {seq_len + 1} (seq_len + 1); "
@@ -115,7 +115,7 @@ def count_windows(tokens: Tokens, seq_len: int, stride: int | None = None) -> in
 
 def windows(tokens: Tokens, seq_len: int, indices: Sequence[int],
             stride: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, int64 (n, seq_len), of the windows with these numbers, which begin with BOS if there is one.
+    """Inputs and targets, int64 (n, seq_len), of the windows with these numbers, after BOS if there is one.
 
     With a stride below seq_len windows overlap; targets that the previous window has counted are IGNORE.
     """
@@ -136,16 +136,16 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def batch(tokens: Tokens, rows: range, seq_len: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, int64 (len(rows), seq_len), of the samples with the global numbers `rows`.
 
-    A pure function of the numbers: however they are distributed over ranks and micro-steps, training sees the same
-    data. Each epoch has every window once, in an order of its own. Raises UserError without one whole window.
+    A pure function of the numbers: however they are distributed over ranks and micro-steps, training sees the
+    same data. Each epoch has every window once, in an order of its own. UserError for less than one window.
     """
     n = count_windows(tokens, seq_len)
     return windows(tokens, seq_len, [int(permutation(seed, r // n, n)[r % n]) for r in rows])
 
 
 def batches(tokens: Tokens, rows: Iterable[range], seq_len: int, seed: int, device: torch.device) -> Iterator:
-    """`batch` for each range of sample numbers, on `device`. A thread prepares the next one meanwhile (in pinned memory
-    for a GPU), so that the device waits for neither disk nor host."""
+    """`batch` for each range of sample numbers, on `device`. A thread prepares the next one meanwhile (in
+    pinned memory for a GPU), so that the device waits for neither disk nor host."""
     def prepared():
         if device.type == "cuda":
             torch.cuda.set_device(device)                    # a new thread would use the first GPU
@@ -158,7 +158,7 @@ def batches(tokens: Tokens, rows: Iterable[range], seq_len: int, seed: int, devi
 
 
 def validation(tokens: Tokens, seq_len: int, max_tokens: int | None = None, rows: int = 8) -> list:
-    """[(inputs, targets), ...], int64 (<= rows, seq_len): the first windows, side by side, of about max_tokens."""
+    """[(inputs, targets), ...], int64 (<= rows, seq_len): about max_tokens in windows from the start."""
     n = count_windows(tokens, seq_len)
     n = n if max_tokens is None else min(n, max(1, max_tokens // seq_len))
     return [windows(tokens, seq_len, range(i, min(i + rows, n))) for i in range(0, n, rows)]

@@ -15,7 +15,7 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def find_donor(donor: str) -> Path:
-    """The folder of a donor: a local one, or the download of a Hugging Face id. UserError if it is neither."""
+    """The folder of a donor: a local one, or the download of a Hugging Face id. UserError if neither."""
     folder = Path(donor).expanduser()
     if folder.is_dir():
         return folder
@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict:
 
 
 def copy_papers(src: Path, dst: Path) -> None:
-    """Copy the donor's licence, and its README as README_donor.md, from the donor or from a model made of it."""
+    """Copy the donor's licence, and its README as README_donor.md, from it or from a model made of it."""
     readme, config = src / DONOR_README, src / "config.json"
     if not readme.exists() and config.exists() and "model_type" in read_json(config):
         readme = src / "README.md"
@@ -60,7 +60,7 @@ def copy_papers(src: Path, dst: Path) -> None:
 
 
 def donor_files(folder: Path) -> dict[str, bytes]:
-    """{name: content} of the files that go with a donor's weights, in memory: a run may outlast the donor's folder."""
+    """{name: content} of the files that go with a donor's weights, held in memory."""
     with TemporaryDirectory() as tmp:
         copy_tokenizer(folder, tmp)
         copy_papers(folder, Path(tmp))

@@ -1,5 +1,4 @@
-"""Token shards: documents tokenised on all cores and written so that an interrupted run can continue, and then ends in
-the same bytes as an uninterrupted one."""
+"""Token shards: documents tokenised on all cores. An interrupted run can continue, and ends in the same bytes."""
 
 import hashlib
 import json
@@ -27,7 +26,7 @@ BATCH = 1_000_000 * min(max(os.cpu_count() or 1, 4), 16)  # characters encoded a
 def read_batches(texts: Texts) -> Iterator[tuple[list[str], list]]:
     """(non-empty documents to encode together, position after them).
 
-    Documents are never split, which could change their ids; so a batch must be large for whole books to use all cores.
+    Documents are never split, which could change their ids: only a large batch of books uses all cores.
     """
     documents, size = [], 0
     for text in texts:
@@ -42,7 +41,7 @@ def read_batches(texts: Texts) -> Iterator[tuple[list[str], list]]:
 
 
 def encode_batches(texts: Texts, tokenizer: Tokenizer, vocab_size: int) -> Iterator[tuple[list, list, list]]:
-    """(documents, ids of each followed by EOS, position) per batch; the next batch is encoded in a thread meanwhile.
+    """(documents, ids of each followed by EOS, position) per batch; a thread reads the next one meanwhile.
 
     The ids have the smallest type that holds the model's vocabulary.
     """
@@ -54,8 +53,8 @@ def encode_batches(texts: Texts, tokenizer: Tokenizer, vocab_size: int) -> Itera
 
 
 def prefetch(items: Iterable) -> Iterator:
-    """The same items, the next of which a thread prepares while the caller works on one. Rust and the network release
-    the GIL."""
+    """The same items, the next of which a thread prepares while the caller works on one. Rust and the network
+    release the GIL."""
     items = iter(items)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, items, None)
@@ -69,7 +68,7 @@ def token_type(vocab_size: int) -> type:
 
 
 def held_out(text: str, share: float) -> bool:
-    """True for about `share` of all texts. It depends on the text alone, so duplicates fall on the same side."""
+    """True for about `share` of all texts. It depends on the text alone: duplicates fall on one side."""
     return share > 0 and int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
 
 
@@ -77,7 +76,7 @@ def held_out(text: str, share: float) -> bool:
 # Tokens -> shards
 
 class ShardWriter:
-    """Collects tokens and writes folder/00000.safetensors, 00001.safetensors, ... (one tensor each, `tokens`)."""
+    """Collects tokens and writes folder/00000.safetensors, 00001.safetensors, ..., each a tensor `tokens`."""
 
     def __init__(self, folder: Path, size: int, vocab_size: int, tokenizer: str):
         self.folder, self.size = folder, size                # size: tokens in a whole shard
@@ -118,8 +117,8 @@ def write_shards(name: str | Iterable[str], tokenizer: Tokenizer, folder, vocab_
                  valid_share: float = 0.0) -> tuple[int, int]:
     """(tokens in the shards in `folder`, tokens of the held-out documents, whose shards are in folder/valid).
 
-    An interrupted run continues after its last whole shard and ends in the same bytes. Raises UserError for a folder
-    that is finished or was begun with other settings, for a full disk, and for text without a token to train on.
+    An interrupted run continues after its last whole shard and ends in the same bytes. Raises UserError for a
+    folder that is finished or was begun with other settings, a full disk, and text without training tokens.
     """
     folder = Path(folder)
     writers = {"train": ShardWriter(folder, shard_tokens, vocab_size, tokenizer.hash),
@@ -141,7 +140,7 @@ def write_shards(name: str | Iterable[str], tokenizer: Tokenizer, folder, vocab_
 
 def fill_shards(texts: Texts, tokenizer: Tokenizer, vocab_size: int, settings: dict,
                 writers: dict[str, ShardWriter]) -> None:
-    """Write all documents, or those up to settings["tokens"] for training, into the shards of the two parts."""
+    """Write all documents, or those up to settings["tokens"] for training, into the two sets of shards."""
     train, valid, max_tokens = writers["train"], writers["valid"], settings["tokens"]
     batches = () if train.total == max_tokens else prefetch(encode_batches(texts, tokenizer, vocab_size))
     with progress(unit="tok", unit_scale=True, total=max_tokens, initial=train.total) as bar:
@@ -166,7 +165,7 @@ def fill_shards(texts: Texts, tokenizer: Tokenizer, vocab_size: int, settings: d
 
 
 def commit(settings: dict, position: list | None, writers: dict[str, ShardWriter]) -> None:
-    """Write the whole shards, then the state to continue from; with position None also the last, smaller shards.
+    """Write the whole shards, then the state to continue from; with position None the rest as well.
 
     Killed in between, the shards are ahead of the state: the next run writes the same ones over them.
     """

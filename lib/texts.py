@@ -1,4 +1,4 @@
-"""Documents streamed from text files, JSON lines, parquet, folders of them, and data sets on the Hugging Face hub."""
+"""Documents streamed from text files, JSON lines, parquet, folders, and data sets on the Hugging Face hub."""
 
 import gzip
 import json
@@ -24,9 +24,9 @@ ALIASES = {  # the paper's texts as the hub has them in parquet, with a column `
 class Texts:
     """The documents of files, folders and hub data sets (see `find_sources`), streamed one after another.
 
-    position: what `position()` of an earlier Texts with the same name returned; iteration continues after the document
-    that one yielded last. Rows without a text are skipped and counted. An iterable of strings may be given instead of a
-    name. Raises UserError for sources that do not exist or cannot be read.
+    position: what `position()` of an earlier Texts with the same name returned; iteration continues after the
+    document that one yielded last. Rows without a text are skipped and counted. An iterable of strings may be
+    given instead of a name. Raises UserError for sources that do not exist or cannot be read.
     """
 
     def __init__(self, name: str | Iterable[str], position: list | None = None):
@@ -75,8 +75,8 @@ class Texts:
 
 
 def split_names(names: str) -> list[str]:
-    """The names in a comma-separated list. Parts that together name an existing file are one name, for file names may
-    contain commas. Raises UserError for an empty name, which would mean the current folder."""
+    """The names in a comma-separated list. Parts that together name an existing file are one name, for file
+    names may contain commas. Raises UserError for an empty name, which would mean the current folder."""
     parts, found = names.split(","), []
     while parts:
         n = next((n for n in range(len(parts), 1, -1) if os.path.exists(",".join(parts[:n]))), 1)
@@ -122,8 +122,8 @@ def split_hub_id(path: str) -> re.Match | None:
 def open_source(source: str | Iterable[str]) -> Iterable:
     """The rows of a source: strings, or dictionaries with the key `text`.
 
-    Hub data sets are datasets.IterableDataset, whose state can be saved. Local files are read without the datasets
-    package, which would guess column types and treat names as patterns.
+    Hub data sets are datasets.IterableDataset, whose state can be saved. Local files are read without the
+    datasets package, which would guess column types and treat names as patterns.
     """
     if not isinstance(source, str):
         return source
@@ -161,7 +161,7 @@ def read_parquet(file: Path) -> Iterator[dict]:
 
 
 def read_json_rows(file: Path) -> Iterator:
-    """The rows of JSON lines, or of a file that holds one array of rows, or one row spread over several lines."""
+    """The rows of JSON lines, or of a file that holds one array of rows or one row of several lines."""
     with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as lines:
         first = True
         for number, line in enumerate(lines, 1):
@@ -181,8 +181,8 @@ def read_json_rows(file: Path) -> Iterator:
 
 @contextmanager
 def explain_errors(texts: Texts):
-    """Turn any error while reading, from a missing data set to a damaged file, into a UserError that names the place
-    and the likely remedy."""
+    """Turn any error while reading, from a missing data set to a damaged file, into a UserError that names
+    the place and the likely remedy."""
     source = texts.sources[texts.source]
     try:
         yield

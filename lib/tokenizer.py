@@ -20,8 +20,8 @@ from lib.bpe import train_tokenizer as train_tokenizer
 from lib.cli import UserError, print0
 from lib.folders import TOKENIZER_FILES
 
-# Text that tokenizers normalise or split differently: case, accents, digits, spaces, scripts. `hash` depends on it, and
-# shards store that hash: never change it.
+# Text that tokenizers normalise or split differently: case, accents, digits, spaces, scripts. `hash` depends
+# on it, and shards store that hash: never change it.
 PROBE = ("  It's THE_end's na\u00efve e\u0301clair, don\u2019t I'LL \ufb01ne \u0130stanbul \u1e9e 1 12 123 123456 3e-5"
          "\n\n \n\u216b \u00bd \u0663\u0664 \uff26\uff55\uff4c\u3000 \u4f60\u597d\uff0c\u4e16\u754c\u3002 \u3053\u3093 "
          "\ud55c\uad6d \u05e9\u05b8 \u0939\u093f \u0e44\u0e17 \U0001f469\u200d\U0001f467 \u2620\ufe0f\n\tif (a!=b) {c;}"
@@ -32,10 +32,10 @@ PROBE = ("  It's THE_end's na\u00efve e\u0301clair, don\u2019t I'LL \ufb01ne \u0
 class Tokenizer:
     """A checkpoint's own tokenizer: `tokenizer.json` by tokenizers, `tokenizer.tiktoken` by tiktoken.
 
-    vocab_size: largest id + 1 (the model's may be larger, as padding). eos_ids: the ids that end a text, a tuple; the
-    first stands between documents. eos_id: the same as decode and the engine take it. bos_id: an id or None.
-    first_id: the BOS that the tokenizer's template puts before every text, or None.
-    file_hash: SHA-256 of the files that determine the ids, which older shards and runs store instead of `hash`.
+    vocab_size: largest id + 1 (the model's may be larger, as padding). eos_ids: a tuple of the ids that end a
+    text; the first stands between documents. bos_id: an id or None. first_id: the BOS that the tokenizer's
+    template puts before every text, or None. file_hash: SHA-256 of the files that determine the ids, which
+    older shards and runs store instead of `hash`.
     """
 
     def __init__(self, fast, ranks, known: set[int], control: dict[str, int], eos: list[int], bos: list[int],
@@ -51,7 +51,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder, vocab_size: int | None = None) -> "Tokenizer":
-        """The tokenizer in `folder`. UserError if there is none, if it is corrupt, or if it has ids >= vocab_size."""
+        """The tokenizer in `folder`. UserError if it is missing, corrupt, or has ids >= vocab_size."""
         folder = Path(folder)
         file = find_tokenizer(folder)
         try:
@@ -79,7 +79,7 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the bytes of each id and of how text is split: of the ids of PROBE and of all tokens' text.
+        """SHA-256 of the bytes of each id and of how text is split: the ids of PROBE and of all tokens' text.
 
         It does not depend on how the tokenizer's file is written. Token shards store it.
         """
@@ -96,12 +96,12 @@ class Tokenizer:
         return self.hash, self.file_hash
 
     def understands(self, other: "Tokenizer") -> bool:
-        """True if all ids of `other` mean the same in this tokenizer. How the two split text does not matter."""
+        """True if all ids of `other` mean the same in this tokenizer; the two may split text differently."""
         return self.token_bytes() == other.token_bytes() and self.control.items() >= other.control.items()
 
     @property
     def eos_id(self) -> int | tuple[int, ...] | None:
-        """The id that ends a text, or a tuple of several, as `decode` and the engine take it; None if there is none."""
+        """The id that ends a text, a tuple of several, or None: as `decode` and the engine take it."""
         return self.eos_ids[0] if len(self.eos_ids) == 1 else self.eos_ids or None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -162,8 +162,8 @@ class Tokenizer:
                     for text, row in zip(texts, rows, strict=True)]
 
     def encode_ranks(self, text: str) -> np.ndarray:
-        """The ids of a text by tiktoken. Its regular expression overflows the stack at some 500,000 spaces in a row and
-        panics; the package regex then finds the same words, more slowly."""
+        """The ids of a text by tiktoken. Its regular expression overflows the stack at some 500,000 spaces in
+        a row and panics; the package regex then finds the same words, more slowly."""
         with suppress(UserError), explain_refusal(text):
             return self.ranks.encode_to_numpy(text, disallowed_special=())
         import regex  # comes with tiktoken
@@ -173,8 +173,8 @@ class Tokenizer:
             return np.array([i for word in words for i in self.ranks._encode_single_piece(word[0])], np.uint32)
 
     def encode_spelled(self, text: str) -> np.ndarray:
-        """The ids of a text that spells control tokens, for tokenizers that have these in their vocabulary (Unigram,
-        WordLevel, or not flagged): each spelling is cut in two, and control ids that remain are dropped."""
+        """The ids of a text that spells control tokens, for tokenizers whose model has these in its vocabulary
+        (Unigram, WordLevel): each spelling is cut in two, and control ids that remain are dropped."""
         cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, self.control)), text)]
         parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]
         rows = [array("I", e.ids) for e in self.fast.encode_batch_fast(parts, add_special_tokens=False)]
@@ -200,7 +200,7 @@ class Tokenizer:
         return found
 
     def byte_lengths(self) -> np.ndarray:
-        """The number of bytes of text of each id, int64 (n_ids,); 0 for special tokens, some beyond vocab_size."""
+        """Bytes of text of each id, int64 (n_ids,); 0 for special tokens, of which some lie beyond the rest."""
         special = (i + 1 for i in (*self.eos_ids, self.bos_id) if i is not None)
         lengths = np.zeros(max([self.vocab_size, *special]), np.int64)
         for i, token in self.token_bytes().items():
@@ -216,8 +216,8 @@ class Tokenizer:
 class TextStream:
     """Turns ids into text one by one, without ever returning half a character; the work per id is constant.
 
-    The text of a token depends on its neighbours (bytes of one character, a leading space that decoders strip), so the
-    last few ids are decoded together, and only the text beyond what was already returned is new.
+    The text of a token depends on its neighbours (bytes of one character, a leading space that decoders
+    strip), so the last few ids are decoded together and only text beyond what was returned is new.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()):
@@ -234,7 +234,7 @@ class TextStream:
         self.ids.append(id)
         self.pending += 1
         text = self.decode(self.ids)
-        # An incomplete character has at most three bytes, so at most three ids; with more there is an invalid byte.
+        # An incomplete character has at most three bytes, so three ids; with more there is an invalid byte.
         settled = len(text.rstrip("\ufffd")) if self.pending < 4 else len(text) - text.endswith("\ufffd")
         settled = max(settled, self.shown)
         new = text[self.shown:settled]
@@ -263,7 +263,7 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def open_fast(file: Path):
-    """(tokenizers.Tokenizer, {id: AddedToken}, {token: id}, {spelling: id} of control tokens) of a tokenizer.json."""
+    """(tokenizers.Tokenizer, {id: AddedToken}, {token: id}, {spelling: id} of control tokens) of a file."""
     from tokenizers import Tokenizer as Fast
     fast = Fast.from_file(str(file))
     fast.no_truncation()                                     # some are saved with the limits of their last user
@@ -292,7 +292,7 @@ def read_optional_json(path: Path) -> dict:
 
 
 def special_ids(folder: Path, config: dict, name: str, ids: dict[str, int]) -> list[int]:
-    """The ids of "eos" or "bos": of the token that tokenizer_config.json names, then those in the model's config files.
+    """The ids of "eos" or "bos": of the token in tokenizer_config.json, then those in the model's configs.
     Raises ValueError for anything but numbers."""
     token = config.get(f"{name}_token")
     token = token.get("content") if isinstance(token, dict) else token
@@ -308,7 +308,7 @@ def special_ids(folder: Path, config: dict, name: str, ids: dict[str, int]) -> l
 
 
 def check_ids(folder: Path, vocab_size: int, ids: list[int], added: dict) -> None:
-    """Raise UserError if ids lie outside the model's vocabulary. added: {id: AddedToken} of the added tokens."""
+    """Raise UserError if ids lie outside the model's vocabulary. added: {id: AddedToken}."""
     beyond = {i for i in ids if i >= vocab_size}
     if beyond and beyond <= added.keys():
         names = ", ".join(f"{added[i].content!r} ({i})" for i in sorted(beyond)[:5])
@@ -322,7 +322,7 @@ def check_ids(folder: Path, vocab_size: int, ids: list[int], added: dict) -> Non
 
 @contextmanager
 def explain_refusal(text: str):
-    """Turn everything that a tokenizer's library raises, also a Rust panic (a BaseException), into a UserError."""
+    """Turn everything that a tokenizer's library raises, also a Rust panic, into a UserError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -333,7 +333,7 @@ def explain_refusal(text: str):
 
 
 def well_formed(text: str) -> str:
-    """The text with U+FFFD for each lone half of a surrogate pair, which JSON can contain but UTF-8 cannot."""
+    """The text with U+FFFD for each lone half of a surrogate pair, which JSON allows but UTF-8 does not."""
     try:
         text.encode()
         return text
@@ -342,7 +342,7 @@ def well_formed(text: str) -> str:
 
 
 def copy_tokenizer(src, dst) -> None:
-    """Copy the tokenizer files of folder `src` into folder `dst`. UserError if there is no tokenizer in `src`."""
+    """Copy the tokenizer files of folder `src` into folder `dst`. UserError if there is none."""
     find_tokenizer(Path(src))
     if Path(src).resolve() == Path(dst).resolve():
         return
@@ -354,7 +354,7 @@ def copy_tokenizer(src, dst) -> None:
 
 
 def write_fast_tokenizer(folder: Path, bos_id: int | None, eos_id: int | list[int] | None, n_ctx: int) -> None:
-    """Replace the tokenizer.tiktoken in `folder`, which few programs read, by a tokenizer.json with the same ids."""
+    """Replace the tokenizer.tiktoken in `folder`, which few programs read, by a tokenizer.json."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Fast
     config_file, encoding = folder / "tokenizer_config.json", Tokenizer.load(folder).ranks

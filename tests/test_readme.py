@@ -1,4 +1,4 @@
-"""README.md and docs/: every command runs, in the order of the pages and small; every name, file and link exists."""
+"""README.md and docs/: every command runs, in order and small; every name, file and link exists."""
 
 import ast
 import multiprocessing
@@ -28,7 +28,7 @@ TEXT = "It was a dark night, and the old man looked at the sea. "
 
 
 def find_commands() -> list[str]:
-    """The commands of all bash blocks but pip's, each once. Shards are written before the command that reads them."""
+    """The commands of all bash blocks but pip's, each once; the one that reads shards comes last."""
     blocks = "".join(block for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S))
     commands = [part.strip() for line in blocks.splitlines() for part in line.split("&&")]
     commands = [c for c in dict.fromkeys(commands) if not c.startswith("pip ") and "pytest" not in c]
@@ -49,7 +49,7 @@ SMALL = {  # settings added to a command; the last of two equal flags counts
 
 
 def small(command: str) -> tuple[list[str], str, list[str]]:
-    """(launcher, script or module, flags) of a command, with a donor and texts of the clone and small settings."""
+    """(launcher, script or module, flags) of a command with the clone's donor and texts, and small settings."""
     launcher, *words = shlex.split(command)
     at = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
     options, (name, *flags) = words[:at], words[at + (words[at] == "-m"):]
@@ -67,7 +67,7 @@ def small(command: str) -> tuple[list[str], str, list[str]]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A folder that looks like a clone, where commands may write, with a small Llama and small texts of its own."""
+    """A folder that looks like a clone, where commands may write, with a small Llama and small texts."""
     folder = tmp_path_factory.mktemp("clone")
     for path in (*ROOT.glob("*.py"), *PACKAGES, ROOT / "assets", ROOT / "results", ROOT / "docs", ROOT / "README.md"):
         (folder / path.name).symlink_to(path)

@@ -1,4 +1,4 @@
-"""lib/shards.py: shards that refuse another tokenizer, and end in the same bytes however often they are interrupted."""
+"""lib/shards.py: shards that refuse another tokenizer, and the same bytes after any interruption."""
 
 import gzip
 import hashlib
@@ -144,7 +144,7 @@ def test_empty_text(ranks, tmp_path):
 
 @pytest.fixture
 def documents(monkeypatch):
-    """60 texts of 0 to 1,700 characters, ten of them twice; a shard of 150 tokens holds many of them, or part of one."""
+    """60 texts of 0 to 1,700 characters, ten of them twice; a shard holds many of them, or part of one."""
     rng = random.Random(0)
     texts = [PLAIN[rng.randrange(90):][:rng.choice((0, 5, 40, 40, 150, 1700))] for _ in range(50)]
     texts += rng.sample(texts, 10)
@@ -292,7 +292,7 @@ def test_hub_streams_continue_without_reading_again(ranks, tmp_path, documents, 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet"])
 def test_a_run_of_an_older_version_continues(ranks, tmp_path, documents, monkeypatch, kind):
-    """It read local files with datasets, whose state counts the same rows, and stored the hash of the tokenizer's files."""
+    """It read local files with datasets, whose state counts the same rows, and stored the hash of the files."""
     tokenizer, name = Tokenizer.load(ranks), str(tmp_path / f"a.{kind}")
     lines = "".join(json.dumps({"text": t}) + "\n" for t in documents)
     if kind == "parquet":

@@ -104,7 +104,7 @@ def test_control_tokens_among_the_words_of_a_model(tmp_path, model):
     assert ids.count(0) == 2 * isinstance(model, models.WordLevel)             # "</" and "s>" are unknown words
     assert isinstance(model, models.WordLevel) or tokenizer.decode(ids).replace(" ", "") == "a</s>b"
     tokenizer.fast.normalizer = normalizers.NFKC()
-    assert 1 not in tokenizer.encode("a \uff1c/s\uff1e b")                      # a control token only after normalisation
+    assert 1 not in tokenizer.encode("a \uff1c/s\uff1e b")                      # a control token once normalised
 
 
 @BACKENDS

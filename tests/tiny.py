@@ -113,7 +113,7 @@ def interrupt_at(step: int, how):
 
 
 def count_lines(save, reached):
-    """`save`, but calling reached(n) before the nth executed line of the modules that write and move files."""
+    """`save`, but calling reached(n) before the nth executed line of the modules that move files."""
     lines = itertools.count()
 
     def trace(frame, event, _):
@@ -148,7 +148,7 @@ def child(argv: list[str], output: str, env: dict, kill_at: int | None = None, s
 
 @pytest.fixture(scope="session")
 def start():
-    """start(argv, output, **env) -> a process that trains. They are forked from a server that has imported all."""
+    """start(argv, output, **env) -> a training process, forked from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "tiktoken", "torch._dynamo"])  # the last is what optimizers import late
 
