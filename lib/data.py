@@ -1,7 +1,7 @@
-"""Text for training: token shards, or texts with the donor's own tokenizer -> batches.
+"""Batches for training and evaluation, from token shards or from texts and the donor's own tokenizer.
 
-python data.py --name=slimpajama --tokens=15e9 --tokenizer=assets/donor --out=out_data    writes token shards
-python data.py --name=FILES --train_tokenizer=4096 --out=out_tokenizer                    trains a tokenizer
+python -m lib.data --name=slimpajama --tokens=15e9 --tokenizer=assets/donor --out=out_data    writes token shards
+python -m lib.data --name=FILES --train_tokenizer=4096 --out=out_tokenizer                    trains a tokenizer
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,18 +13,20 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lib.bpe import train_tokenizer
 from lib.cli import UserError, parse_args, print0, script
 from lib.donors import find_donor
-from lib.shards import UNFINISHED, Texts, ahead, encode_batches, split_names, token_type, write_shards
-from lib.tokenizer import Tokenizer, read_json, train_tokenizer
+from lib.shards import UNFINISHED, encode_batches, prefetch, token_type, write_shards
+from lib.texts import Texts, split_names
+from lib.tokenizer import Tokenizer, read_optional_json
 
-IGNORE = -100                           # a target that is not counted; torch's own number for it
+IGNORE = -100                           # a target that counts for no loss; torch's ignore_index
 
 
 class Tokens:
-    """One long row of tokens, read across the borders of the arrays (memory-mapped shards) that it is made of.
+    """Several arrays (memory-mapped shards) as one long sequence of tokens.
 
-    first_id: the BOS that every window begins with, None for tokenizers without.
+    first_id: the BOS that every window begins with, or None if the tokenizer puts none before a text.
     """
 
     def __init__(self, arrays: list[np.ndarray], first_id: int | None = None):
@@ -39,7 +41,7 @@ class Tokens:
         start, stop, step = key.indices(len(self))
         assert step == 1, key
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        parts = [np.empty(0, np.int64)]                      # makes the whole int64, and is it if nothing is asked
+        parts = [np.empty(0, np.int64)]                      # sets the type, also of an empty slice
         for array, offset in zip(self.arrays[first:], self.starts[first:], strict=False):
             if offset >= stop:
                 break
@@ -48,61 +50,62 @@ class Tokens:
 
 
 def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int, hub_tokens: int = 0) -> Tokens:
-    """The tokens of a folder of shards, or of texts (`Texts`) with EOS between documents; or of several, by comma.
+    """The tokens of shards and texts (folders and names separated by commas), with EOS between documents.
 
-    hub_tokens: the first so many are read of a data set on the hub; 0 refuses it. Raises UserError for shards of
-    another tokenizer or with ids that the model has not, damaged or unfinished shards, and empty text.
+    hub_tokens: how many tokens to read of a data set on the hub; 0 refuses it. Raises UserError for empty text
+    and for shards that are damaged, unfinished, of another tokenizer or beyond the model's vocabulary.
     """
     arrays, shards = [], []
     for part in split_names(path):
         if not Path(part).exists() and not hub_tokens:
             raise UserError(f"{part} does not exist: give text files, a folder of them, or token shards; for a Hugging "
-                            f"Face dataset write shards first: python data.py --name={part} --tokens=... --out=...")
+                            f"Face dataset write shards first: python -m lib.data --name={part} --tokens=... --out=...")
         shards = sorted(Path(part).glob("*.safetensors")) if Path(part).is_dir() else []
-        for folder in (Path(part), Path(part).resolve().parent):  # a held-out part is unfinished as long as its parent
+        for folder in (Path(part), Path(part).resolve().parent):  # valid/ is as unfinished as its parent
             if shards and (folder / UNFINISHED).exists():
-                raise UserError(f"the shards in {part} are not all written: give the python data.py command that began "
-                                f"them again, or remove {folder / UNFINISHED} to use those that are there")
+                raise UserError(f"the shards in {part} are not all written: give the python -m lib.data command that "
+                                f"began them again, or remove {folder / UNFINISHED} to use those that exist")
         arrays += [open_shard(shard, tokenizer, vocab_size) for shard in shards] or [
             read_tokens(part, tokenizer, vocab_size, None if Path(part).exists() else hub_tokens)]
     if not shards:
-        arrays[-1] = arrays[-1][:-1]                         # EOS stands between documents: the last needs none
+        arrays[-1] = arrays[-1][:-1]                         # no EOS after the last document
     tokens = Tokens([a for a in arrays if len(a)], tokenizer.first_id)
     if len(tokens) == 0:
         raise UserError(f"{path} is empty: there is no text in it")
     return tokens
 
 
-def read_tokens(name: str, tokenizer: Tokenizer, vocab_size: int, most: int | None) -> np.ndarray:
-    """The tokens of all texts, or the first `most`, each text with EOS behind it."""
-    held, n = [np.empty(0, token_type(vocab_size))], 0
+def read_tokens(name: str, tokenizer: Tokenizer, vocab_size: int, max_tokens: int | None) -> np.ndarray:
+    """The tokens of all texts, or the first `max_tokens`, each text followed by EOS."""
+    found, n = [np.empty(0, token_type(vocab_size))], 0
     for _, rows, _ in encode_batches(Texts(name), tokenizer, vocab_size):
-        held += rows
+        found += rows
         n += sum(map(len, rows))
-        if most is not None and n >= most:
+        if max_tokens is not None and n >= max_tokens:
             break
-    return np.concatenate(held)[:most]
+    return np.concatenate(found)[:max_tokens]
 
 
 def open_shard(path: Path, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """The tokens of a shard, memory-mapped. Raises UserError if it is damaged or does not fit the model."""
     try:
         with safe_open(path, framework="numpy") as f:        # checks the header against the length of the file
             metadata, view = f.metadata() or {}, f.get_slice("tokens")
             (n,), dtype = view.get_shape(), {"U16": np.uint16, "U32": np.uint32}[view.get_dtype()]
-        theirs = int(metadata.get("vocab_size", 0))
+        stored_size = int(metadata.get("vocab_size", 0))
     except (SafetensorError, OSError, KeyError, ValueError) as e:
         raise UserError(f"{path} is not a whole token shard ({str(e)[:200]}); write the shards again") from e
     offset = path.stat().st_size - n * np.dtype(dtype).itemsize  # the one tensor reaches to the end of the file
     tokens = np.memmap(path, dtype, "r", offset, (n,)) if n else np.empty(0, dtype)
-    if metadata.get("tokenizer") not in tokenizer.hashes or (theirs > vocab_size and n and tokens.max() >= vocab_size):
-        raise UserError(f"shards in {path.parent} were made with another tokenizer or vocabulary (vocab_size {theirs}, "
-                        f"the model's is {vocab_size}); write them again with its own")
-    return tokens                                            # models of one tokenizer may be padded differently
+    too_large = stored_size > vocab_size and n and tokens.max() >= vocab_size    # padding alone may differ
+    if metadata.get("tokenizer") not in tokenizer.hashes or too_large:
+        raise UserError(f"shards in {path.parent} were made with another tokenizer or vocabulary (vocab_size "
+                        f"{stored_size}, the model's is {vocab_size}); write them again with its own")
+    return tokens
 
 
 def count_windows(tokens: Tokens, seq_len: int, stride: int | None = None) -> int:
-    """How many windows of seq_len inputs, each with its next token as target, the text holds: side by side, or one
-    every `stride` tokens."""
+    """The number of windows of seq_len inputs and targets: side by side, or one every `stride` tokens."""
     n = (len(tokens) - 1 - seq_len) // (stride or seq_len) + 1
     if n < 1:
         raise UserError(f"{len(tokens)} tokens, need at least {seq_len + 1} (seq_len + 1); "
@@ -112,16 +115,16 @@ def count_windows(tokens: Tokens, seq_len: int, stride: int | None = None) -> in
 
 def windows(tokens: Tokens, seq_len: int, indices: Sequence[int],
             stride: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, int64 (n, seq_len), of the windows with these numbers; with BOS first if there is one.
+    """Inputs and targets, int64 (n, seq_len), of the windows with these numbers, after BOS if there is one.
 
-    Windows that begin every `stride` tokens overlap: targets that are also the one's before are IGNORE.
+    With a stride below seq_len windows overlap; targets that the previous window has counted are IGNORE.
     """
     stride = stride or seq_len
     rows = torch.from_numpy(np.stack([tokens[i * stride:i * stride + seq_len + 1] for i in indices]))
     if tokens.first_id is not None:
         rows = torch.cat([torch.full((len(rows), 1), tokens.first_id), rows[:, :-1]], dim=1)
     idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    targets[torch.tensor([i > 0 for i in indices]), :seq_len - stride] = IGNORE     # window 0 has none before it
+    targets[torch.tensor([i > 0 for i in indices]), :seq_len - stride] = IGNORE     # window 0 has no previous one
     return idx, targets
 
 
@@ -131,31 +134,31 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def batch(tokens: Tokens, rows: range, seq_len: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, int64 (len(rows), seq_len): the windows with the global sample numbers `rows`.
+    """Inputs and targets, int64 (len(rows), seq_len), of the samples with the global numbers `rows`.
 
-    A pure function of the numbers: however they are dealt over ranks and micro-steps, training sees the same data.
-    Each epoch has every window once, in an order of its own. UserError if there is not one whole window.
+    A pure function of the numbers: however they are distributed over ranks and micro-steps, training sees the
+    same data. Each epoch has every window once, in an order of its own. UserError for less than one window.
     """
     n = count_windows(tokens, seq_len)
     return windows(tokens, seq_len, [int(permutation(seed, r // n, n)[r % n]) for r in rows])
 
 
 def batches(tokens: Tokens, rows: Iterable[range], seq_len: int, seed: int, device: torch.device) -> Iterator:
-    """`batch` for each range of sample numbers, on `device`. While one is worked on, a thread prepares the next (in
-    pinned memory for a GPU), so that the device never waits for the disk or for the host."""
+    """`batch` for each range of sample numbers, on `device`. A thread prepares the next one meanwhile (in
+    pinned memory for a GPU), so that the device waits for neither disk nor host."""
     def prepared():
         if device.type == "cuda":
-            torch.cuda.set_device(device)                    # a thread starts out with the first GPU
+            torch.cuda.set_device(device)                    # a new thread would use the first GPU
         for numbers in rows:
             pair = batch(tokens, numbers, seq_len, seed)
             yield [t.pin_memory() for t in pair] if device.type == "cuda" else pair
 
-    for pair in ahead(prepared()):
+    for pair in prefetch(prepared()):
         yield tuple(t.to(device, non_blocking=True) for t in pair)
 
 
 def validation(tokens: Tokens, seq_len: int, max_tokens: int | None = None, rows: int = 8) -> list:
-    """[(inputs, targets), ...], int64 (<= rows, seq_len): windows side by side from the start, about max_tokens."""
+    """[(inputs, targets), ...], int64 (<= rows, seq_len): about max_tokens in windows from the start."""
     n = count_windows(tokens, seq_len)
     n = n if max_tokens is None else min(n, max(1, max_tokens // seq_len))
     return [windows(tokens, seq_len, range(i, min(i + rows, n))) for i in range(0, n, rows)]
@@ -168,11 +171,11 @@ class DataConfig:
     name: str = "assets/books/train"       # slimpajama, redpajama, pg19, a hub owner/name[:config], files, folders
     tokenizer: str = "assets/donor"        # checkpoint whose tokenizer to use: a folder or a Hugging Face id
     out: str = "out_data"                  # folder for the shards, or for the trained tokenizer
-    tokens: int | None = None              # stop after so many tokens for training
-    valid_share: float = 0.0               # share of the documents that is held out, into the folder valid in --out
+    tokens: int | None = None              # stop after this many training tokens
+    valid_share: float = 0.0               # share of the documents that is held out, into OUT/valid
     shard_tokens: int = 100_000_000        # tokens in one file; an interrupted run loses less than this
-    vocab_size: int | None = None          # of the model, if no config.json beside the tokenizer says it
-    train_tokenizer: int = 0               # train a tokenizer with so many entries instead of writing shards
+    vocab_size: int | None = None          # of the model; not set: of the config.json beside the tokenizer
+    train_tokenizer: int = 0               # train a tokenizer of this size instead of writing shards
 
 
 def main(argv=None) -> None:
@@ -186,13 +189,13 @@ def main(argv=None) -> None:
         unused = [f"--{name}" for name in ("tokenizer", "tokens", "valid_share", "shard_tokens", "vocab_size")
                   if getattr(config, name) != getattr(DataConfig, name)]
         if unused:
-            raise UserError(f"{', '.join(unused)}: for shards, and --train_tokenizer writes none; drop one or other")
+            raise UserError(f"{', '.join(unused)}: for shards, but --train_tokenizer writes none; drop one of the two")
         train_tokenizer(Texts(config.name), config.train_tokenizer, config.out)
         print0(f"{config.out}: a tokenizer with {config.train_tokenizer:,} entries")
         return
     folder = find_donor(config.tokenizer)
     tokenizer = Tokenizer.load(folder, config.vocab_size)
-    vocab_size = config.vocab_size or read_json(folder / "config.json").get("vocab_size")
+    vocab_size = config.vocab_size or read_optional_json(folder / "config.json").get("vocab_size")
     total, held = write_shards(config.name, tokenizer, config.out, vocab_size or tokenizer.vocab_size,
                                config.shard_tokens, config.tokens, config.valid_share)
     print0(f"{config.out}: {total:,} tokens" + f"; {config.out}/valid: {held:,} tokens held out" * (held > 0))

@@ -1,4 +1,4 @@
-"""What belongs to a donor beside its weights: where it is, its tokenizer, its README and licence."""
+"""Finding a donor, and the files that accompany its weights: tokenizer, README, licence."""
 
 import json
 import re
@@ -15,7 +15,7 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def find_donor(donor: str) -> Path:
-    """The folder of a donor: a local one, or that of a Hugging Face id, downloaded once. UserError if it is neither."""
+    """The folder of a donor: a local one, or the download of a Hugging Face id. UserError if neither."""
     folder = Path(donor).expanduser()
     if folder.is_dir():
         return folder
@@ -27,19 +27,20 @@ def find_donor(donor: str) -> Path:
         wanted = ["*.json", "*.safetensors", "*.tiktoken", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt",
                   "README.md", *LICENCES]
         return Path(snapshot_download(donor, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except Exception as e:  # the hub client raises many kinds, all of them "not to be had"
+    except Exception as e:  # the hub client raises many kinds
         raise UserError(f"donor {donor} is no folder, and cannot be downloaded either ({str(e).splitlines()[0]}); give "
                         "a local folder") from None
 
 
 def donor_name(folder: Path) -> str:
-    """The id that a folder was downloaded as, else the folder's own name."""
+    """The Hugging Face id that a folder was downloaded from, otherwise the folder's name."""
     folder = folder.resolve()
     cached = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
     return cached.removeprefix("models--").replace("--", "/", 1) or folder.name
 
 
 def read_json(path: Path) -> dict:
+    """The contents of a JSON file. Raises UserError if it is missing or damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -49,7 +50,7 @@ def read_json(path: Path) -> dict:
 
 
 def copy_papers(src: Path, dst: Path) -> None:
-    """Copy the donor's licence, and its README as README_donor.md: of the donor's folder, or of what came of it."""
+    """Copy the donor's licence, and its README as README_donor.md, from it or from a model made of it."""
     readme, config = src / DONOR_README, src / "config.json"
     if not readme.exists() and config.exists() and "model_type" in read_json(config):
         readme = src / "README.md"
@@ -59,7 +60,7 @@ def copy_papers(src: Path, dst: Path) -> None:
 
 
 def donor_files(folder: Path) -> dict[str, bytes]:
-    """What goes along with a donor's weights, by name, held in memory: a donor may be moved while a run goes on."""
+    """{name: content} of the files that go with a donor's weights, held in memory."""
     with TemporaryDirectory() as tmp:
         copy_tokenizer(folder, tmp)
         copy_papers(folder, Path(tmp))

@@ -1,5 +1,5 @@
-"""What holds for all tests: imports start at the repository's root, no GPU means Triton's interpreter, and the whole
-suite runs on all cores, a process on each."""
+"""Settings of all tests: imports start at the repository's root, Triton's interpreter runs where there is no GPU, and
+the whole suite runs on all cores, one process each."""
 
 import os
 import re
@@ -13,19 +13,23 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")           # read when a kernel is defined: before anything imports it
-torch.set_num_threads(1)                                     # the tensors are tiny: a second thread only waits
+    os.environ.setdefault("TRITON_INTERPRET", "1")           # read when a kernel is defined, so set before any import
+torch.set_num_threads(1)                                     # for tiny tensors a second thread only adds waiting
 
-pytest.register_assert_rewrite("tiny")
-from tiny import DONOR, home, start  # noqa: E402, F401 (fixtures of several files; they import what the above prepares)
+pytest.register_assert_rewrite("tiny", "small_tokenizers")
+from small_tokenizers import byte_level, metaspace, ranks  # noqa: E402, F401
+from tiny import DONOR, home, start  # noqa: E402, F401 (fixtures; their imports need the lines above)
 
 from model import RecursiveTransformer  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
 def used_clone(tmp_path_factory):
-    """All tests run in a clone where every command of the README has been run: a run lies wherever one may be made, so
-    a test that reads or writes such a folder, instead of one of its own, fails."""
+    """The working folder of all tests: a clone in which every command of README.md and docs/ has been run.
+
+    A finished run lies in each folder that a command writes by default or names, so a test that uses such a folder
+    instead of its own fails.
+    """
     clone = tmp_path_factory.mktemp("used_clone")
     for path in ROOT.iterdir():
         if not path.name.startswith((".", "out")):
@@ -34,8 +38,9 @@ def used_clone(tmp_path_factory):
     torch.save({"step": 1}, clone / "out" / "train.pt")
     (clone / "out" / "log.jsonl").write_text('{"step": 1, "final": true}\n')
     pages = (path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
-    outs = re.findall(r"--out=(out\w*)", " ".join(pages))
-    for name in {*outs, "out_experiments/toy/average-s0"} - {"out"}:
+    named = re.findall(r"--out=(out\w*)", " ".join(pages))
+    defaults = {"out_recursive", "out_data", "out_experiments/toy/average-s0"}   # convert, lib.data, experiments.matrix
+    for name in {*named, *defaults} - {"out"}:
         shutil.copytree(clone / "out", clone / name)
     before = os.getcwd()
     os.chdir(clone)
@@ -44,7 +49,7 @@ def used_clone(tmp_path_factory):
 
 
 def pytest_xdist_auto_num_workers(config) -> int | None:
-    """For -n auto of pytest-xdist: tests that are named run in pytest itself, where a debugger reaches them; all of
-    them on as many processes as there are cores, which is its own answer."""
+    """The number of processes for pytest-xdist's -n auto: none for tests that are named, so that a debugger can reach
+    them; None, its own default of one per core, for the whole suite."""
     named = config.args != config.getini("testpaths") or config.option.keyword
     return 0 if named else None

@@ -1,4 +1,4 @@
-"""The shipped donor: transformers agrees with us on it, and uptraining wins back what looping it costs."""
+"""The shipped donor: parity with transformers, and uptraining that wins back part of what conversion costs."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_transformers_loads_it_and_agrees(donor):
     torch.testing.assert_close(donor.logits(donor(idx)[-1]), theirs.eval()(idx).logits, atol=5e-5, rtol=1e-5)
 
 
-def test_it_is_small_and_of_the_shape_that_the_readme_says(donor):
+def test_size_and_shape(donor):
     c, size = donor.config, (DONOR / "model.safetensors").stat().st_size
     assert (c.arch, c.n_layer, c.n_kv_head, c.tie_head, c.vocab_size) == ("gemma", 12, 1, True, 4096)
     assert size < 12e6 and 4.5e6 < donor.num_params()["stored"] < 5.5e6
@@ -40,7 +40,7 @@ def test_it_is_small_and_of_the_shape_that_the_readme_says(donor):
 
 
 @torch.no_grad()
-def test_its_loss_on_the_book_it_never_saw(donor):
+def test_loss_on_the_unseen_book(donor):
     tokenizer = Tokenizer.load(DONOR, donor.config.vocab_size)
     batches = validation(load_tokens(str(ROOT / "assets/books/valid.txt"), tokenizer, 4096), 256, 8192)
     loss = torch.stack([torch.nn.functional.cross_entropy(donor.logits(donor(x)[-1]).flatten(0, 1), y.flatten())
@@ -56,7 +56,7 @@ def test_golden_greedy_text(donor):
 
 
 def test_uptraining_wins_loss_back_and_the_start_matters(tmp_path):
-    """The main job, a hundredth of it: stepwise falls, and lies below random on the same budget."""
+    """A hundredth of the README's run: the loss of stepwise falls, and ends below that of random weights."""
     final = {}
     for init in ("stepwise", "random"):
         out = tmp_path / init
@@ -69,8 +69,8 @@ def test_uptraining_wins_loss_back_and_the_start_matters(tmp_path):
     assert final["stepwise"] < final["random"] - 0.3
 
 
-def test_its_tokenizer_in_the_outside_world(donor, tmp_path):
-    """An export has a tokenizer.json of the same ids, and names the tokens that others ask for."""
+def test_its_exported_tokenizer_in_transformers(donor, tmp_path):
+    """An export has a tokenizer.json with the same ids, and names BOS, EOS, unknown and padding tokens."""
     transformers = pytest.importorskip("transformers")
     to_hf(donor, tmp_path / "hf", tokenizer=DONOR)
     ours, again = Tokenizer.load(DONOR, 4096), Tokenizer.load(tmp_path / "hf", 4096)

@@ -1,4 +1,4 @@
-"""The walkthrough's snippets, run in order in one namespace: each prints what the page shows below it."""
+"""The walkthrough's snippets, run in order in one namespace: each prints the output that the page shows below it."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 def same_output(got: str, want: str) -> bool:
-    """Equal texts, but for numbers with a decimal point: those may differ by two units of the last digit shown."""
+    """True if the texts are equal, except that decimal numbers may differ by two units of the last digit shown."""
     if NUMBER.sub("#", got).split() != NUMBER.sub("#", want).split():
         return False
     pairs = zip(NUMBER.findall(got), NUMBER.findall(want), strict=True)
@@ -26,7 +26,7 @@ def test_every_snippet_prints_what_the_page_shows(monkeypatch):
     assert len(SNIPPETS) == PAGE.count("```python") > 15
     monkeypatch.chdir(ROOT)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                 # beside other test processes more only wait for each other
+    torch.set_num_threads(1)                                 # several test processes run side by side
     namespace = {}
     try:
         for code, want in SNIPPETS:

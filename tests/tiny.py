@@ -1,4 +1,4 @@
-"""A donor of a few thousand weights, and what the tests of training do with it."""
+"""A donor with a few thousand parameters, and helpers of the tests that train it."""
 
 import itertools
 import json
@@ -18,15 +18,16 @@ import torch
 
 import train
 from convert import to_hf
+from lib.bpe import train_tokenizer
 from lib.cli import script
-from lib.tokenizer import copy_tokenizer, train_tokenizer
+from lib.tokenizer import copy_tokenizer
 from model import Config, RecursiveTransformer
 
 DONOR = Config(vocab_size=320, n_layer=4, n_embd=32, n_head=4, n_kv_head=1, head_dim=8, n_hidden=64, n_ctx=64)
 
 
 def story(seed: int, sentences: int) -> str:
-    """Sentences of a small grammar: quickly learnt, and never the same twice."""
+    """Random sentences of a small grammar, which a model learns quickly."""
     rng = random.Random(seed)
     parts = (["The cat", "A dog", "My aunt", "The old king"], ["sees", "eats", "finds", "loves"],
              ["a mouse", "the bread", "her garden", "some gold"])
@@ -67,7 +68,7 @@ def run(home: Path, out: Path, *more: str) -> list[dict]:
 
 
 def read_log(out: Path) -> list[dict]:
-    """log.jsonl without what differs from run to run."""
+    """The lines of log.jsonl without measured values, which differ from run to run."""
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (out / "log.jsonl").read_text().splitlines()]
     measured = {"tokens_per_s", "seconds", "mfu", "peak_gib"}
     return [{k: v for k, v in line.items() if k not in measured} for line in lines]
@@ -97,7 +98,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def interrupt_at(step: int, how):
-    """Call `how()` when training begins the step after `step` steps."""
+    """Call `how()` when training begins step number `step`, counted from 0."""
     schedule = train.learning_rate
 
     def interrupting(at, *rest):
@@ -112,7 +113,7 @@ def interrupt_at(step: int, how):
 
 
 def count_lines(save, reached):
-    """`save` that calls reached(n) before it runs the nth line of these three files, where files are moved."""
+    """`save`, but calling reached(n) before the nth executed line of the modules that move files."""
     lines = itertools.count()
 
     def trace(frame, event, _):
@@ -130,8 +131,10 @@ def count_lines(save, reached):
 
 
 def child(argv: list[str], output: str, env: dict, kill_at: int | None = None, stop_at: int | None = None) -> None:
-    """One process of a run, with real signals, exit code and output; killed when its saves have run so many lines, or
-    told to stop within the step after stop_at steps."""
+    """Run train.py in this process, with real signals, exit code and output.
+
+    kill_at: SIGKILL when its saves have executed this many lines. stop_at: SIGTERM during this step.
+    """
     if kill_at is not None:
         train.save_checkpoint = count_lines(
             train.save_checkpoint, lambda line: line == kill_at and os.kill(os.getpid(), signal.SIGKILL))
@@ -145,7 +148,7 @@ def child(argv: list[str], output: str, env: dict, kill_at: int | None = None, s
 
 @pytest.fixture(scope="session")
 def start():
-    """start(argv, output, **env) -> a process that trains. They are forked from a server that has imported all."""
+    """start(argv, output, **env) -> a training process, forked from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "tiktoken", "torch._dynamo"])  # the last is what optimizers import late
 
@@ -169,7 +172,7 @@ def join(processes) -> list[int | None]:
         process.join(100)
     codes = [process.exitcode for process in processes]
     for process in processes:
-        process.kill()  # one that hangs heeds nothing less
+        process.kill()  # a process that hangs ignores gentler signals
     return codes
 
 
@@ -184,7 +187,7 @@ def wait_for_step(out: Path, step: int, alive) -> None:
 
 @contextmanager
 def files_end_at(size: int):
-    """Writing a file beyond `size` bytes fails, as on a full disk."""
+    """Writes beyond `size` bytes of a file fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
