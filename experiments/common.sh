@@ -6,11 +6,11 @@
 #     tinyllama   TinyLlama 1.1B, likewise
 #     pythia      Pythia 1B, likewise
 #
-# and pass what follows on to train.py, where the last flag counts:  bash runs/tied.sh gemma --seed=1
+# and pass what follows on to train.py, where the last flag counts:  bash experiments/tied.sh gemma --seed=1
 #
-#     DRY=1 bash runs/tied.sh gemma                     says what it would run
-#     GPUS=4 bash runs/tied.sh gemma                    another number of GPUs; the batch stays 2 M tokens
-#     NODES=4 HEAD=node0:29500 bash runs/tied.sh gemma  on every one of four machines, with a file system they share
+#     DRY=1 bash experiments/tied.sh gemma                     says what it would run
+#     GPUS=4 bash experiments/tied.sh gemma                    another number of GPUs; the batch stays 2 M tokens
+#     NODES=4 HEAD=node0:29500 bash experiments/tied.sh gemma  on every one of four machines, with a file system they share
 #
 # Every run says --resume=auto: started again, by hand or by torchrun after a crash, it goes on where it was.
 set -euo pipefail
@@ -44,7 +44,7 @@ else
         launch+=(--standalone)
     fi
     # Once per donor, any time before (hours; goes on where it was if it is interrupted):
-    #     python data.py --name=slimpajama --tokenizer=DONOR --tokens=60e9 --valid_share=0.0001 --out=out-slimpajama-MODEL
+    #     python -m lib.data --name=slimpajama --tokenizer=DONOR --tokens=60e9 --valid_share=0.0001 --out=out-slimpajama-MODEL
     data=out-slimpajama-$model valid=out-slimpajama-$model/valid
     settings=(--data="$data" --valid="$valid" --seq_len=2048 --batch_tokens=2_097_152 --micro_batch="$micro"
               --lr=2e-4 --compile --zero --skip_nonfinite

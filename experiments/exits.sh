@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Early exits, trained after uptraining (§2.4): 15 B tokens more, all parameters, from what runs/long.sh left.
+# Early exits, trained after uptraining (§2.4): 15 B tokens more, all parameters, from what experiments/long.sh left.
 # The paper on Gemma 2B tied, accuracy at the last / first loop: weighted 50.5 / 49.8; aggressive 0.3 52.2 / 48.5;
-# 0.1 52.5 / 47.1; 0.1 with self-distillation 52.6 / 48.0; 0.01 52.4 / 42.1. How to launch: runs/common.sh.
-# shellcheck source=runs/common.sh
+# 0.1 52.5 / 47.1; 0.1 with self-distillation 52.6 / 48.0; 0.01 52.4 / 42.1. How to launch: experiments/common.sh.
+# shellcheck source=experiments/common.sh
 source "$(dirname "$0")/common.sh"
 
 post() { train "$1" "${short[@]}" --ckpt="out-long-tied-$model" --teacher="out-full-long-$model" "${@:2}"; }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Relaxed Recursive Transformers: the LoRA's rank, and how it starts (Eq. 3, Eq. 4; 15 B tokens, no distillation).
 # The paper on Gemma 2B, 2 loops, accuracy of average + SVD: r 64 52.1, 128 52.5, 256 54.2, 512 55.5; of stepwise + SVD
-# at 512 50.5, of a LoRA that starts at zero 49.0. How to launch: runs/common.sh.
-# shellcheck source=runs/common.sh
+# at 512 50.5, of a LoRA that starts at zero 49.0. How to launch: experiments/common.sh.
+# shellcheck source=experiments/common.sh
 source "$(dirname "$0")/common.sh"
 
 for rank in "${ranks[@]}"; do
