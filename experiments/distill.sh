@@ -4,7 +4,8 @@
 # shellcheck source=experiments/common.sh
 source "$(dirname "$0")/common.sh"
 
-# The paper's teacher is the donor after it has seen the same data: experiments/tied.sh trains it too, and finds it done.
+# The paper's teacher is the donor trained on the same data. experiments/tied.sh trains the same run; whichever comes
+# second finds it finished.
 train full "${short[@]}" --loops=1 --distill=none
 for kind in fkl rkl jsd tvd; do
     train "distill-$kind" "${short[@]}" --init=stepwise --distill=$kind --teacher="out-full-$model"

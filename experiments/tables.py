@@ -38,7 +38,7 @@ from hf import config_from_hf
 from lib.cli import table
 from lib.donors import read_json
 from lib.results import read_lines
-from model import Config, RecursiveTransformer
+from model import RecursiveTransformer
 
 EXIT_RANKS = {"tied": 0, "relaxed": 32}        # LoRA ranks of the models in exits_seeds.jsonl
 INITS = {"average": "average + SVD", "calibrated": "calibrated"}
@@ -74,27 +74,25 @@ def find(rows: list[dict], **fields) -> dict:
 
 
 @cache
-def shipped_donor() -> Config:
-    return config_from_hf(read_json(ROOT / MODELS["toy"].donor / "config.json"))
-
-
-def num_params(config: Config, loops: int = 1, rank: int = 0) -> dict[str, int]:
+def num_params(donor: str, loops: int = 1, rank: int = 0) -> dict[str, int]:
+    """Of a recursive model of this donor: "shipped", or a shape of the benchmarks."""
+    config = SHAPES.get(donor) or config_from_hf(read_json(ROOT / MODELS["toy"].donor / "config.json"))
     with torch.device("meta"):
         return RecursiveTransformer(replace(config, n_loop=loops, rank=rank)).num_params()
 
 
-def stored(config: Config, loops: int = 2, rank: int = 0) -> str:
+def stored(donor: str, loops: int = 2, rank: int = 0) -> str:
     """What a recursive model stores of its donor's block, without embedding and head, as "68 %"."""
-    return percent(num_params(config, loops, rank)["stored_block"] / num_params(config)["stored_block"])
+    return percent(num_params(donor, loops, rank)["stored_block"] / num_params(donor)["stored_block"])
 
 
 def stored_by(measured: Measured, runs: Runs) -> str:
     """The same for a run of the matrix or a model with trained exits, on the shipped donor; empty if it was not run."""
     if isinstance(measured, ExitLoss):
-        return stored(shipped_donor(), 2, EXIT_RANKS[measured.kind])
+        return stored("shipped", 2, EXIT_RANKS[measured.kind])
     if measured not in runs:
         return ""
-    return percent(first_seed(runs[measured])["params"]["stored_block"] / num_params(shipped_donor())["stored_block"])
+    return percent(first_seed(runs[measured])["params"]["stored_block"] / num_params("shipped")["stored_block"])
 
 
 def where(lines: list[dict]) -> str:
@@ -113,7 +111,7 @@ def stepwise_table(results: Path) -> str:
     """What the README's first command prints at its end."""
     log = read_lines(results / "stepwise.jsonl")
     donor, converted, final = log[0]["donor_loss"], log[0]["full_val_loss"], log[-1]["full_val_loss"]
-    full, tied = (num_params(shipped_donor(), loops) for loops in (1, 2))
+    full, tied = (num_params("shipped", loops) for loops in (1, 2))
     rows = [[name, f"{loss:.4f}", f"{math.exp(loss):.2f}", *(f"{params[key] / 1e6:.2f} M" for key in ("stored", "run"))]
             for name, loss, params in (("donor", donor, full), ("converted", converted, tied),
                                        ("uptrained", final, tied))]
@@ -203,7 +201,7 @@ def conclusions_table(results: Path) -> str:
         wrap(f"What the LoRA wins back: the share of the gap between donor and tied model that rank {top} "
              f"({stored_by(f'average-r{top}', runs)} of the donor's block, tied {stored_by('stepwise', runs)}) closes "
              "after as many tokens. (The paper's largest rank, r 512 at "
-             f"{stored(SHAPES['gemma-2b'], 2, 512)} of Gemma 2B's block, after 60 billion tokens with distillation: "
+             f"{stored('gemma-2b', 2, 512)} of Gemma 2B's block, after 60 billion tokens with distillation: "
              f"{paper_share:.2f}, from perplexities of 11.44 tied, 10.81 with r 512, 10.58 at full size on the same "
              "tokens.)"),
         markdown([["tokens", "tied, stepwise", f"average + SVD, r {top}", "share"], *gap(runs, top)])]
@@ -232,7 +230,7 @@ def decode_table(results: Path) -> str:
 
 def exits_table(results: Path) -> str:
     """Loss after each loop, by how the exits were trained."""
-    losses, (tied, relaxed) = read_exits(results, "toy"), (stored(shipped_donor(), 2, r) for r in EXIT_RANKS.values())
+    losses, (tied, relaxed) = read_exits(results, "toy"), (stored("shipped", 2, r) for r in EXIT_RANKS.values())
     rows = [["loss after loop 1 / 2", f"tied ({tied} of the donor's block)",
              f"relaxed: average + SVD, r {EXIT_RANKS['relaxed']} ({relaxed})"]]
     for training, label in (("none", "post-trained without exit losses"), ("weighted", "weighted"),
@@ -254,7 +252,7 @@ def calibrated_table(results: Path) -> str:
         oracle = statistics.mean(line["oracle"][1] for line in ours)
         loops = [[statistics.mean(line["calibration_and_check"][rule][1]["loops"] for line in ours
                                   if line["agreement"] == agreement) for agreement in required] for rule in rules]
-        label = f"{kind}, stored {stored(shipped_donor(), 2, rank)}"
+        label = f"{kind}, stored {stored('shipped', 2, rank)}"
         rows.append([f"{label}: {' / '.join(map(str, required))}" if kind == "tied" else label, f"{oracle:.2f}",
                      *map(slashed, loops)])
     return markdown(rows)
@@ -276,7 +274,7 @@ def start_table(results: Path) -> str:
     for rank in ranks:
         row = [str(rank)]
         for n in loops:
-            row += [stored(SHAPES["smollm2"], n, rank), final_losses(starts["average", n, rank, None], 2),
+            row += [stored("smollm2", n, rank), final_losses(starts["average", n, rank, None], 2),
                     final_losses(starts["calibrated", n, rank, 20_480], 2)]
         rows.append(row)
     return markdown(rows)
@@ -284,15 +282,15 @@ def start_table(results: Path) -> str:
 
 def read_table(results: Path) -> str:
     """Loss right after calibrated conversion to 2 loops, by the number of tokens read."""
-    models = (("SmolLM2-135M", SHAPES["smollm2"], read_starts(results, "SmolLM2-135M")),
-              ("shipped donor", shipped_donor(), read_starts(results, "assets/donor")))
+    models = (("SmolLM2-135M", "smollm2", read_starts(results, "SmolLM2-135M")),
+              ("shipped donor", "shipped", read_starts(results, "assets/donor")))
     counts = sorted({tokens for _, _, starts in models for *_, tokens in starts if tokens})
     rows = [["model", "rank", "stored", *(f"{n:,} tokens" for n in counts)]]
-    for name, config, starts in models:
+    for name, donor, starts in models:
         for rank in sorted({rank for _, _, rank, _ in starts if rank}):
             lines = [starts.get(("calibrated", 2, rank, n)) for n in counts]
             if all(lines):
-                rows.append([name, str(rank), stored(config, 2, rank), *(final_losses(line, 3) for line in lines)])
+                rows.append([name, str(rank), stored(donor, 2, rank), *(final_losses(line, 3) for line in lines)])
     return markdown(rows)
 
 
@@ -318,7 +316,7 @@ def saved_smollm2_table(results: Path) -> str:
     lines = read_lines(results / "calibrated_smollm2.jsonl")
     rows = [["SmolLM2-135M, 2 loops", "stored", "start", "loss"],
             ["donor", "100 %", "", f"{lines[0]['donor_loss']:.2f}"]]
-    rows += [[f"{INITS[line['init']]}, rank {line['rank']}", stored(SHAPES["smollm2"], 2, line["rank"]),
+    rows += [[f"{INITS[line['init']]}, rank {line['rank']}", stored("smollm2", 2, line["rank"]),
               f"{line['start_loss']:.2f}", f"{line['loss']:.2f}"] for line in lines]
     return markdown(rows)
 
@@ -370,7 +368,7 @@ def scale_table(results: Path) -> str:
          "train.jsonl"],
         ["time that LoRA adds to a training step of one layer, C = 2048, 4,096 tokens: r 64, r 512",
          "{}, {} (merged)".format(*merged), "{}, {} (a path of its own)".format(*separate), "lora.jsonl"],
-        [f"converting Gemma 2B's shapes to 2 loops, average + SVD, r 512 (stored {stored(SHAPES['gemma-2b'], 2, 512)})",
+        [f"converting Gemma 2B's shapes to 2 loops, average + SVD, r 512 (stored {stored('gemma-2b', 2, 512)})",
          f"{conversion['seconds']:.0f} s, {conversion['peak_gib']:.1f} GiB", "", "convert.jsonl"]])
 
 
@@ -380,6 +378,6 @@ def uptrain_table(results: Path) -> str:
     rows = [["SmolLM2-135M-Instruct as 2 × 15 layers", "stored", "start", "after half an hour"],
             ["donor", "100 %", "", f"{tied[0]['donor_loss']:.2f}"]]
     for log, label, rank in ((tied, "tied, stepwise", 0), (relaxed, "average + SVD, r 64", 64)):
-        rows.append([label, stored(SHAPES["smollm2"], 2, rank),
+        rows.append([label, stored("smollm2", 2, rank),
                      *(f"{line['full_val_loss']:.2f}" for line in (log[0], log[-1]))])
     return markdown(rows)
