@@ -1,8 +1,8 @@
 """Cleans books of Project Gutenberg: python -m experiments.books FOLDER OUT
 
-Reads FOLDER/train*.jsonl.gz and FOLDER/valid*.jsonl.gz (one book per line: title, text) and writes OUT/train.jsonl and
-OUT/valid.jsonl with one line per paragraph. A model that sees the hard line breaks of the digital edition spends its
-capacity on counting to seventy-two.
+Reads FOLDER/train*.jsonl.gz and FOLDER/valid*.jsonl.gz (one book per line: title, text) and writes
+OUT/train.jsonl and OUT/valid.jsonl with one line per paragraph. A model that sees the hard line breaks of the
+digital edition spends its capacity on counting to seventy-two.
 """
 
 import gzip
@@ -20,8 +20,8 @@ BRACKETED = re.compile(r"\[(?:illustration|picture|frontispiece|image|pg|page)\b
 
 
 def clean(text: str) -> str:
-    """The book with one line per paragraph and a blank line between them, without italics. Verse, drama and tables of
-    contents keep their lines."""
+    """The book with one line per paragraph and a blank line between them, without italics. Verse, drama and
+    tables of contents keep their lines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff")
     small_print = SMALL_PRINT.search(text[:30_000])
     if small_print:

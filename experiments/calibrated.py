@@ -1,4 +1,4 @@
-"""Losses right after conversion, without training: average + SVD and calibrated (calibrate.py), on several texts.
+"""Losses on several texts right after conversion, without training: average + SVD and calibrated.
 
     python -m experiments.calibrated --donor=FOLDER --calib_text=SHARDS --texts=books=SHARDS/valid,other=FILE.jsonl
 

@@ -1,5 +1,5 @@
-"""Estimates the cost of calibrated conversion for a large donor from two measurements at its width: reading text with
-one layer and with a few, and fitting one stored layer. Weights and tokens are random, which costs the same.
+"""Estimates the cost of calibrated conversion for a large donor from two measurements at its width: reading
+text with one layer and with a few, and fitting one stored layer. Weights and tokens are random.
 
     python -m experiments.calibrated_cost --shape=gemma-2b --save=results/calibrated_cost.jsonl
 """

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 
 class ExitLoss(NamedTuple):
-    """Names a loss of exits_seeds.jsonl: the loss after one loop of a model whose exits were trained in one way."""
+    """Which loss of exits_seeds.jsonl: of which model, after which loop."""
     kind: str                                  # tied or relaxed
-    training: str                              # none, weighted, self
+    training: str                              # of the exits: none, weighted, self
     loop: int                                  # from 1
 
     def __str__(self) -> str:
@@ -33,8 +33,8 @@ class Conclusion:
 
 
 def conclusions(low: int, mid: int, top: int) -> list[Conclusion]:
-    """The paper's eight conclusions in order of importance, for these LoRA ranks. The paper's figures are those of
-    Gemma 2B with 2 loops."""
+    """The paper's eight conclusions in order of importance, for these LoRA ranks. The paper's figures are
+    those of Gemma 2B with 2 loops."""
     svd_low, svd_mid, svd_top = (f"average-r{r}" for r in (low, mid, top))
     zero, stepwise_svd = f"average-r{top}-zero", f"stepwise-r{top}"
 

@@ -15,7 +15,7 @@ DIGITS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 
 def pieces(text: str, prompt: str) -> list[tuple[str, str]]:
-    """[(token, colour), ...]. In a pipe sample.py writes the exit loop in subscript digits after each token."""
+    """[(token, colour), ...]. In a pipe sample.py writes subscript digits after each token, its exit loop."""
     found = re.findall(r"([^₀-₉]*)([₀-₉]+)", text.removeprefix(prompt))
     return [(prompt, PLAIN)] + [(piece, COLOURS[(int(loop.translate(DIGITS)) - 1) % len(COLOURS)])
                                 for piece, loop in found]

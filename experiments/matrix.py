@@ -2,12 +2,13 @@
 
     python -m experiments.matrix                # all on the shipped donor: an hour and a half on one core
     python -m experiments.matrix --only=norms   # one conclusion: inits, relaxed, rank, distill, pretrained, exits,
-                                                # relaxed_exits, norms; or extra runs: loops, zero, tokens, calibrated
+                                                # relaxed_exits, norms; or more runs: zero, loops, calibrated, tokens
     python -m experiments.matrix --dry          # only print the commands
     python -m experiments.report                # verdicts and plots from the lines so far
 
-Each run is one call of train.py. Runs that already have a line are skipped; an interrupted run is resumed. The first
-seed of every run comes before the second seed of any, so a matrix that was stopped early still covers every conclusion.
+Each run is one call of train.py. Runs that already have a line are skipped; an interrupted run is resumed.
+The first seed of every run comes before the second seed of any, so a matrix that was stopped early still
+covers every conclusion.
 """
 
 import json
@@ -68,7 +69,8 @@ def extra_runs(low: int, mid: int, top: int) -> dict[str, list[str]]:
     return {"zero": [f"average-r{low}-zero", f"average-r{mid}-zero"],
             "loops": ["stepwise-3x", "average-3x", f"average-r{top}-3x"],
             "calibrated": [f"{init}-r{mid}-{how}" for how in ("long", "exits") for init in ("average", "calibrated")],
-            "tokens": [f"{run}-{size}" for size in ("quarter", "fourfold") for run in ("stepwise", f"average-r{top}")]}
+            "tokens": [f"{run}-{size}" for size in ("quarter", "fourfold")
+                       for run in ("stepwise", f"average-r{top}")]}
 
 
 def matrix(model: Model, work: Path) -> dict[str, str]:
@@ -98,17 +100,19 @@ def matrix(model: Model, work: Path) -> dict[str, str]:
 
 
 def select_runs(model_name: str, only: str) -> list[str]:
-    """Names of the runs that --only selects, those of the conclusions first. Without --only: all of them; for the
-    shipped donor those that a conclusion, a plot or a table needs."""
+    """Names of the runs that --only selects, those of the conclusions first. Without --only: all of them; for
+    the shipped donor those that a conclusion, a plot or a table needs."""
     ranks = MODELS[model_name].ranks
     groups = {c.name: c.runs for c in conclusions(*ranks)} | extra_runs(*ranks)
     words = only.split(",") if only else []
     for word in words:
         if word not in groups:
-            raise UserError(f"--only={only}: {word!r} is unknown; use {', '.join(groups)}, several separated by commas")
+            raise UserError(f"--only={only}: {word!r} is unknown; use {', '.join(groups)}, "
+                            "several separated by commas")
     names = dict.fromkeys(run for group in words or groups for run in groups[group])
     if model_name != "toy" and not words:
-        names |= dict.fromkeys(n for n in matrix(MODELS[model_name], Path()) if not n.endswith(("quarter", "fourfold")))
+        every = matrix(MODELS[model_name], Path())
+        names |= dict.fromkeys(name for name in every if not name.endswith(("quarter", "fourfold")))
     return list(names)
 
 
@@ -137,13 +141,14 @@ def shared_flags(config: ExperimentsConfig) -> list[str]:
 
 
 def commands(config: ExperimentsConfig) -> list[tuple[str, int, list[str]]]:
-    """(name, seed, flags of train.py) of every selected run, in order: all runs of a conclusion by seed, then the extra
-    runs by seed, then the long ones."""
+    """(name, seed, flags of train.py) of every selected run, in order: all runs of a conclusion by seed, then
+    the extra runs by seed, then the long ones."""
     model, work, base = MODELS[config.model], Path(config.out) / config.model, shared_flags(config)
     flags = matrix(model, work)
     needed = {run for c in conclusions(*model.ranks) for run in c.runs}
     stage = {name: 0 if name in needed else 2 if name.endswith("fourfold") else 1 for name in flags}
-    names, seeds = select_runs(config.model, config.only), range(model.seeds if config.seeds is None else config.seeds)
+    names = select_runs(config.model, config.only)
+    seeds = range(model.seeds if config.seeds is None else config.seeds)
     return [(name, seed, [*base, *flags[name].split(), f"--seed={seed}", *shlex.split(config.more)])
             for now in range(3) for seed in seeds for name in names if stage[name] == now]
 
@@ -152,8 +157,8 @@ def commands(config: ExperimentsConfig) -> list[tuple[str, int, list[str]]]:
 # Starts and baselines that train.py does not make
 
 def prepare_starts(donor: str, work: Path) -> None:
-    """Write the starts of two runs: the configuration of the half-size model, and a tied model whose norm weights are
-    zero."""
+    """Write the starts of two runs: the configuration of the half-size model, and a tied model whose norm
+    weights are zero."""
     folder = find_donor(donor)
     if not (work / "half" / "config.json").exists():         # which is written last
         config = read_json(folder / "config.json")
@@ -227,8 +232,8 @@ def default_settings(model: str, name: str) -> dict:
 
 
 def changed_settings(line: dict) -> tuple:
-    """((setting, value), ...) in which the run of a line differs from its defaults in the matrix. Settings that change
-    no figure, such as folders, are left out."""
+    """((setting, value), ...) in which the run of a line differs from its defaults in the matrix. Settings
+    that change no figure, such as folders, are left out."""
     ignored = {"seed", "out", "resume", "device", "save_every", "log_every", "checkpointing", "zero"}
     default = default_settings(line["model"], line["name"])
     settings = line.get("settings") or asdict(parse_args(TrainConfig, shlex.split(line.get("command", ""))))
@@ -267,7 +272,7 @@ def run_training(config: ExperimentsConfig, todo: list[tuple[str, int, list[str]
 
 
 def run_exits(config: ExperimentsConfig) -> None:
-    """Run the experiments about exits, which have a shell file of their own, if they are selected and not finished."""
+    """Run the shell file of the experiments about exits if they are selected and not finished."""
     selected = not config.only or {"exits", "relaxed_exits"} & set(config.only.split(","))
     done = [line for line in read_lines("results/exits_seeds.jsonl") if exit_run(line)]
     if config.model != "toy" or not selected or len(done) >= N_EXIT_LINES:

@@ -12,7 +12,7 @@ from lib.results import read_lines
 
 
 def mean_point(runs: Runs, name: str) -> tuple[float, float, float] | None:
-    """(parameters of the stored block in millions, mean loss, standard deviation) of a run, None if it was not run."""
+    """(stored parameters of the block in millions, mean loss, standard deviation); None if it was not run."""
     if not (seeds := list(runs.get(name, {}).values())):
         return None
     losses = [line["loss"] for line in seeds]
@@ -21,7 +21,7 @@ def mean_point(runs: Runs, name: str) -> tuple[float, float, float] | None:
 
 
 def plot_line(axes, runs: Runs, names: list[str], label: str, xs: list[float] | None = None, style: str = "o-") -> None:
-    """A line through the runs that were run, at xs or their stored parameters; error bars are a standard deviation."""
+    """A line through these runs, at xs or at their stored parameters, with standard deviations."""
     points = [(p[0] if xs is None else xs[i], *p[1:]) for i, n in enumerate(names) if (p := mean_point(runs, n))]
     if points:
         x, y, error = zip(*sorted(points), strict=True)
@@ -35,7 +35,7 @@ def mean_curve(lines: Iterable[dict]) -> list[list[float]]:
 
 
 def plot_inits(axes, runs: Runs, ranks) -> None:
-    """Losses above the donor's on the same text: during training it is a shorter one than before and after."""
+    """Losses above the donor's on the same text, which is shorter during training than at its ends."""
     short = first_seed(runs["donor"]) if "donor" in runs else None
     for name in ("stepwise", "average", "lower", "random"):
         lines = list(runs.get(name, {}).values())
@@ -67,11 +67,11 @@ def plot_rank(axes, runs: Runs, ranks) -> None:
 
 
 def plot_calibrated(start, uptraining, smollm2, results: Path) -> None:
-    """Average + SVD and calibrated starts in three panels: right after conversion by rank, and during uptraining."""
+    """Average + SVD and calibrated starts in three panels: right after conversion, and during uptraining."""
     starts, runs, mid = read_starts(results, "SmolLM2-135M"), read_runs(results, "toy"), MODELS["toy"].ranks[1]
     for init, label, tokens in (("average", "average + SVD", None), ("calibrated", "calibrated (ours)", 20_480)):
-        points = sorted((rank, line["loss"]["books"][-1]) for (how, loops, rank, n), line in starts.items()
-                        if (how, loops, n) == (init, 2, tokens))
+        points = sorted((rank, line["loss"]["books"][-1]) for (start_init, loops, rank, n), line in starts.items()
+                        if (start_init, loops, n) == (init, 2, tokens))
         start.plot(*zip(*points, strict=True), "o-", markersize=4, label=label)
         uptraining.plot(*zip(*mean_curve(runs[f"{init}-r{mid}-long"].values()), strict=True), label=label)
         line = [line for line in read_lines(results / "calibrated_smollm2.jsonl") if line["init"] == init][0]

@@ -40,7 +40,8 @@ def fill(page: str, text: str, results: Path) -> str:
         try:
             new = make_table(results)
         except (LookupError, ValueError) as e:
-            warn_once(f"the table {name} of {page} is not rewritten: lines that it needs are not in {results} ({e!r})")
+            warn_once(f"the table {name} of {page} is not rewritten: lines that it needs are not in {results} "
+                      f"({e!r})")
             continue
         text = re.sub(pattern, lambda m, new=new: m[1] + new + m[2], text, flags=re.S)
     return text
@@ -64,7 +65,7 @@ class ReportConfig:
 
 
 def print_conclusions(results: Path, model: str) -> None:
-    """Every conclusion with its losses and claims, the share of the gap that LoRA closes, and what was not run."""
+    """Conclusions with their losses and claims, the share of the gap that LoRA closes, and missing runs."""
     losses, runs, ranks = all_losses(results, model), read_runs(results, model), MODELS[model].ranks
     for i, c in enumerate(conclusions(*ranks), 1):
         print0(f"\n{i} {c.name}: {c.says}: {verdict(c, losses)}")

@@ -87,7 +87,7 @@ def stored(donor: str, loops: int = 2, rank: int = 0) -> str:
 
 
 def stored_by(measured: Measured, runs: Runs) -> str:
-    """The same for a run of the matrix or a model with trained exits, on the shipped donor; empty if it was not run."""
+    """The same for a run of the matrix (empty if it was not run) or a model with trained exits."""
     if isinstance(measured, ExitLoss):
         return stored("shipped", 2, EXIT_RANKS[measured.kind])
     if measured not in runs:
@@ -99,9 +99,9 @@ def where(lines: list[dict]) -> str:
     """Hardware, versions and commits of these lines."""
     def distinct(values) -> str:
         return ", ".join(dict.fromkeys(str(v) for v in values))
-    threads, versions, commits = (distinct(line[key] for line in lines) for key in ("threads", "torch", "commit"))
-    return (f"{distinct(line['gpu'] or line['cpu'] for line in lines)}, {threads} thread{'s' * (threads != '1')}; "
-            f"torch {versions}; commit {commits}")
+    hardware = distinct(line["gpu"] or line["cpu"] for line in lines)
+    threads, version, commit = (distinct(line[key] for line in lines) for key in ("threads", "torch", "commit"))
+    return f"{hardware}, {threads} thread{'s' * (threads != '1')}; torch {version}; commit {commit}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +112,8 @@ def stepwise_table(results: Path) -> str:
     log = read_lines(results / "stepwise.jsonl")
     donor, converted, final = log[0]["donor_loss"], log[0]["full_val_loss"], log[-1]["full_val_loss"]
     full, tied = (num_params("shipped", loops) for loops in (1, 2))
-    rows = [[name, f"{loss:.4f}", f"{math.exp(loss):.2f}", *(f"{params[key] / 1e6:.2f} M" for key in ("stored", "run"))]
+    rows = [[name, f"{loss:.4f}", f"{math.exp(loss):.2f}",
+             f"{params['stored'] / 1e6:.2f} M", f"{params['run'] / 1e6:.2f} M"]
             for name, loss, params in (("donor", donor, full), ("converted", converted, tied),
                                        ("uptrained", final, tied))]
     won_back = (converted - final) / (converted - donor)
@@ -137,8 +138,8 @@ def batching_rows(results: Path, line: int) -> list[dict]:
 def batching_table(results: Path) -> str:
     """Speed-up over sequence batching, measured and by the formula."""
     rows = [["variant", "head runs", "slots", "KV", "C = 1024", "formula", "shipped donor", "formula", "same text"]]
-    for name, keys in (("V1", None), ("V3", None), ("V3h", None), ("V4", "exact"), ("V5", "exact"), ("V5h", "exact"),
-                       ("V5h", "copy")):
+    for name, keys in (("V1", None), ("V3", None), ("V3h", None),
+                       ("V4", "exact"), ("V5", "exact"), ("V5h", "exact"), ("V5h", "copy")):
         random, donor = (
             find(batching_rows(results, line), name=name, **({"exits": exits, "keys": keys} if keys else {}))
             for line, exits in ((0, "drawn"), (1, "oracle")))
@@ -170,8 +171,10 @@ def verdicts_table(results: Path) -> str:
 def conclusion_rows(runs: Runs, losses: Losses) -> list[list[str]]:
     """A row for each conclusion, and below it one for each loss that it compares."""
     def ours(measured: Measured) -> str:
-        start = [statistics.mean(line["start_loss"] for line in runs[measured].values())] if measured in runs else []
-        return " → ".join([*(f"{loss:.3f}" for loss in start), spread(losses.get(measured, {}).values())])
+        final = spread(losses.get(measured, {}).values())
+        if measured not in runs:                             # exits: other files have their starts
+            return final
+        return f"{statistics.mean(line['start_loss'] for line in runs[measured].values()):.3f} → {final}"
     rows = []
     for i, c in enumerate(conclusions(*MODELS["toy"].ranks), 1):
         rows.append([f"**{i} {c.name}**: {c.says}", "", f"**{verdict(c, losses)}**", c.metric])
@@ -220,8 +223,8 @@ def decode_table(results: Path) -> str:
             same_n = [row for row in line["rows"] if row["rows"] == n]
             ours, engine = find(same_n, code="decode"), find(same_n, code="engine")
             theirs = max(row["tokens_per_s"] for row in same_n if row["code"].startswith("transformers"))
-            rows.append([name, str(n), *(f"{rate:.1f} tok/s" for rate in (ours["tokens_per_s"], engine["tokens_per_s"],
-                                                                         theirs)), f"{ours['of_transformers']:.2f}"])
+            rates = (ours["tokens_per_s"], engine["tokens_per_s"], theirs)
+            rows.append([name, str(n), *(f"{rate:.1f} tok/s" for rate in rates), f"{ours['of_transformers']:.2f}"])
     return markdown(rows)
 
 
@@ -230,7 +233,8 @@ def decode_table(results: Path) -> str:
 
 def exits_table(results: Path) -> str:
     """Loss after each loop, by how the exits were trained."""
-    losses, (tied, relaxed) = read_exits(results, "toy"), (stored("shipped", 2, r) for r in EXIT_RANKS.values())
+    losses = read_exits(results, "toy")
+    tied, relaxed = (stored("shipped", 2, rank) for rank in EXIT_RANKS.values())
     rows = [["loss after loop 1 / 2", f"tied ({tied} of the donor's block)",
              f"relaxed: average + SVD, r {EXIT_RANKS['relaxed']} ({relaxed})"]]
     for training, label in (("none", "post-trained without exit losses"), ("weighted", "weighted"),
@@ -249,12 +253,15 @@ def calibrated_table(results: Path) -> str:
     for kind, rank in EXIT_RANKS.items():
         ours = [line for line in lines if (run := exit_run(line)) and run.kind == kind]
         required = sorted({line["agreement"] for line in ours})
-        oracle = statistics.mean(line["oracle"][1] for line in ours)
-        loops = [[statistics.mean(line["calibration_and_check"][rule][1]["loops"] for line in ours
-                                  if line["agreement"] == agreement) for agreement in required] for rule in rules]
         label = f"{kind}, stored {stored('shipped', 2, rank)}"
-        rows.append([f"{label}: {' / '.join(map(str, required))}" if kind == "tied" else label, f"{oracle:.2f}",
-                     *map(slashed, loops)])
+        if kind == "tied":
+            label += ": " + " / ".join(map(str, required))
+
+        def mean_loops(rule: str, agreement: float, ours=ours) -> float:
+            return statistics.mean(line["calibration_and_check"][rule][1]["loops"] for line in ours
+                                   if line["agreement"] == agreement)
+        rows.append([label, f"{statistics.mean(line['oracle'][1] for line in ours):.2f}",
+                     *(slashed(mean_loops(rule, agreement) for agreement in required) for rule in rules)])
     return markdown(rows)
 
 
@@ -332,8 +339,9 @@ def batching_details_table(results: Path) -> str:
         rows = [["variant", "letter", "exits", "KV", "slots", "tok/s", "speed-up over sequence", "formula",
                  "mean loops", "ghost rows", "same text"]]
         for row in batching_rows(results, line):
+            kv = "" if row["exits"] == "never" else KV[row["keys"]]
             rows.append([
-                VARIANTS[row["name"]][0], row["name"], row["exits"], "" if row["exits"] == "never" else KV[row["keys"]],
+                VARIANTS[row["name"]][0], row["name"], row["exits"], kv,
                 str(row["slots"]), f"{row['tokens_per_s']:.0f}", f"{row['of_v1']:.2f}",
                 "" if row["formula"] is None else f"{row['formula']:.2f}", f"{row['mean_loops']:.2f}",
                 percent(row["ghosts"]), "" if line == 0 else f"{row['agreement']:.2f}"])
@@ -351,10 +359,15 @@ def scale_table(results: Path) -> str:
 
     loss, step, lora = (on_cpu(name)[-1]["rows"] for name in ("loss", "train", "lora"))
     chunked, naive = (find(loss, distill=True, code=code) for code in ("chunked", "naive"))
-    speed_ups = [[rate(step, code="ours", loops=loops, rank=0, distill=distill)
-                  / rate(step, code="transformers", distill=distill) for loops in (1, 2)] for distill in (False, True)]
-    merged, separate = ([percent(rate(lora, rank=0) / rate(lora, rank=rank, path=path) - 1) for rank in (64, 512)]
-                        for path in ("merged", "separate"))
+    def speed_ups(distill: bool) -> str:
+        theirs = rate(step, code="transformers", distill=distill)
+        ours = [rate(step, code="ours", loops=loops, rank=0, distill=distill) for loops in (1, 2)]
+        return ", ".join(f"{tokens_per_s / theirs:.2f} ×" for tokens_per_s in ours)
+
+    def lora_time(path: str) -> str:
+        rates = [rate(lora, rank=rank, path=path) for rank in (64, 512)]
+        return ", ".join(percent(rate(lora, rank=0) / with_lora - 1) for with_lora in rates)
+
     conversion = find(on_cpu("convert"), what="scale")
     return markdown([
         ["what", "here", "baseline", "file"],
@@ -362,12 +375,11 @@ def scale_table(results: Path) -> str:
          f"{chunked['added_gib_at_all']:.2f} GiB",
          f"{naive['added_gib_at_all']:.0f} GiB, naive (extrapolated from 1,024 tokens)", "loss.jsonl"],
         ["speed of that loss", f"{chunked['tokens_per_s'] / naive['tokens_per_s']:.1f} ×", "1, naive", "loss.jsonl"],
-        ["speed of a training step at SmolLM2's shape: full size, 2 loops", "{:.2f} ×, {:.2f} ×".format(*speed_ups[0]),
+        ["speed of a training step at SmolLM2's shape: full size, 2 loops", speed_ups(distill=False),
          "1, transformers at full size", "train.jsonl"],
-        ["the same with distillation", "{:.2f} ×, {:.2f} ×".format(*speed_ups[1]), "1, transformers at full size",
-         "train.jsonl"],
+        ["the same with distillation", speed_ups(distill=True), "1, transformers at full size", "train.jsonl"],
         ["time that LoRA adds to a training step of one layer, C = 2048, 4,096 tokens: r 64, r 512",
-         "{}, {} (merged)".format(*merged), "{}, {} (a path of its own)".format(*separate), "lora.jsonl"],
+         f"{lora_time('merged')} (merged)", f"{lora_time('separate')} (a path of its own)", "lora.jsonl"],
         [f"converting Gemma 2B's shapes to 2 loops, average + SVD, r 512 (stored {stored('gemma-2b', 2, 512)})",
          f"{conversion['seconds']:.0f} s, {conversion['peak_gib']:.1f} GiB", "", "convert.jsonl"]])
 

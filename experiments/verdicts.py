@@ -1,4 +1,4 @@
-"""From the lines in results/ to verdicts: reads them by run and seed, and tests the claims of the conclusions."""
+"""Reads the lines in results/ by run and seed, and tests the claims of the conclusions on them."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ from experiments.conclusions import Conclusion, ExitLoss, Measured, conclusions
 from experiments.matrix import MODELS, changed_settings, exit_run, extra_runs
 from lib.results import read_lines
 
-ALIKE = 0.05                                   # nats: losses that differ by less count as alike (5 % of perplexity)
+ALIKE = 0.05                                   # nats; losses that differ by less count as alike
 HOLDS, FAILS, OPEN, MISSING = "holds", "does not", "cannot tell", "not run"
 Runs = dict[str, dict[int, dict]]              # run of the matrix -> seed -> its line
 Losses = dict[Measured, dict[int, float]]      # what was measured -> seed -> loss in nats
@@ -27,8 +27,8 @@ def warn_once(text: str) -> None:
 
 
 def with_same_settings(lines: list[dict], settings: Callable[[dict], tuple]) -> list[dict]:
-    """The lines with the most frequent settings (of equally frequent ones the last): only these are comparable. Warns
-    about the lines that are left out."""
+    """The lines with the most frequent settings (of equally frequent ones the last): only these are
+    comparable. Warns about the lines that are left out."""
     found = [settings(line) for line in lines]
     counts = Counter(found)
     most = max(reversed(found), key=counts.__getitem__, default=None)
@@ -41,8 +41,8 @@ def with_same_settings(lines: list[dict], settings: Callable[[dict], tuple]) -> 
 
 
 def settings_without(*names: str) -> Callable[[dict], tuple]:
-    """For `with_same_settings`: the settings of a line without these, without those that change no figure, and without
-    those that are not set."""
+    """For `with_same_settings`: a function that gives a line's settings without these, without those that
+    change no figure, and without those that are not set."""
     ignored = {"save", "device", "plot", "ckpt", *names}
     return lambda line: tuple(sorted((key, str(value)) for key, value in line["settings"].items()
                                      if key not in ignored and value is not None))
@@ -113,9 +113,9 @@ def difference(a: list[float], b: list[float]) -> tuple[float, float]:
 def judge(claim: tuple[Measured, str, Measured], losses: Losses) -> tuple[str, str]:
     """(verdict, the difference that decides it) of a claim.
 
-    (a, "<", b) holds if the loss of a is lower by more than twice the standard error of the difference, (a, "~", b) if
-    the difference is smaller than ALIKE by that margin. If the opposite is true by that margin, the claim does not
-    hold. Otherwise, and with one seed, nobody can tell.
+    (a, "<", b) holds if the loss of a is lower by more than twice the standard error of the difference, (a,
+    "~", b) if the difference is smaller than ALIKE by that margin. If the opposite is true by that margin,
+    the claim does not hold. Otherwise, and with one seed, nobody can tell.
     """
     left, sign, right = claim
     a, b = (list(losses.get(measured, {}).values()) for measured in (left, right))
@@ -125,7 +125,10 @@ def judge(claim: tuple[Measured, str, Measured], losses: Losses) -> tuple[str, s
         return OPEN, f"{statistics.mean(b) - statistics.mean(a):+.4f}, one seed"
     d, error = difference(a, b)
     margin = d if sign == "<" else ALIKE - abs(d)            # positive in favour of the claim
-    return (HOLDS if margin - 2 * error > 0 else FAILS if margin + 2 * error < 0 else OPEN), f"{d:+.4f} ± {error:.4f}"
+    evidence = f"{d:+.4f} ± {error:.4f}"
+    if margin - 2 * error > 0:
+        return HOLDS, evidence
+    return FAILS if margin + 2 * error < 0 else OPEN, evidence
 
 
 def verdict(conclusion: Conclusion, losses: Losses) -> str:
@@ -135,17 +138,17 @@ def verdict(conclusion: Conclusion, losses: Losses) -> str:
 
 
 def gap(runs: Runs, rank: int) -> list[list[str]]:
-    """Rows of tokens, loss of the tied model, loss at this rank, share of the gap between tied model and donor that the
-    LoRA closes. Shares are taken seed by seed: both runs of a seed see the same text in the same order."""
+    """Rows of tokens, loss of the tied model, loss at this rank, share of the gap between tied model and
+    donor that the LoRA closes. Shares are taken seed by seed: both runs of a seed see the same text in the
+    same order."""
     rows = []
     for suffix in ("-quarter", "", "-fourfold"):
         tied, relaxed = (runs.get(name + suffix, {}) for name in ("stepwise", f"average-r{rank}"))
         if both := sorted(tied.keys() & relaxed.keys()):
-            donor = tied[both[0]]["donor_loss"]
-            shares = [(tied[s]["loss"] - relaxed[s]["loss"]) / (tied[s]["loss"] - donor) for s in both]
-            tokens = tied[both[0]]["settings"]["tokens"]
-            rows.append([f"{tokens:,}", *(spread(of[s]["loss"] for s in both) for of in (tied, relaxed)),
-                         spread(shares)])
+            donor, tokens = tied[both[0]]["donor_loss"], tied[both[0]]["settings"]["tokens"]
+            tied_loss, relaxed_loss = ([run[seed]["loss"] for seed in both] for run in (tied, relaxed))
+            shares = [(t - r) / (t - donor) for t, r in zip(tied_loss, relaxed_loss, strict=True)]
+            rows.append([f"{tokens:,}", spread(tied_loss), spread(relaxed_loss), spread(shares)])
     return rows
 
 
@@ -154,4 +157,5 @@ def unfinished(runs: Runs, model: str) -> list[str]:
     ranks, seeds = MODELS[model].ranks, MODELS[model].seeds
     names = [run for c in conclusions(*ranks) for run in c.runs]
     names += [run for group in extra_runs(*ranks).values() for run in group]
-    return [f"{n} ({len(runs.get(n, {}))} of {seeds})" for n in dict.fromkeys(names) if len(runs.get(n, {})) < seeds]
+    found = {name: len(runs.get(name, {})) for name in names}
+    return [f"{name} ({n} of {seeds})" for name, n in found.items() if n < seeds]

@@ -28,8 +28,8 @@ SMALL = ("--tokens=512 --batch_tokens=128 --seq_len=16 --micro_batch=8 --eval_to
 
 @pytest.fixture
 def driver(home, tmp_path, monkeypatch):
-    """driver(*flags, stop_at=None) -> (flags of each train.py that ran, lines saved). Runs train.py in this process on
-    the tiny donor; with stop_at the first run gets SIGTERM in the step after that one."""
+    """driver(*flags, stop_at=None) -> (flags of each train.py that ran, lines saved). Runs train.py in this
+    process on the tiny donor; with stop_at the first run gets SIGTERM in the step after that one."""
     monkeypatch.chdir(tmp_path)
     ran = []
 

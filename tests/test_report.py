@@ -72,7 +72,7 @@ def test_a_conclusion_is_as_good_as_its_worst_claim():
 
 
 def test_share_of_the_gap(tmp_path):
-    """Tied 4.8 and relaxed 4.2 over a donor of 4.0: three quarters. A seed that only one of them has does not count."""
+    """Tied 4.8 and relaxed 4.2 over a donor of 4.0: three quarters. Only seeds that both have count."""
     runs = read_runs(write(
         tmp_path, line("stepwise", 0, 4.8), line("average-r48", 0, 4.2), line("stepwise", 1, 4.8),
         line("average-r48", 1, 4.4), line("stepwise", 2, 9.0), line("stepwise-quarter", 0, 4.8, tokens=256),
