@@ -1,8 +1,8 @@
-"""Plain text out of Project Gutenberg books: python runs/books.py FOLDER OUT
+"""Cleans books of Project Gutenberg: python -m experiments.books FOLDER OUT
 
-Reads FOLDER/train*.jsonl.gz and FOLDER/valid*.jsonl.gz (one book a line: title, text) and writes OUT/train.jsonl and
-OUT/valid.jsonl, a paragraph to a line. Hard line breaks are an accident of the digital edition: a model that learns
-them spends its capacity on counting to seventy-two.
+Reads FOLDER/train*.jsonl.gz and FOLDER/valid*.jsonl.gz (one book per line: title, text) and writes
+OUT/train.jsonl and OUT/valid.jsonl with one line per paragraph. A model that sees the hard line breaks of the
+digital edition spends its capacity on counting to seventy-two.
 """
 
 import gzip
@@ -20,7 +20,8 @@ BRACKETED = re.compile(r"\[(?:illustration|picture|frontispiece|image|pg|page)\b
 
 
 def clean(text: str) -> str:
-    """The book with a line per paragraph (verse, drama and contents keep theirs), a blank line between, no italics."""
+    """The book with one line per paragraph and a blank line between them, without italics. Verse, drama and
+    tables of contents keep their lines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff")
     small_print = SMALL_PRINT.search(text[:30_000])
     if small_print:
@@ -31,13 +32,13 @@ def clean(text: str) -> str:
     for i, block in enumerate(blocks):
         lines = [" ".join(line.split()) for line in block.split("\n")]
         lines = [line for line in lines if line]
-        # Boilerplate stands at the two ends of a book; in between, the same words are the author's.
+        # Only at the two ends of a book do such words mark boilerplate.
         if not lines or ((i < 40 or i > len(blocks) - 20) and len(block) < 1500 and BOILERPLATE.match(block)):
             continue
-        if not re.search(r"\w", block):                      # a rule or a row of asterisks: one spelling for all
+        if not re.search(r"\w", block):                      # a rule or a row of asterisks, always written alike
             kept.append("* * *")
             continue
-        full = lines[:-1] or lines                           # the last line of a paragraph is short by nature
+        full = lines[:-1] or lines                           # the last line of a paragraph may be short
         wrapped = sum(map(len, full)) / len(full) >= 45
         kept.append(" ".join(lines) if wrapped else "\n".join(lines))
     return "\n\n".join(kept) + "\n"

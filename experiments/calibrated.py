@@ -1,19 +1,17 @@
-"""Calibrated conversion (calibrate.py) beside the paper's average + SVD, right after conversion, without any training.
+"""Losses on several texts right after conversion, without training: average + SVD and calibrated.
 
-    python runs/calibrated.py --donor=FOLDER --calib_text=SHARDS --texts=books=SHARDS/valid,other=FILE.jsonl
+    python -m experiments.calibrated --donor=FOLDER --calib_text=SHARDS --texts=books=SHARDS/valid,other=FILE.jsonl
 
-One line of JSON for each case: the loss at each exit on every text, the error (1) by round, seconds and memory.
+Prints one JSON line per case: loss at each exit on every text, the error (C1) by round, seconds and memory.
 """
 
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import product
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from calibrate import calibrate, calibration_windows, collect_stats, mean_errors
 from convert import load_full, to_recursive
 from lib.cli import parse_args, print0, script
@@ -28,20 +26,31 @@ from train import evaluate
 @dataclass
 class CaseConfig:
     donor: str = "assets/donor"            # full-size model: a folder or a Hugging Face id
-    calib_text: str = "assets/books/train"  # what calibration reads
-    calib_tokens: str = "20480"            # how much of it, several by comma
-    texts: str = "books=assets/books/valid.txt"  # name=text to test on, several by comma
-    tokens: int = 16_384                   # of each of them
-    seq_len: int = 256                     # tokens per window of them
-    loops: str = "2"                       # numbers of loops, by comma
-    ranks: str = "0,16,32,64"              # LoRA ranks, by comma
-    vectors: str = "tied"                  # norm weights and biases: tied, per_loop, or both by comma
-    rounds: int = 8                        # at most
+    calib_text: str = "assets/books/train"  # text to calibrate on
+    calib_tokens: str = "20480"            # tokens of it, several separated by commas
+    texts: str = "books=assets/books/valid.txt"  # name=text to measure the loss on, several separated by commas
+    tokens: int = 16_384                   # tokens of each of them
+    seq_len: int = 256                     # tokens per window
+    loops: str = "2"                       # numbers of loops, separated by commas
+    ranks: str = "0,16,32,64"              # LoRA ranks, separated by commas
+    vectors: str = "tied"                  # norm weights and biases: tied, per_loop, or both separated by a comma
+    rounds: int = 8                        # of the fit, at most
     device: str = "auto"                   # auto, cpu, cuda
-    save: str | None = None                # file to add the lines to
+    save: str | None = None                # file to append the lines to
 
 
-def losses(model, texts: dict, procs: Processes) -> dict[str, list[float]]:
+def read_texts(args: CaseConfig, tokenizer: Tokenizer, vocab_size: int) -> dict[str, list]:
+    """name -> batches of (idx, targets) of each text in --texts."""
+    texts = {}
+    for name, path in (text.split("=") for text in args.texts.split(",")):
+        tokens = load_tokens(path, tokenizer, vocab_size)
+        n_windows = min(args.tokens, len(tokens) - 1) // args.seq_len
+        idx, targets = batch(tokens, range(n_windows), args.seq_len, seed=7)
+        texts[name] = list(zip(idx.split(4), targets.split(4), strict=True))
+    return texts
+
+
+def losses(model, texts: dict[str, list], procs: Processes) -> dict[str, list[float]]:
     """Cross entropy at each exit, on each text."""
     return {name: evaluate(model, pairs, procs, nullcontext(), range(model.config.n_loop))
             for name, pairs in texts.items()}
@@ -51,14 +60,11 @@ def main(argv=None) -> None:
     args = parse_args(CaseConfig, argv)
     procs = start_processes(args.device)
     full = load_full(args.donor, torch.float32).to(procs.device)
-    tokenizer, V = Tokenizer.load(find_donor(args.donor), full.config.vocab_size), full.config.vocab_size
-    texts = {}
-    for name, path in (part.split("=") for part in args.texts.split(",")):
-        tokens = load_tokens(path, tokenizer, V)
-        idx, targets = batch(tokens, range(min(args.tokens, len(tokens) - 1) // args.seq_len), args.seq_len, seed=7)
-        texts[name] = list(zip(idx.split(4), targets.split(4), strict=True))
-    calibration = load_tokens(args.calib_text, tokenizer, V)
-    numbers = [[int(n) for n in given.split(",")] for given in (args.loops, args.ranks, args.calib_tokens)]
+    V = full.config.vocab_size
+    tokenizer = Tokenizer.load(find_donor(args.donor), V)
+    texts, calib_text = read_texts(args, tokenizer, V), load_tokens(args.calib_text, tokenizer, V)
+    loops, ranks, counts = ([int(n) for n in given.split(",")] for given in (args.loops, args.ranks, args.calib_tokens))
+    cases = list(product(loops, ranks, args.vectors.split(",")))
     common = {"what": "calibrated", "settings": asdict(args), **run_info(), "donor_loss": losses(full, texts, procs)}
     print0(f"donor: {common['donor_loss']}")
 
@@ -67,25 +73,20 @@ def main(argv=None) -> None:
         if args.save:
             append_line(args.save, common | line)
 
-    for loops in numbers[0]:
-        for rank in numbers[1]:
-            for vectors in args.vectors.split(","):
-                report(init="average", loops=loops, rank=rank, vectors=vectors,
-                       loss=losses(to_recursive(full, loops, "average", rank, vectors=vectors), texts, procs))
-    for n in numbers[2]:
-        began = time.perf_counter()
-        seen = collect_stats(full, calibration_windows(calibration, n, full.config, args.calib_text))
-        reading = time.perf_counter() - began
-        for loops in numbers[0]:
-            for rank in numbers[1]:
-                for vectors in args.vectors.split(","):
-                    began, errors = time.perf_counter(), {}
-                    model = calibrate(full, seen, loops, rank, vectors, args.rounds, report=errors)
-                    seconds = time.perf_counter() - began
-                    report(init="calibrated", loops=loops, rank=rank, vectors=vectors, calib_tokens=n,
-                           loss=losses(model, texts, procs),
-                           errors=mean_errors([e for kind in errors.values() for e in kind]),
-                           reading_s=reading, fitting_s=seconds, peak_gib=peak_memory(procs.device))
+    for n_loop, rank, vectors in cases:
+        model = to_recursive(full, n_loop, "average", rank, vectors=vectors)
+        report(init="average", loops=n_loop, rank=rank, vectors=vectors, loss=losses(model, texts, procs))
+    for n in counts:
+        start = time.perf_counter()
+        stats = collect_stats(full, calibration_windows(calib_text, n, full.config, args.calib_text))
+        reading_s = time.perf_counter() - start
+        for n_loop, rank, vectors in cases:
+            start, errors = time.perf_counter(), {}
+            model = calibrate(full, stats, n_loop, rank, vectors, args.rounds, report=errors)
+            fitting_s = time.perf_counter() - start
+            report(init="calibrated", loops=n_loop, rank=rank, vectors=vectors, calib_tokens=n,
+                   loss=losses(model, texts, procs), errors=mean_errors([e for kind in errors.values() for e in kind]),
+                   reading_s=reading_s, fitting_s=fitting_s, peak_gib=peak_memory(procs.device))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# How exits are trained, with its spread: three seeds of uptraining, tied and relaxed, and from each a post-training on
-# new tokens without exit losses, weighted, and aggressive 0.1 with self-distillation (§2.4). Then the loss at each exit,
-# and what gate and confidence save at agreements of 0.95, 0.98 and 0.99. An hour and a half on two cores.
-# shellcheck source=runs/common.sh
+# Three ways to train exits, three seeds each: uptraining, tied and relaxed, then post-training on new tokens without
+# exit losses, weighted, and aggressive 0.1 with self-distillation (§2.4). Measures the loss at each exit, and the mean
+# loops that each rule needs for an agreement of 0.95, 0.98 and 0.99. An hour and a half on two cores.
+# shellcheck source=experiments/common.sh
 source "$(dirname "$0")/common.sh"
-[ "$model" = toy ] || { echo "$0 is made for the shipped donor; runs/exits.sh has $model" >&2; exit 2; }
+[ "$model" = toy ] || { echo "$0 is for the shipped donor only; use experiments/exits.sh for $model" >&2; exit 2; }
 
 for seed in 0 1 2; do
     for kind in tied relaxed; do
@@ -17,12 +17,12 @@ for seed in 0 1 2; do
         post weighted --exit_loss=weighted
         post self --exit_loss=aggressive --exit_coef=0.1 --exit_distill
         for how in up none weighted self; do
-            run python evaluate.py --ckpt="out-$name-$how-$model" --text="$valid" --tokens=65_536 --rules=max_prob \
-                --keys=exact --save=results/exits_seeds.jsonl
+            run python -m evaluation.perplexity --ckpt="out-$name-$how-$model" --text="$valid" --tokens=65_536 \
+                --rules=max_prob --keys=exact --save=results/exits_seeds.jsonl
         done
         for agreement in 0.95 0.98 0.99; do
-            run python exits.py --ckpt="out-$name-self-$model" --data="$data" --valid="$valid" --agreement=$agreement \
-                --save=results/exits_calibrated.jsonl
+            run python -m evaluation.thresholds --ckpt="out-$name-self-$model" --data="$data" --valid="$valid" \
+                --agreement=$agreement --save=results/exits_calibrated.jsonl
         done
     done
 done

@@ -1,4 +1,4 @@
-"""Draw a sample as an SVG, each token coloured by the loop after which it exited: what sample.py --show_exits prints.
+"""Draws what sample.py --show_exits prints as an SVG: each token coloured by the loop after which it exited.
 
     python sample.py --ckpt=out_exits --show_exits --max_new_tokens=120 | python -m experiments.exits_svg > exits.svg
 """
@@ -9,20 +9,20 @@ import sys
 from html import escape
 
 COLOURS = ("#1a7f37", "#9a6700", "#8250df", "#1b7c83", "#0550ae", "#cf222e")     # of loops 1, 2, ...
-PLAIN, WIDTH, LINE = "#57606a", 88, 20                       # colour of the prompt; characters in a line, pixels of one
-BOLD = ' font-weight="bold"'                                 # of loop 1, for those who see no difference in colour
+PLAIN, WIDTH, LINE = "#57606a", 88, 20                       # colour of the prompt; characters and pixels per line
+BOLD = ' font-weight="bold"'                                 # of loop 1, for readers who cannot tell the colours apart
 DIGITS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 
 def pieces(text: str, prompt: str) -> list[tuple[str, str]]:
-    """[(piece of text, its colour), ...]: in a pipe, sample.py writes small digits behind each token, its exit loop."""
+    """[(token, colour), ...]. In a pipe sample.py writes subscript digits after each token, its exit loop."""
     found = re.findall(r"([^₀-₉]*)([₀-₉]+)", text.removeprefix(prompt))
     return [(prompt, PLAIN)] + [(piece, COLOURS[(int(loop.translate(DIGITS)) - 1) % len(COLOURS)])
                                 for piece, loop in found]
 
 
 def lines(parts: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
-    """The pieces broken into lines of at most WIDTH characters, between words."""
+    """The pieces broken between words into lines of at most WIDTH characters."""
     letters = [(letter if letter != "\n" else " ", colour) for piece, colour in parts for letter in piece]
     out, start = [], 0
     while start < len(letters):
@@ -31,7 +31,7 @@ def lines(parts: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
         if end < len(letters) and spaces:
             end = spaces[-1] + 1
         line = []
-        for letter, colour in letters[start:end]:            # neighbours of one colour are one span
+        for letter, colour in letters[start:end]:            # neighbours of the same colour share a span
             if line and line[-1][1] == colour:
                 line[-1] = (line[-1][0] + letter, colour)
             else:
@@ -56,8 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", default="The old man looked at her", help="the prompt that was sampled from")
     prompt = parser.parse_args().prompt
-    text, _, legend = sys.stdin.read().rstrip("\n").rpartition("\n")             # the last line counts the exits
-    text = text.rpartition("\n(")[0]                                             # before it: why the sample ended
+    text, _, legend = sys.stdin.read().rstrip("\n").rpartition("\n")             # the last line is the legend,
+    text = text.rpartition("\n(")[0]                                             # the one before: why the sample ended
     names = [(part, PLAIN) if i % 2 == 0 else (f"loop {part}", COLOURS[(int(part) - 1) % len(COLOURS)])
              for i, part in enumerate(re.split(r"loop (\d+)[₀-₉]+", legend))]
     print(draw([*lines(pieces(text, prompt)), [], *lines(names)]))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The paper's main result: 60 B tokens with forward KL from a teacher uptrained on the same data (§3.1).
 # Gemma 2B, 2 loops, perplexity / accuracy: tied 11.44 / 54.9, r 64 11.36 / 55.8, r 512 10.81 / 58.4, the full size
-# on the same tokens 10.58 / 58.6. How to launch: runs/common.sh.
-# shellcheck source=runs/common.sh
+# on the same tokens 10.58 / 58.6. How to launch: experiments/common.sh.
+# shellcheck source=experiments/common.sh
 source "$(dirname "$0")/common.sh"
 
 train full-long "${long[@]}" --loops=1 --distill=none

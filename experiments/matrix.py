@@ -1,13 +1,14 @@
-"""The paper's conclusions, tried one by one: trains what is missing, a line of results/experiments.jsonl for each run.
+"""Runs the paper's experiments that are still missing: one line of results/experiments.jsonl for each run.
 
-    python experiments.py                    # all, on the shipped donor: an hour and a half of one core
-    python experiments.py --only=norms       # one conclusion: inits, relaxed, rank, distill, pretrained, exits,
-                                             # relaxed_exits, norms; or the runs beside them: loops, zero, tokens
-    python experiments.py --dry              # only say what would be run
-    python report.py                         # the table of what is there, at any time; and the plots
+    python -m experiments.matrix                # all on the shipped donor: an hour and a half on one core
+    python -m experiments.matrix --only=norms   # one conclusion: inits, relaxed, rank, distill, pretrained, exits,
+                                                # relaxed_exits, norms; or more runs: zero, loops, calibrated, tokens
+    python -m experiments.matrix --dry          # only print the commands
+    python -m experiments.report                # verdicts and plots from the lines so far
 
-A run is one train.py. What has its line already is skipped, what was cut off goes on where it was. The first seed of
-every run comes first, then the second: whenever it is stopped, the table is as complete as it can be.
+Each run is one call of train.py. Runs that already have a line are skipped; an interrupted run is resumed.
+The first seed of every run comes before the second seed of any, so a matrix that was stopped early still
+covers every conclusion.
 """
 
 import json
@@ -18,11 +19,12 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from convert import load_full, to_recursive
+from experiments.conclusions import conclusions
 from lib.cli import UserError, parse_args, print0, script
 from lib.data import load_tokens, validation
 from lib.donors import find_donor, read_json
@@ -33,21 +35,22 @@ from lib.tokenizer import Tokenizer, copy_tokenizer
 from model import RecursiveTransformer, read_config
 from train import TrainConfig, count_targets, evaluate, precision
 
-EXITS = "bash runs/exits_seeds.sh"             # trains and measures what the two conclusions about exits ask for
+ROOT = Path(__file__).resolve().parent.parent
+EXITS = "bash experiments/exits_seeds.sh"      # trains and measures the models of the two conclusions about exits
+N_EXIT_LINES = 24                              # lines of results/exits_seeds.jsonl when it has finished
 
 
 @dataclass
 class Model:
-    """What differs between the donors. ranks: LoRA's, ascending; for the shipped donor the shares of the width that 64,
-    256 and 512 are of Gemma's."""
+    """The settings in which the donors differ."""
     donor: str
     data: str
     valid: str
     tokens: int
-    ranks: tuple[int, int, int]
-    seeds: int
-    flags: str                                 # for every run
-    uptraining: str                            # for those that say what a calibrated start saves, beside the others
+    ranks: tuple[int, int, int]                # LoRA ranks, ascending; toy: the share of the width that the paper's
+    seeds: int                                 # 64, 256 and 512 have in Gemma 2B
+    flags: str                                 # of every run
+    uptraining: str                            # more flags of the runs that compare average with calibrated starts
 
 
 MODELS = {
@@ -61,64 +64,17 @@ MODELS = {
 }
 
 
-@dataclass
-class Conclusion:
-    name: str                                  # for --only
-    says: str
-    metric: str                                # of the paper's figures
-    rows: dict[str, tuple[str, str]]           # run (of exits: and loop) -> what it is, the paper's figure
-    claims: list[str]                          # "a < b", "a ~ b" of the runs' losses, all of which it takes
-
-
-def conclusions(low: int, mid: int, top: int) -> list[Conclusion]:
-    """The paper's eight, in order of importance, for these LoRA ranks; its figures are Gemma 2B's with 2 loops."""
-    svd, zero = [f"average-r{r}" for r in (low, mid, top)], f"average-r{top}-zero"
-    return [
-        Conclusion("inits", "stepwise > average, lower > random", "perplexity", {
-            "stepwise": ("stepwise", "12.85"), "average": ("average", "15.15"), "lower": ("lower", "15.03"),
-            "random": ("random", "22.66")},
-            ["stepwise < average", "stepwise < lower", "average < random", "lower < random"]),
-        Conclusion("relaxed", "average + SVD is the best start", "accuracy", {
-            svd[2]: (f"average + SVD, r {top}", "55.5"), zero: (f"average, zero, r {top}", "49.0"),
-            f"stepwise-r{top}": (f"stepwise + SVD, r {top}", "50.5")},
-            [f"{svd[2]} < {zero}", f"{svd[2]} < stepwise-r{top}"]),
-        Conclusion("rank", "higher is better", "accuracy", {
-            svd[0]: (f"average + SVD, r {low}", "52.1"), svd[1]: (f"r {mid}", "54.2"), svd[2]: (f"r {top}", "55.5")},
-            [f"{svd[1]} < {svd[0]}", f"{svd[2]} < {svd[1]}"]),
-        Conclusion("distill", "distillation helps", "accuracy", {
-            "stepwise": ("tied, stepwise", "51.7"), "stepwise-fkl": ("with forward KL", "53.4")},
-            ["stepwise-fkl < stepwise"]),
-        Conclusion("pretrained", "pretrained weights ≫ random ones", "perplexity", {
-            "stepwise": ("tied, stepwise", "12.85"), "scratch": ("as large, from scratch", "22.63"),
-            "full": ("full size, same tokens", "")},
-            ["stepwise < scratch"]),
-        Conclusion("exits", "the last loop kept, the first lifted", "accuracy", {
-            "tied-none 2": ("last loop: no exit losses", "51.7 (before)"),
-            "tied-weighted 2": ("weighted", "50.5"), "tied-self 2": ("aggressive 0.1, self-distilled", "52.6"),
-            "tied-none 1": ("first loop: no exit losses", ""),
-            "tied-weighted 1": ("weighted", "49.8"), "tied-self 1": ("aggressive 0.1, self-distilled", "48.0")},
-            ["tied-self 2 ~ tied-none 2", "tied-self 1 < tied-none 1"]),
-        Conclusion("relaxed_exits", "relaxation hurts the first", "accuracy", {
-            "tied-self 1": ("first loop: tied", "48.8"), "relaxed-self 1": ("relaxed, r 32 (r 64)", "40.8"),
-            "tied-self 2": ("last loop: tied", "54.0"), "relaxed-self 2": ("relaxed, r 32 (r 64)", "54.0")},
-            ["tied-self 1 < relaxed-self 1"]),
-        Conclusion("norms", "zero is disastrous, averaged ≈ picked", "", {
-            "average": ("average, norms averaged", ""), "norms-pick": ("the first loop's", ""),
-            "norms-zero": ("zero", "")},
-            ["average < norms-zero", "norms-pick < norms-zero", "average ~ norms-pick"]),
-    ]
-
-
-def beside(low: int, mid: int, top: int) -> dict[str, list[str]]:
-    """Runs that no conclusion needs, but a plot or the table of the gap: --only's name -> runs."""
+def extra_runs(low: int, mid: int, top: int) -> dict[str, list[str]]:
+    """Name for --only -> runs that no conclusion needs, but a plot or another table of the report."""
     return {"zero": [f"average-r{low}-zero", f"average-r{mid}-zero"],
             "loops": ["stepwise-3x", "average-3x", f"average-r{top}-3x"],
             "calibrated": [f"{init}-r{mid}-{how}" for how in ("long", "exits") for init in ("average", "calibrated")],
-            "tokens": [f"{run}-{size}" for size in ("quarter", "fourfold") for run in ("stepwise", f"average-r{top}")]}
+            "tokens": [f"{run}-{size}" for size in ("quarter", "fourfold")
+                       for run in ("stepwise", f"average-r{top}")]}
 
 
 def matrix(model: Model, work: Path) -> dict[str, str]:
-    """Every run that there is: name -> flags of train.py. `work` holds what `prepare` makes."""
+    """Every run: name -> flags of train.py. `work` is the folder with the checkpoints of `prepare_starts`."""
     _, mid, top = model.ranks
     starts = {init: f"--init={init}" for init in ("stepwise", "average", "lower", "random")}
     for rank in model.ranks:
@@ -134,7 +90,7 @@ def matrix(model: Model, work: Path) -> dict[str, str]:
              "scratch": f"--init=scratch --donor={work}/half --distill=none",
              "norms-pick": "--init=average --norms=pick --distill=none",
              "norms-zero": f"--ckpt={work}/zeroed --distill=none"}
-    for init in ("average", "calibrated"):                               # ours: calibrate.py
+    for init in ("average", "calibrated"):                   # ours: calibrate.py
         start = f"--init={init} --rank={mid} --distill=fkl {model.uptraining}"
         runs |= {f"{init}-r{mid}-long": start, f"{init}-r{mid}-exits": f"{start} --exit_loss=aggressive"}
     for size, tokens in (("quarter", model.tokens // 4), ("fourfold", 4 * model.tokens)):
@@ -143,21 +99,66 @@ def matrix(model: Model, work: Path) -> dict[str, str]:
     return runs
 
 
-def chosen(model_name: str, only: str) -> list[str]:
-    """Names of the runs that --only asks for, the conclusions' before the others; of SmolLM2 all there are."""
+def select_runs(model_name: str, only: str) -> list[str]:
+    """Names of the runs that --only selects, those of the conclusions first. Without --only: all of them; for
+    the shipped donor those that a conclusion, a plot or a table needs."""
     ranks = MODELS[model_name].ranks
-    groups = {c.name: [run for run in c.rows if " " not in run] for c in conclusions(*ranks)} | beside(*ranks)
-    for word in (words := only.split(",") if only else []):
+    groups = {c.name: c.runs for c in conclusions(*ranks)} | extra_runs(*ranks)
+    words = only.split(",") if only else []
+    for word in words:
         if word not in groups:
-            raise UserError(f"--only={only}: {word!r} is unknown; use {', '.join(groups)}, several by comma")
+            raise UserError(f"--only={only}: {word!r} is unknown; use {', '.join(groups)}, "
+                            "several separated by commas")
     names = dict.fromkeys(run for group in words or groups for run in groups[group])
     if model_name != "toy" and not words:
-        names |= dict.fromkeys(n for n in matrix(MODELS[model_name], Path()) if not n.endswith(("quarter", "fourfold")))
+        every = matrix(MODELS[model_name], Path())
+        names |= dict.fromkeys(name for name in every if not name.endswith(("quarter", "fourfold")))
     return list(names)
 
 
-def prepare(donor: str, work: Path) -> None:
-    """What two of the runs start from: the shape of the half-size model, and a tied one whose norm weights are zero."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings and commands
+
+@dataclass
+class ExperimentsConfig:
+    model: Literal["toy", "smollm2"] = "toy"   # the shipped donor, on one core; SmolLM2-135M, on a GPU
+    only: str = ""                             # conclusions or extra runs, separated by commas; empty: all
+    seeds: int | None = None                   # how many; not set: 3, of smollm2 1
+    donor: str | None = None                   # another full-size model than --model's: a folder or an id
+    data: str | None = None                    # other text to train on
+    valid: str | None = None                   # other text to measure on
+    more: str = ""                             # flags for every train.py, as --more="--tokens=4096 --device=cpu"
+    out: str = "out_experiments"               # folder of the checkpoints
+    save: str = "results/experiments.jsonl"    # file to append the lines to
+    dry: bool = False                          # only print the commands
+
+
+def shared_flags(config: ExperimentsConfig) -> list[str]:
+    """The flags of train.py that all runs share, without --more."""
+    model = MODELS[config.model]
+    return [f"--donor={config.donor or model.donor}", f"--data={config.data or model.data}",
+            f"--valid={config.valid or model.valid}", f"--tokens={model.tokens}", *shlex.split(model.flags)]
+
+
+def commands(config: ExperimentsConfig) -> list[tuple[str, int, list[str]]]:
+    """(name, seed, flags of train.py) of every selected run, in order: all runs of a conclusion by seed, then
+    the extra runs by seed, then the long ones."""
+    model, work, base = MODELS[config.model], Path(config.out) / config.model, shared_flags(config)
+    flags = matrix(model, work)
+    needed = {run for c in conclusions(*model.ranks) for run in c.runs}
+    stage = {name: 0 if name in needed else 2 if name.endswith("fourfold") else 1 for name in flags}
+    names = select_runs(config.model, config.only)
+    seeds = range(model.seeds if config.seeds is None else config.seeds)
+    return [(name, seed, [*base, *flags[name].split(), f"--seed={seed}", *shlex.split(config.more)])
+            for now in range(3) for seed in seeds for name in names if stage[name] == now]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starts and baselines that train.py does not make
+
+def prepare_starts(donor: str, work: Path) -> None:
+    """Write the starts of two runs: the configuration of the half-size model, and a tied model whose norm
+    weights are zero."""
     folder = find_donor(donor)
     if not (work / "half" / "config.json").exists():         # which is written last
         config = read_json(folder / "config.json")
@@ -175,10 +176,9 @@ def prepare(donor: str, work: Path) -> None:
             model.write(tmp)
 
 
-def measure_donor(words: list[str]) -> dict:
-    """The donor's loss on the text that a run with these flags is measured on underway: what its curve is held
-    against."""
-    args = parse_args(TrainConfig, words)
+def measure_donor(flags: list[str]) -> dict:
+    """The donor's loss on the shorter text on which runs with these flags are evaluated during training."""
+    args = parse_args(TrainConfig, flags)
     procs, model = start_processes(args.device), load_full(args.donor, torch.float32)
     bf16, autocast = precision(args, procs.device)
     text = load_tokens(args.valid, Tokenizer.load(find_donor(args.donor), model.config.vocab_size),
@@ -190,83 +190,63 @@ def measure_donor(words: list[str]) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Lines of results
 
-def result(config: "ExperimentsConfig", name: str, seed: int, words: list[str], out: Path) -> dict | None:
-    """What the finished run in `out` came to, from its log; None where it has not finished."""
+def read_result(config: ExperimentsConfig, name: str, seed: int, flags: list[str], out: Path) -> dict | None:
+    """The line of a finished run, from the log in `out`; None if it has not finished."""
     log = read_lines(out / "log.jsonl")
     if not log or not log[-1].get("final"):
         return None
-    settings = parse_args(TrainConfig, words)
+    settings = parse_args(TrainConfig, flags)
     with torch.device("meta"):
         params = RecursiveTransformer(read_config(out)).num_params()
-    underway = [line for line in log if "val_loss" in line]
-    curve = [[line["step"] * settings.batch_tokens, line["val_loss"]] for line in underway]
-    return {"what": "experiment", "model": config.model, "name": name, "seed": seed, "command": shlex.join(words),
+    evals = [line for line in log if "val_loss" in line]
+    curve = [[line["step"] * settings.batch_tokens, line["val_loss"]] for line in evals]
+    return {"what": "experiment", "model": config.model, "name": name, "seed": seed, "command": shlex.join(flags),
             "settings": asdict(settings)} | run_info() | {
             "params": params, "valid_tokens": log[-1].get("val_tokens"), "donor_loss": log[0]["donor_loss"],
             "start_loss": log[0]["full_val_loss"], "loss": log[-1]["full_val_loss"], "seconds": log[-1]["seconds"],
-            "curve": curve, "curve_tokens": underway[-1].get("val_tokens") if underway else None,
-            "exit_loss": underway[-1]["exit_val_loss"] if underway else None}
+            "curve": curve, "curve_tokens": evals[-1].get("val_tokens") if evals else None,
+            "exit_loss": evals[-1]["exit_val_loss"] if evals else None}
 
 
-def exit_run(line: dict, model: str = "toy") -> tuple[str, int] | None:
-    """("tied-self", seed) of a line that runs/exits_seeds.sh or runs/smollm2.sh measured, None of any other."""
+class ExitRun(NamedTuple):
+    """A model that experiments/exits_seeds.sh or smollm2.sh made."""
+    kind: str                                  # tied or relaxed
+    seed: int
+    training: str                              # of its exits: none, weighted, self; up: only uptrained
+
+
+def exit_run(line: dict, model: str = "toy") -> ExitRun | None:
+    """Which of these models the line measured; None if another. Lines name it by its folder, --ckpt."""
     found = re.fullmatch(rf"out-[^-]+-(tied|relaxed)-(\d+)-(\w+)-{model}", line.get("settings", {}).get("ckpt", ""))
-    return found and (f"{found[1]}-{found[3]}", int(found[2]))
-
-
-@dataclass
-class ExperimentsConfig:
-    model: Literal["toy", "smollm2"] = "toy"   # the shipped donor, on one core; SmolLM2-135M, on a GPU
-    only: str = ""                             # conclusions (or loops, zero, tokens, calibrated) by comma; empty: all
-    seeds: int | None = None                   # how many; not set: 3, of smollm2 1
-    donor: str | None = None                   # another full-size model than --model's: a folder or an id
-    data: str | None = None                    # other text to train on
-    valid: str | None = None                   # other text to measure on
-    more: str = ""                             # flags for every train.py, as --more="--tokens=4096 --device=cpu"
-    out: str = "out_experiments"               # folder of the checkpoints
-    save: str = "results/experiments.jsonl"    # where the lines go
-    dry: bool = False                          # only print the commands
-
-
-def shared_flags(config: ExperimentsConfig) -> list[str]:
-    """train.py's flags that all runs have, without --more."""
-    model = MODELS[config.model]
-    return [f"--donor={config.donor or model.donor}", f"--data={config.data or model.data}",
-            f"--valid={config.valid or model.valid}", f"--tokens={model.tokens}", *shlex.split(model.flags)]
-
-
-def commands(config: ExperimentsConfig) -> list[tuple[str, int, list[str]]]:
-    """(name, seed, flags of train.py) of every run asked for, in order: seed by seed."""
-    model, work, base = MODELS[config.model], Path(config.out) / config.model, shared_flags(config)
-    flags = matrix(model, work)
-    core = {run for c in conclusions(*model.ranks) for run in c.rows}
-    stage = {name: 0 if name in core else 2 if name.endswith("fourfold") else 1 for name in flags}
-    names, seeds = chosen(config.model, config.only), range(model.seeds if config.seeds is None else config.seeds)
-    return [(name, seed, [*base, *flags[name].split(), f"--seed={seed}", *shlex.split(config.more)])
-            for now in range(3) for seed in seeds for name in names if stage[name] == now]
+    return found and ExitRun(found[1], int(found[2]), found[3])
 
 
 @cache
 def default_settings(model: str, name: str) -> dict:
-    """train.py's settings of a run of the matrix, as they are without --more, --donor, --data and --valid."""
+    """The settings of train.py of a run of the matrix without --more, --donor, --data and --valid."""
     config = ExperimentsConfig(model=model)
     own = matrix(MODELS[model], Path(config.out) / model).get(name, "")
     return asdict(parse_args(TrainConfig, [*shared_flags(config), *own.split()]))
 
 
-def other_settings(line: dict) -> tuple:
-    """((setting, value), ...): in what a line's run differs from that run's default settings, and so from the lines
-    that it may be set beside. What changes no figure, as the folders do not, is left aside."""
-    same = {"seed", "out", "resume", "device", "save_every", "log_every", "checkpointing", "zero"}
-    want = default_settings(line["model"], line["name"])
-    have = line.get("settings") or asdict(parse_args(TrainConfig, shlex.split(line.get("command", ""))))
-    return tuple((key, have[key]) for key in want if key not in same and have.get(key, want[key]) != want[key]
-                 and not str(want[key]).startswith(ExperimentsConfig.out))
+def changed_settings(line: dict) -> tuple:
+    """((setting, value), ...) in which the run of a line differs from its defaults in the matrix. Settings
+    that change no figure, such as folders, are left out."""
+    ignored = {"seed", "out", "resume", "device", "save_every", "log_every", "checkpointing", "zero"}
+    default = default_settings(line["model"], line["name"])
+    settings = line.get("settings") or asdict(parse_args(TrainConfig, shlex.split(line.get("command", ""))))
+    return tuple((key, settings[key]) for key, value in default.items()
+                 if key not in ignored and settings.get(key, value) != value
+                 and not str(value).startswith(ExperimentsConfig.out))
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
 
 def finish(command: list[str]) -> int:
-    """The command's exit code. Ctrl-C is the command's to heed, which saves first: this waits for it."""
+    """Run the command; its exit code. On Ctrl-C this waits, because the command saves before it exits."""
     with subprocess.Popen(command) as process:
         try:
             return process.wait()
@@ -275,40 +255,51 @@ def finish(command: list[str]) -> int:
             raise
 
 
+def run_training(config: ExperimentsConfig, todo: list[tuple[str, int, list[str]]]) -> None:
+    """Train each of these runs and append its line; with --dry print the commands only."""
+    for i, (name, seed, flags) in enumerate(todo):
+        out = Path(config.out) / config.model / f"{name}-s{seed}"
+        command = ["train.py", *flags, f"--out={out}", "--resume=auto"]
+        print0(f"+ python {shlex.join(command)}" + f"   # {i + 1} of {len(todo)}" * (not config.dry))
+        if config.dry:
+            continue
+        code = finish([sys.executable, *command])
+        line = read_result(config, name, seed, flags, out)
+        if code or not line:
+            raise UserError(f"{name}, seed {seed}, did not finish (exit code {code}); the same command resumes it")
+        append_line(config.save, line)
+        print0(json_line({key: line[key] for key in ("name", "seed", "donor_loss", "start_loss", "loss")}))
+
+
+def run_exits(config: ExperimentsConfig) -> None:
+    """Run the shell file of the experiments about exits if they are selected and not finished."""
+    selected = not config.only or {"exits", "relaxed_exits"} & set(config.only.split(","))
+    done = [line for line in read_lines("results/exits_seeds.jsonl") if exit_run(line)]
+    if config.model != "toy" or not selected or len(done) >= N_EXIT_LINES:
+        return
+    print0(f"+ {EXITS}")
+    if not config.dry and finish(EXITS.split()):
+        raise UserError(f"{EXITS} did not finish; the same command resumes it")
+
+
 def main(argv=None) -> None:
     config = parse_args(ExperimentsConfig, argv)
     if config.seeds is not None and config.seeds < 1:
         raise UserError(f"--seeds={config.seeds} must be at least 1")
     if not config.dry:
         check_writable("save", config.save)
-    work, model = Path(config.out) / config.model, MODELS[config.model]
-    asked = set(config.only.split(","))
     runs, base = commands(config), [*shared_flags(config), *shlex.split(config.more)]
     done = {(line.get("name"), line.get("seed"), line.get("command")) for line in read_lines(config.save)}
-    todo = [(name, seed, words) for name, seed, words in runs if (name, seed, shlex.join(words)) not in done]
+    todo = [(name, seed, flags) for name, seed, flags in runs if (name, seed, shlex.join(flags)) not in done]
     print0(f"{len(runs)} runs, {len(runs) - len(todo)} of them measured")
-    if not config.dry and any(name in ("scratch", "norms-zero") for name, _, _ in todo):
-        prepare(config.donor or model.donor, work)
-    if todo and not config.dry and ("donor", 0, shlex.join(base)) not in done:
-        append_line(config.save, {"what": "experiment", "model": config.model, "name": "donor", "seed": 0,
-                                  "command": shlex.join(base)} | run_info() | measure_donor(base))
-    for i, (name, seed, words) in enumerate(todo):
-        out = work / f"{name}-s{seed}"
-        command = ["train.py", *words, f"--out={out}", "--resume=auto"]
-        print0(f"+ python {shlex.join(command)}" + f"   # {i + 1} of {len(todo)}" * (not config.dry))
-        if config.dry:
-            continue
-        code = finish([sys.executable, *command])
-        line = result(config, name, seed, words, out)
-        if code or not line:
-            raise UserError(f"{name}, seed {seed}, did not finish (exit code {code}); started again, it goes on there")
-        append_line(config.save, line)
-        print0(json_line({key: line[key] for key in ("name", "seed", "donor_loss", "start_loss", "loss")}))
-    exits = [line for line in read_lines("results/exits_seeds.jsonl") if exit_run(line)]
-    if config.model == "toy" and (not config.only or asked & {"exits", "relaxed_exits"}) and len(exits) < 24:
-        print0(f"+ {EXITS}")
-        if not config.dry and finish(EXITS.split()):
-            raise UserError(f"{EXITS} did not finish; started again, it goes on where it was")
+    if todo and not config.dry:
+        if any(name in ("scratch", "norms-zero") for name, _, _ in todo):
+            prepare_starts(config.donor or MODELS[config.model].donor, Path(config.out) / config.model)
+        if ("donor", 0, shlex.join(base)) not in done:
+            append_line(config.save, {"what": "experiment", "model": config.model, "name": "donor", "seed": 0,
+                                      "command": shlex.join(base)} | run_info() | measure_donor(base))
+    run_training(config, todo)
+    run_exits(config)
 
 
 if __name__ == "__main__":

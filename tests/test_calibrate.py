@@ -1,12 +1,10 @@
 """Calibrated conversion: each closed form beside a solver that knows nothing of it, the limits, and the way in."""
 
 import copy
-import importlib
 import itertools
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,12 +28,13 @@ from calibrate import (
     to_calibrated,
 )
 from convert import load_full, svd_factors, unroll
+from experiments import calibrated as starts
+from experiments import calibrated_cost
 from lib.cli import UserError
 from lib.data import Tokens, batch, load_tokens, write_shards
 from lib.tokenizer import Tokenizer
 from model import Config, RecursiveTransformer, RelaxedLinear, rope_angles
 
-RUNS = Path(calibrate.__file__).parent / "runs"
 each_rank = pytest.mark.parametrize("rank", [0, 3, 1000])
 each_shape = pytest.mark.parametrize("shape", [(9, 14), (14, 9)], ids=["wide", "tall"])
 
@@ -555,12 +554,10 @@ def test_training_refuses(home, tmp_path, flags, message):  # noqa: F811
     assert not (tmp_path / "out").exists()
 
 
-def test_the_table_of_starts(home, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.syspath_prepend(RUNS)
-    table = importlib.import_module("calibrated")
-    ways = [f"--donor={home}/donor", f"--calib_text={home}/train.txt", f"--texts=ours={home}/valid.txt",
+def test_the_table_of_starts(home, tmp_path):  # noqa: F811
+    flags = [f"--donor={home}/donor", f"--calib_text={home}/train.txt", f"--texts=ours={home}/valid.txt",
             "--seq_len=16", "--tokens=640", "--ranks=0,4", "--vectors=tied,per_loop", "--device=cpu"]
-    table.main([*ways, "--calib_tokens=640,1280", f"--save={tmp_path}/lines"])
+    starts.main([*flags, "--calib_tokens=640,1280", f"--save={tmp_path}/lines"])
     lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
     assert [line["init"] for line in lines] == ["average"] * 4 + ["calibrated"] * 8
     assert [line.get("calib_tokens") for line in lines[4:]] == [640] * 4 + [1280] * 4
@@ -574,14 +571,12 @@ def test_the_table_of_starts(home, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_the_cost_of_a_large_one_is_put_together_from_pieces(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(RUNS)
-    cost = importlib.import_module("calibrated_cost")
-    monkeypatch.setitem(cost.SHAPES, "small", Config(n_embd=32, n_head=4, head_dim=8, n_hidden=64, n_layer=6,
+    monkeypatch.setitem(calibrated_cost.SHAPES, "small", Config(n_embd=32, n_head=4, head_dim=8, n_hidden=64, n_layer=6,
                                                      vocab_size=53, n_ctx=512))
-    cost.main(["--shape=small", "--read=512", "--tokens=1024", "--rank=4", f"--save={tmp_path}/line"])
+    calibrated_cost.main(["--shape=small", "--read=512", "--tokens=1024", "--rank=4", f"--save={tmp_path}/line"])
     line = json.loads((tmp_path / "line").read_text())
     one, both = line["reading_1_s"], line["reading_all_s"]
     assert line["reading_s"] == pytest.approx(2 * (one + 5 * (both - one)))
     assert line["fitting_s"] == pytest.approx(3 * line["fitting_one_s"]) and line["memory_gib"] > line["peak_gib"]
     with pytest.raises(UserError, match="--shape=large"):
-        cost.main(["--shape=large"])
+        calibrated_cost.main(["--shape=large"])
