@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from bench_training import SHAPES
+from benchmarks.common import SHAPES
 from calibrate import calibrate, collect_stats
 from lib.cli import UserError, parse_args, print0, script
 from lib.results import append_line

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench_batching import plot_batching
+from bench import plot_batching
 from experiments.matrix import MODELS
 from experiments.verdicts import Runs, first_seed, read_runs, read_starts, warn_once
 from lib.cli import UserError, print0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench_training import SHAPES
+from benchmarks.common import SHAPES
 from experiments.conclusions import ExitLoss, Measured, conclusions
 from experiments.matrix import EXITS, MODELS, ROOT, exit_run
 from experiments.verdicts import (
