@@ -337,7 +337,7 @@ def save(run: Run) -> None:
     run.saved = run.step
 
 
-def feed(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+def micro_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's micro-batches from the current step to the last. The samples in each depend only on its number,
     so training sees the same data however often it is stopped and on however many processes."""
     def samples():
@@ -348,14 +348,14 @@ def feed(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     return batches(run.train_tokens, samples(), run.args.seq_len, run.args.seed, run.procs.device)
 
 
-def train_step(run: Run, feed: Iterator, lr: float) -> tuple[float, list[float], float]:
+def train_step(run: Run, stream: Iterator, lr: float) -> tuple[float, list[float], float]:
     """(objective, cross entropy of each trained exit, gradient norm) of the whole batch, after one optimizer step."""
     args, procs = run.args, run.procs
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     sums = 0.0
     for micro in range(run.micro_steps):
-        idx, targets = next(feed)
+        idx, targets = next(stream)
         last = micro == run.micro_steps - 1             # DDP averages gradients once per step
         with nullcontext() if last or procs.world == 1 else run.objective.no_sync(), run.autocast:
             with torch.no_grad():
@@ -384,7 +384,7 @@ def train_step(run: Run, feed: Iterator, lr: float) -> tuple[float, list[float],
 def train(run: Run) -> int:
     """0 when all steps are done, or the number of the signal that stopped them. Either way the last step is saved."""
     args, seconds, logged = run.args, 0.0, run.step          # seconds spent in steps since the last logged one
-    exits, stream = list(trained_exits(args, run.model.config.n_loop)), feed(run)
+    exits, stream = list(trained_exits(args, run.model.config.n_loop)), micro_batches(run)
     with StopFlag() as stop:
         signal = 0
         while run.step < run.steps and not (signal := stop.agreed(run.procs)):
