@@ -360,14 +360,7 @@ def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
     lost = [f"{name}={value}" for name, value in c.architecture().items() if value != back[name]]
     if lost:
         raise UserError(f"transformers' {c.arch} cannot have {', '.join(lost)}: this model has no Hugging Face class")
-    tensors, fused = {}, {}
-    for name, w in model.state_dict().items():
-        theirs, _, part = hf_name(name, c.arch).partition("#")
-        if part:
-            fused.setdefault(theirs, []).append(w.view(c.n_head, 1, c.head_dim, *w.shape[1:]))
-        else:
-            tensors[theirs] = w.contiguous()
-    tensors |= {name: torch.cat(parts, dim=1).flatten(0, 2).contiguous() for name, parts in fused.items()}
+    tensors = hf_tensors(model)
     with replace_folder(folder) as tmp:
         if tokenizer:
             copy_tokenizer(tokenizer, tmp)
@@ -379,11 +372,23 @@ def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
         save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
 
 
+def hf_tensors(model: RecursiveTransformer) -> dict[str, Tensor]:
+    """The tensors of a full-size model under Hugging Face's names."""
+    c, tensors, fused = model.config, {}, {}
+    for name, w in model.state_dict().items():
+        theirs, _, part = hf_name(name, c.arch).partition("#")
+        if part:
+            fused.setdefault(theirs, []).append(w.view(c.n_head, 1, c.head_dim, *w.shape[1:]))
+        else:
+            tensors[theirs] = w.contiguous()
+    return tensors | {name: torch.cat(parts, dim=1).flatten(0, 2).contiguous() for name, parts in fused.items()}
+
+
 def model_card(c: Config, folder: Path) -> str:
     """The README.md of an export; its licence is the one that README_donor.md in `folder` names."""
     donor, looped = c.extra.get("_name_or_path", "an unnamed donor"), c.extra.get("recursive")
-    papers = sorted(path.name for name in (*LICENCES, DONOR_README) for path in folder.glob(name))
-    readme = (folder / DONOR_README).read_text(encoding="utf-8", errors="replace") if DONOR_README in papers else ""
+    files = sorted(path.name for name in (*LICENCES, DONOR_README) for path in folder.glob(name))
+    readme = (folder / DONOR_README).read_text(encoding="utf-8", errors="replace") if DONOR_README in files else ""
     front = re.match(r"---\n(.*?\n)---\n", readme, re.S)
     lines = re.findall(r"^license(?:_name|_link)?:.*$", front[1] if front else "", re.M)
     lines += [f"base_model: {donor}"] * bool(re.fullmatch(HUB_ID, donor))
@@ -392,4 +397,4 @@ def model_card(c: Config, folder: Path) -> str:
             f"{donor} and written out at full size" if looped else donor)
     return "".join(f"{line}\n" for line in ["---", *lines, "---", ""] if lines) + (
         f"# {what}\n\nnanoRRT wrote this folder: {c.n_layer} layers, which transformers loads like any other {c.arch} "
-        f"model. The donor's licence applies to it; {', '.join(papers) or 'no file of the donor'} was copied along.\n")
+        f"model. The donor's licence applies to it; {', '.join(files) or 'no file of the donor'} was copied along.\n")

@@ -1,4 +1,4 @@
-"""Calibrated conversion: each closed form beside a solver that knows nothing of it, the limits, and the way in."""
+"""Calibrated conversion: each closed form against a numerical solver, exact limits, the command line."""
 
 import copy
 import itertools
@@ -40,7 +40,7 @@ each_shape = pytest.mark.parametrize("shape", [(9, 14), (14, 9)], ids=["wide", "
 
 
 def problem(shape, n_loop=2, tokens=40, biased=False):
-    """(W_l, X_l (tokens, in), C_l) of maps that differ and inputs that are far from white."""
+    """(W_l, X_l (tokens, in), C_l) of different weights, and inputs far from white."""
     torch.manual_seed(0)
     Ws = [torch.randn(shape, dtype=torch.float64) for _ in range(n_loop)]
     Xs = [torch.randn(tokens, shape[1], dtype=torch.float64) @ torch.randn(shape[1], shape[1], dtype=torch.float64) + 1
@@ -59,7 +59,7 @@ def error(Ws, Xs, W, factors):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The closed forms
+# Closed forms
 
 @each_shape
 @pytest.mark.parametrize("biased", [False, True])
@@ -74,7 +74,7 @@ def test_weighted_tying_is_least_squares(shape, biased):
 @each_shape
 @pytest.mark.parametrize("biased", [False, True])
 def test_weighted_svd_keeps_the_largest_singular_values_of_the_outputs(shape, biased):
-    """Of those outputs, with a bias, that the inputs without it can make: the rest no LoRA reaches."""
+    """With a bias: of the outputs that the inputs without it can produce. The rest is out of a LoRA's reach."""
     Ws, Xs, Cs = problem(shape, biased=biased)
     d = shape[1] - biased
     W, factors, errors = fit(Ws, Cs, 3, biased=biased)
@@ -110,10 +110,10 @@ def test_tying_again_is_what_descent_on_the_error_finds(shape, biased):
 @each_shape
 @pytest.mark.parametrize("n_loop, rank, biased", [(2, 1, False), (2, 3, True), (3, 2, False), (3, 6, True),
                                                   (2, 99, False)])
-def test_the_error_never_rises_and_is_what_it_says(shape, n_loop, rank, biased):
+def test_the_error_never_rises_and_is_that_of_the_outputs(shape, n_loop, rank, biased):
     Ws, Xs, Cs = problem(shape, n_loop, biased=biased)
     W, factors, errors = fit(Ws, Cs, rank, rounds=8, biased=biased)
-    assert len(errors) == 9 or errors[-1] > errors[-2] - 1e-12           # all of them, or nothing more to be had
+    assert len(errors) == 9 or errors[-1] > errors[-2] - 1e-12           # all rounds, or no more gain
     assert all(after <= before + 1e-12 for before, after in itertools.pairwise(errors))
     assert errors[-1] == pytest.approx(error(Ws, Xs, W, factors).item(), rel=1e-5, abs=1e-12)
     assert errors[-1] < 0.9 * errors[0] or rank == 99
@@ -127,12 +127,12 @@ def test_white_inputs_give_average_and_the_plain_svd(shape):
     W, factors, _ = fit(Ws, [torch.eye(shape[1], dtype=torch.float64)] * 2, 3)
     close(W, (Ws[0] + Ws[1]) / 2, 1e-9)
     again = fit(Ws, [torch.eye(shape[1], dtype=torch.float64)] * 2, 3, rounds=2)[0]
-    close(again, W, 1e-9)                                                # both LoRAs see the same: nothing to tie anew
+    close(again, W, 1e-9)                                                # both LoRAs read the same inputs
     for V, factor in zip(Ws, factors, strict=True):
         want_a, want_b = svd_factors(V - W, 3)
         a, b = balanced(*factor)
         close(b @ a, (want_b @ want_a).double(), 1e-5)
-        S = want_b.norm(dim=0).double()                                  # the paper has it in B, here each has half
+        S = want_b.norm(dim=0).double()                                  # the paper has all of it in B
         close(b.T @ b, S.diag(), 1e-5)
         close(a @ a.T, S.diag(), 1e-5)
 
@@ -192,7 +192,7 @@ def test_outputs_count_by_their_gradients(shape):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the donor sees
+# The donor's inputs and gradients
 
 def absorbed(full):
     biased, new = full.config.arch == "gpt_neox", copy.deepcopy(full)
@@ -215,7 +215,7 @@ def test_absorbed_norms_change_nothing(arch, attn_bias):
 
 @torch.enable_grad()
 def watched(full, idx):
-    """Map -> (what enters it (tokens, in), the loss' gradient in what it puts out (tokens, out)), norms absorbed."""
+    """Linear layer -> (its inputs (tokens, in), the loss' gradients at its outputs (tokens, out)), norms absorbed."""
     donor, inputs, outputs = absorbed(full), {}, {}
     for name, module in donor.named_modules():
         if hasattr(module, "rank"):
@@ -227,36 +227,36 @@ def watched(full, idx):
 
 
 @each_arch
-def test_moments_are_of_what_runs_through_each_map(arch):
+def test_stats_are_those_of_each_linear_layer(arch):
     full, idx = tiny(arch).double(), tokens(4, 9)
-    seen, want = collect_stats(full, [idx]), watched(full, idx)
-    assert len(seen.inputs) == 24 and set(seen.gradients) == set(want)
+    stats, want = collect_stats(full, [idx]), watched(full, idx)
+    assert len(stats.inputs) == 24 and set(stats.gradients) == set(want)
     for entry, kinds in calibrate.SHARED_INPUT.items():
         for i, kind in itertools.product(range(6), kinds):
             if f"layers.{i}.{kind}" in want:
                 x, g = want[f"layers.{i}.{kind}"]
-                close(seen.inputs[f"layers.{i}.{entry}"][0], x.T @ x / 36, 1e-12)
-                close(seen.inputs[f"layers.{i}.{entry}"][1], x.mean(0), 1e-12)
-                close(seen.gradients[f"layers.{i}.{kind}"], g.square().mean(0), 1e-12)
+                close(stats.inputs[f"layers.{i}.{entry}"][0], x.T @ x / 36, 1e-12)
+                close(stats.inputs[f"layers.{i}.{entry}"][1], x.mean(0), 1e-12)
+                close(stats.gradients[f"layers.{i}.{kind}"], g.square().mean(0), 1e-12)
     assert not any(m._forward_pre_hooks or m._backward_hooks for m in full.modules())    # only copies are watched
 
 
-def test_moments_do_not_depend_on_order_or_batch_size():
+def test_stats_do_not_depend_on_order_or_batch_size():
     full, idx = tiny("llama").double(), tokens(6, 9)
     want = collect_stats(full, [idx])
     for windows in (idx.split(1), idx.flip(0).split(4)):
-        seen = collect_stats(full, windows)
-        for name, (second, first) in seen.inputs.items():
+        stats = collect_stats(full, windows)
+        for name, (second, first) in stats.inputs.items():
             close(second, want.inputs[name][0], 1e-12)
             close(first, want.inputs[name][1], 1e-12)
-        for name, g in seen.gradients.items():
+        for name, g in stats.gradients.items():
             close(g, want.gradients[name], 1e-12)
 
 
 def test_weights_in_half_precision_are_read_in_full():
     full, idx = tiny("gemma").bfloat16(), tokens(4, 9)
-    seen, want = collect_stats(full, [idx]), collect_stats(copy.deepcopy(full).float(), [idx])
-    for name, (second, _) in seen.inputs.items():
+    stats, want = collect_stats(full, [idx]), collect_stats(copy.deepcopy(full).float(), [idx])
+    for name, (second, _) in stats.inputs.items():
         close(second, want.inputs[name][0], 1e-2 if "layers.0" in name else 2e-2)
         assert second.dtype == torch.float32
 
@@ -268,13 +268,13 @@ def test_wide_inputs_are_sketched(monkeypatch):
     exact = calibrate.calibrate(full, want, 2, 3)
     monkeypatch.setattr(calibrate, "WIDEST", 39)                         # attn.o and mlp.down read 40, the others 32
 
-    def far(rows):  # of each sketch from the collect_stats, several tokens in a row where rows are few
+    def far(rows):  # of the sketches from the exact moments; with few rows, several tokens share one
         monkeypatch.setattr(calibrate, "SKETCH", rows)
-        seen = collect_stats(full, idx.split(3)).inputs
-        assert {len(s) for n, (s, _) in seen.items() if n.endswith(("attn.o", "down"))} == {rows}
-        assert all(torch.allclose(s, want.inputs[n][0]) for n, (s, _) in seen.items()
+        stats = collect_stats(full, idx.split(3)).inputs
+        assert {len(s) for n, (s, _) in stats.items() if n.endswith(("attn.o", "down"))} == {rows}
+        assert all(torch.allclose(s, want.inputs[n][0]) for n, (s, _) in stats.items()
                    if not n.endswith(("attn.o", "down")))
-        found = {n: (s.T @ s, *want.inputs[n]) for n, (s, _) in seen.items() if len(s) == rows}
+        found = {n: (s.T @ s, *want.inputs[n]) for n, (s, _) in stats.items() if len(s) == rows}
         assert all((s[:-1, -1] - first).norm() < first.norm() for s, _, first in found.values())
         return max(((s[:-1, :-1] - second).norm() / second.norm()).item() for s, second, _ in found.values())
     assert 0 < far(20_000) < 0.1 < far(400) < 0.6
@@ -304,7 +304,7 @@ def test_wide_inputs_with_biases(monkeypatch, vectors, rows):
 @pytest.mark.parametrize("vectors", ["tied", "per_loop"])
 @torch.no_grad()
 def test_a_fit_in_what_sketches_span_is_that_in_all_directions(vectors):
-    """Where nothing but the ridge asks for the others: as by S^T S, on all inputs that were seen."""
+    """With the other directions left to the ridge, the sketches S and the moments SᵀS give the same fit."""
     torch.manual_seed(0)
     config = Config(n_loop=2, n_layer=2, rank=3, arch="gpt_neox", vectors=vectors)
     common = torch.randn(14, 40, dtype=torch.float64)
@@ -323,7 +323,7 @@ def test_a_fit_in_what_sketches_span_is_that_in_all_directions(vectors):
                       linear.weight * gains))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
     close(found[0][1], found[1][1], 1e-3)
-    away = torch.linalg.qr(torch.cat(sketches).T, mode="complete")[0][:, 24:]    # what no sketch has
+    away = torch.linalg.qr(torch.cat(sketches).T, mode="complete")[0][:, 24:]    # directions outside of all sketches
     close(found[0][2] @ away, (donors[0].weight + donors[1].weight) @ away / 2, 1e-8)
 
 
@@ -364,7 +364,7 @@ def calibrated(full, n_loop=2, rank=3, vectors="tied", idx=None):
 @each_arch
 @pytest.mark.parametrize("n_loop", [2, 3])
 def test_full_rank_is_the_donor(arch, n_loop):
-    """Also with tied norm weights: they are absorbed. GPT-NeoX's biases must be of each loop's own."""
+    """Also with tied norm weights: they are absorbed. GPT-NeoX needs biases per loop."""
     full, idx = tiny(arch).double(), tokens(2, 9)
     model = calibrated(full, n_loop, 1000, "per_loop" if arch == "gpt_neox" else "tied")
     close(last(model, idx), last(full, idx), 1e-9)
@@ -384,9 +384,9 @@ def test_one_loop_is_the_donor(arch, rank, vectors):
 @pytest.mark.parametrize("vectors", ["tied", "per_loop"])
 @pytest.mark.parametrize("rank", [0, 4])
 @torch.no_grad()
-def test_every_map_fits_the_donors_better_than_the_papers_start(arch, vectors, rank):
+def test_every_layer_fits_the_donors_better_than_the_papers_start(arch, vectors, rank):
     full, idx = tiny(arch).double(), tokens(12, 60)
-    donor, ours, seen = absorbed(full), calibrated(full, 2, rank, vectors, idx), collect_stats(full, [idx])
+    donor, ours, stats = absorbed(full), calibrated(full, 2, rank, vectors, idx), collect_stats(full, [idx])
     paper = convert.to_recursive(donor, 2, "average", rank=rank, vectors=vectors, dtype=torch.float64)
     inputs = {name: x for name, (x, _) in watched(full, idx).items()}
     for kind in (n for n, m in ours.layers[0].named_modules() if hasattr(m, "rank")):
@@ -394,19 +394,19 @@ def test_every_map_fits_the_donors_better_than_the_papers_start(arch, vectors, r
         for which, model in enumerate((ours, paper)):
             for i in range(3):
                 at = [f"layers.{i + 3 * loop}.{kind}" for loop in range(2)]
-                G = sum(seen.gradients[name] for name in at)
+                G = sum(stats.gradients[name] for name in at)
                 norm = model.layers[i].norm1 if kind[5:] in "qkv" else model.layers[i].norm2
                 gains = 1.0 if kind in ("attn.o", "mlp.down") else norm_scale(norm).view(-1, norm.weight.size(-1))[0]
                 for loop, name in enumerate(at):
                     y = (model.layers[i].get_submodule(kind)(inputs[name] * gains, loop)
                          - donor.layers[i + 3 * loop].get_submodule(kind)(inputs[name], 0))
-                    wrong[which] += seen.gradients[name].sum() * (y.square() @ G).sum()           # (C1)
+                    wrong[which] += stats.gradients[name].sum() * (y.square() @ G).sum()           # (C1)
                     if model is ours and vectors == "per_loop" and arch == "gpt_neox":
                         assert y.mean(0).abs().max() < 1e-9                                # the bias takes up the mean
         assert wrong[0] < wrong[1], kind
 
 
-def test_what_is_not_a_linear_map_is_the_donors():
+def test_what_is_not_a_linear_layer_is_the_donors():
     full = tiny("llama")
     ours = calibrated(full)
     for name, w in ours.state_dict().items():
@@ -448,7 +448,7 @@ def test_the_donor_stays_as_it_is():
         calibrated(tiny("llama", n_loop=2))
 
 
-def test_few_tokens_are_enough_to_run_and_are_said_to_be_few(capsys):
+def test_few_tokens_are_enough_to_run_with_a_warning(capsys):
     full = tiny("llama").double()
     text = Tokens([np.arange(4000, dtype=np.uint16) % 53])
     windows = calibration_windows(text, 64, full.config, "it")
@@ -461,7 +461,7 @@ def test_few_tokens_are_enough_to_run_and_are_said_to_be_few(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The way in
+# Command line
 
 @pytest.fixture
 def donor(tmp_path):

@@ -1,4 +1,4 @@
-"""Conversion: which layers feed which, the SVD of what is left, the exact limits, the command line, bad donors."""
+"""Conversion: source layers, the SVD of the residual, exact limits, the command line, donors that are refused."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def layer_tensor(full, layer, rest):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which layers feed which (Figure 2)
+# The donor layers that a stored layer starts from (Figure 2)
 
 @pytest.mark.parametrize("n_layer, n_loop, want", [
     (6, 2, [0, 2, 5]), (18, 2, [0, 2, 4, 6, 8, 11, 13, 15, 17]), (18, 3, [0, 3, 7, 10, 14, 17]),
@@ -153,7 +153,7 @@ def test_unrolled_is_the_same_function(arch, vectors, rank):
     close(last(full, idx), last(model, idx))
 
 
-def test_lora_rank_is_capped_by_the_map():
+def test_lora_rank_is_capped_by_the_layer():
     attn = to_recursive(tiny("gemma"), 2, "average", rank=20).layers[0].attn
     assert (attn.q.rank, attn.k.rank, attn.v.rank) == (20, 12, 12)
     assert attn.k.lora_a.shape == (2, 12, 32) and attn.k.lora_b.shape == (2, 12, 12)
@@ -217,14 +217,14 @@ def test_average_of_two_leaves_opposite_residuals():
 
 
 @each_init
-def test_relaxed_maps_start_at_the_best_approximation(init):
+def test_relaxed_layers_start_at_the_best_approximation(init):
     full = tiny("gemma")
     relaxed = to_recursive(full, 3, init, rank=4)
     for loop in range(3):
         for rest in ("attn.q", "attn.v", "mlp.down"):
             linear, w = relaxed.layers[1].get_submodule(rest), layer_tensor(full, 2 * loop + 1, rest + ".weight")
-            left = torch.linalg.svdvals(w - linear.weight)[4:].norm()
-            close((w - linear.merged(loop)).norm(), left, 1e-5)
+            residual = torch.linalg.svdvals(w - linear.weight)[4:].norm()
+            close((w - linear.merged(loop)).norm(), residual, 1e-5)
 
 
 def test_residual_of_a_half_precision_donor_is_taken_in_fp32():
@@ -304,10 +304,10 @@ def test_main_lists_the_choices(flag, choices, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused, by name, with nothing overwritten
+# Donors and settings that are refused, by name, with nothing overwritten
 
 def refused(donor, message, **flags):
-    """Both ways in refuse the donor, and a checkpoint that is in the way of the output stays as it was."""
+    """convert.py raises this error, and leaves every folder as it was."""
     out = donor.parent / "standing"
     tiny("gemma", vocab_size=9).save(out)
     before = snapshot(donor.parent)
@@ -379,7 +379,7 @@ def test_neox_settings_that_contradict_each_other(changes, tmp_path):
     refused(folder, f"{key}={value!r}")
 
 
-def test_settings_that_nobody_knows_are_named_once_and_go_along(donor, tmp_path, capsys):
+def test_unknown_settings_are_named_once_and_kept(donor, tmp_path, capsys):
     own = {"unsloth_version": "2025.1", "model_name": "mine", "auto_map": {"AutoModel": "x.Y"},
            "initializer_range": 0.5, "_attn_implementation": "sdpa", "max_window_layers": 3,
            "attention_dropout": 0.1, "pad_token_id": 8,
@@ -387,16 +387,16 @@ def test_settings_that_nobody_knows_are_named_once_and_go_along(donor, tmp_path,
     edit_config(donor / "config.json", **own)
     run(donor=donor, out=tmp_path / "looped")
     load_full(donor)
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert len(said) == 1 and "model_name, auto_map" in said[0] and "initializer_range" not in said[0]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "model_name, auto_map" in warnings[0] and "initializer_range" not in warnings[0]
     run(donor=tmp_path / "looped", unroll=True, out=tmp_path / "hf")
     hf = json.loads((tmp_path / "hf/config.json").read_text())
-    del own["auto_map"]                                                  # code that does not come along
+    del own["auto_map"]                                                  # its code is not copied
     assert hf | own == hf and hf["recursive"] == {"n_loop": 2, "rank": 0, "vectors": "tied"}
     assert load_full(tmp_path / "hf").config.eos_token_id == [7, 8]
 
 
-def test_licence_and_readme_go_along(donor, tmp_path):
+def test_licence_and_readme_are_kept(donor, tmp_path):
     (donor / "README.md").write_text("---\nlicense: gemma\n---\nA donor é.", encoding="utf-8")
     (donor / "LICENSE.txt").write_text("all yours")
     edit_config(donor / "config.json", _name_or_path="acme/tiny")
@@ -475,7 +475,7 @@ def test_damaged_donors_are_refused(kind, donor):
 
 
 def test_everything_stored_is_read_or_refused(donor):
-    """What the index forgets, an adapter beside the weights, a head that should be the embedding and is not."""
+    """A tensor that the index does not list, an adapter beside the weights, a head that differs from the embedding."""
     shard(donor)
     edit_tensors(donor / "model-00001-of-00002.safetensors", lambda t: t.update(odd=torch.ones(1)))
     refused(donor, r"1 unexpected \(odd\)")
@@ -500,7 +500,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(number, donor, tmp_path
 
 
 def test_numbers_too_large_for_float16_are_refused_by_name(donor, tmp_path):
-    """On the way in, at conversion, at export and on loading; bfloat16 holds them."""
+    """When a donor is read, converted, exported and loaded; bfloat16 holds them."""
     edit_tensors(donor / WEIGHTS, lambda t: t[Q].__setitem__((2, 3), -70144.0))
     message = "has a weight of -70144, and torch.float16 overflows beyond 65504; use .*bfloat16"
     refused(donor, f"layers.1.attn.q.weight {message}", dtype="float16", init="lower")
@@ -525,7 +525,7 @@ def test_a_donor_of_several_dtypes_is_read_in_the_widest(donor, tmp_path):
 
 
 @torch.no_grad()
-def test_export_merges_in_float32_and_says_what_rounding_costs(donor, tmp_path, capsys):
+def test_export_merges_in_float32_and_reports_rounding(donor, tmp_path, capsys):
     """A bf16 checkpoint exported in fp32 computes what the checkpoint does in fp32."""
     run(donor=donor, init="average", rank=3, dtype="bfloat16", out=tmp_path / "looped")
     capsys.readouterr()
@@ -609,7 +609,7 @@ def test_recursive_models_are_neither_converted_again_nor_exported(changes, tmp_
     ({"rounding": "up"}, "round, floor"), ({"norms": "none"}, "init, average, pick"),
     ({"vectors": "x"}, "tied, per_loop"),
 ], ids=str)
-def test_unknown_options_list_what_there_is(options, allowed):
+def test_unknown_options_list_the_known_ones(options, allowed):
     ((_, given),) = options.items()
     with pytest.raises(UserError, match=f"'{given}' is unknown.*{allowed}"):
         to_recursive(tiny("llama"), 2, **options)
@@ -623,7 +623,7 @@ def test_source_layers_refuses():
 
 
 def test_ids_home_and_owners(tmp_path, monkeypatch, donor):
-    """`~` is the home folder, and an id is one even where a folder has its owner's name."""
+    """`~` is the home folder, and a Hugging Face id is read as one even if a folder has its owner's name."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_full("~/donor").config == load_any("~/donor").config == load_full(donor).config
     cached = tmp_path / "hub/models--acme--tiny"

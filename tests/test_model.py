@@ -25,7 +25,7 @@ each_arch = pytest.mark.parametrize("arch", ARCHS)
 
 @torch.no_grad()
 def randomise(model):
-    """Every parameter random, norms, biases and LoRA B too: alike ones would hide what is swapped or left out."""
+    """Every parameter random, norms, biases and LoRA B too: equal ones would hide a swapped or unused one."""
     for name, p in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
             p.uniform_(0.5, 1.5)
@@ -71,7 +71,7 @@ def test_three_loops_run_two_stored_layers_in_turn(arch):
     states, end = looped(idx), full(idx)[-1]
     assert len(states) == 3
     for ours, theirs in zip(states, [inputs[2], inputs[4], end], strict=True):
-        close(ours, theirs.view_as(ours))                    # a layer sees (B T, C)
+        close(ours, theirs.view_as(ours))                    # a layer reads (B T, C)
     close(looped.logits(states[-1]), full.logits(end))
 
 
@@ -80,7 +80,7 @@ def test_three_loops_run_two_stored_layers_in_turn(arch):
 @pytest.mark.parametrize("vectors", ["tied", "per_loop"])
 @torch.no_grad()
 def test_cached_decoding_equals_full_forward(arch, n_loop, vectors):
-    """Chunks of several tokens on a cache that holds some already, single tokens, and a batch; at every loop."""
+    """At every loop, for chunks of several tokens, single tokens and a batch, on a cache that holds some already."""
     model, idx = tiny(arch, n_loop=n_loop, rank=2, vectors=vectors).double(), tokens(3, 13)
     cache = KVCache(model.config, batch=3, max_len=13, dtype=torch.float64)
     parts = [model(chunk, cache) for chunk in idx.split([5, 4, 1, 2, 1], dim=1)]
@@ -90,7 +90,7 @@ def test_cached_decoding_equals_full_forward(arch, n_loop, vectors):
 
 
 @torch.no_grad()
-def test_cache_that_is_full_says_so():
+def test_a_full_cache_is_refused():
     model = tiny("gemma", n_loop=2)
     cache = KVCache(model.config, batch=1, max_len=4)
     model(tokens(1, 3), cache)
@@ -125,7 +125,7 @@ def test_config_refuses(changes, message):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Relaxed linear maps
+# Relaxed linear layers
 
 @pytest.mark.parametrize("d_in, d_out, rank", [(24, 40, 3), (40, 24, 5), (16, 4, 9)])
 @pytest.mark.parametrize("vectors", ["tied", "per_loop"])
@@ -157,10 +157,10 @@ def test_merging_sums_in_fp32_and_rounds_once():
 @each_arch
 def test_lora_is_on_every_map_of_the_block(arch):
     model = RecursiveTransformer(Config(**SMALL | ARCHS[arch], n_loop=3, rank=16))
-    maps = [m for m in model.modules() if isinstance(m, RelaxedLinear)]
-    assert len(maps) == 2 * (6 if arch == "gpt_neox" else 7)
-    assert all(m.lora_a.shape[:2] == (3, min(16, *m.weight.shape)) for m in maps)
-    assert all((m.lora_a != 0).all() and (m.lora_b == 0).all() for m in maps)
+    linears = [m for m in model.modules() if isinstance(m, RelaxedLinear)]
+    assert len(linears) == 2 * (6 if arch == "gpt_neox" else 7)
+    assert all(m.lora_a.shape[:2] == (3, min(16, *m.weight.shape)) for m in linears)
+    assert all((m.lora_a != 0).all() and (m.lora_b == 0).all() for m in linears)
     assert not any("lora" in n for n in RecursiveTransformer(Config(**SMALL | ARCHS[arch], n_loop=3)).state_dict())
 
 
@@ -211,8 +211,8 @@ def test_full_size_parameter_counts_are_the_papers():
 def test_parameters_by_hand(vectors):
     model = RecursiveTransformer(Config(vocab_size=11, n_layer=6, n_loop=3, rank=3, vectors=vectors, n_embd=8, n_head=2,
                                         n_kv_head=1, head_dim=6, n_hidden=10, arch="llama", tie_head=False))
-    maps = [(12, 8), (6, 8), (6, 8), (8, 12), (10, 8), (10, 8), (8, 10)]  # q, k, v, o, gate, up, down
-    shared, lora, norms = sum(o * i for o, i in maps), sum(3 * (o + i) for o, i in maps), 2 * 8
+    linears = [(12, 8), (6, 8), (6, 8), (8, 12), (10, 8), (10, 8), (8, 10)]  # q, k, v, o, gate, up, down
+    shared, lora, norms = sum(o * i for o, i in linears), sum(3 * (o + i) for o, i in linears), 2 * 8
     ends, final = 2 * 11 * 8, 8
     stored = 2 * (shared + 3 * lora + norms * (3 if vectors == "per_loop" else 1)) + final
     run = 6 * (shared + lora + norms) + final
@@ -223,9 +223,9 @@ def test_parameters_by_hand(vectors):
 @each_arch
 @pytest.mark.parametrize("n_loop, n_exits", [(1, 1), (2, 1), (3, 1), (3, 2)])
 def test_flops_are_those_of_the_operations_with_attention_at_half(arch, n_loop, n_exits):
-    """torch counts scores of all pairs of tokens, of which causal attention needs but the lower half."""
+    """torch counts the scores of all pairs of tokens; causal attention needs only the lower half."""
     model, (B, T) = tiny(arch, n_loop=n_loop), (2, 11)
-    plain = sdpa_kernel(SDPBackend.MATH)                         # the fused kernel of CPUs is not counted
+    plain = sdpa_kernel(SDPBackend.MATH)                         # it does not count the CPU's fused kernel
     with FlopCounterMode(display=False) as counter, plain, torch.no_grad():
         for x in model(tokens(B, T))[-n_exits:]:
             model.logits(x)
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_several_dtypes_is_loaded_in_the_widest(tmp_path):
     assert {p.dtype for p in RecursiveTransformer.load(tmp_path, dtype=torch.float16).parameters()} == {torch.float16}
 
 
-def test_a_checkpoint_from_before_there_was_anything_extra(tmp_path):
+def test_a_checkpoint_without_extra_settings(tmp_path):
     tiny("llama").save(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     assert config.pop("extra") == {}
@@ -330,7 +330,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_load_names_what_is_wrong(kind, tmp_path):
+def test_load_names_the_damage(kind, tmp_path):
     damage, message = DAMAGE[kind]
     tiny("llama", n_loop=2, rank=2).save(tmp_path)
     damage(tmp_path)

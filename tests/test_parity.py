@@ -45,18 +45,18 @@ def from_hf(folder, **options):
 
 
 def layer_outputs(model, layers, run, idx):
-    """What goes into each layer, (B T, C) as ours see it, and the logits."""
-    seen = []
-    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2))) for layer in layers]
-    seen.append(run(model, idx))
+    """The input (B T, C) of each layer, and the logits."""
+    states = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0].flatten(0, -2))) for layer in layers]
+    states.append(run(model, idx))
     for hook in hooks:
         hook.remove()
-    return seen
+    return states
 
 
 @torch.no_grad()
 def assert_same(theirs, ours, lengths=(1, 7, 17), tol=2e-5):
-    """Logits within `tol`; a failure says where they part."""
+    """Logits within `tol`; a failure prints the difference at each layer."""
     for length in lengths:
         idx = tokens(2, length)
         a = layer_outputs(theirs, theirs.base_model.layers, lambda m, idx: m(idx).logits, idx)
@@ -95,7 +95,7 @@ def test_sharded(case, tmp_path):
 @pytest.mark.parametrize("case", FAMILIES)
 @torch.no_grad()
 def test_half_precision(case, dtype, tmp_path):
-    """Stored halves are kept, or widened without loss; embedding scale and norms round where transformers rounds."""
+    """The stored dtype is kept, or widened without loss; embedding scale and norms round where transformers does."""
     hf_model(case).to(dtype).save_pretrained(tmp_path)
     theirs, ours = from_hf(tmp_path, dtype=dtype), load_full(tmp_path)
     assert {p.dtype for p in ours.parameters()} == {dtype}
@@ -192,7 +192,7 @@ def test_unrolled_relaxed_model_in_transformers(case, vectors, tmp_path):
 
 
 def test_rotary_angles_far_out_are_those_of_transformers():
-    """At position 8,000 the order of two operations in fp32 is worth 5e-4 of a cosine."""
+    """At position 8,000 the order of two operations in fp32 changes a cosine by 5e-4."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(hidden_size=64, num_attention_heads=1))
     pos = torch.arange(8000, 8010)
