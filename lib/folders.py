@@ -129,7 +129,7 @@ def replace_folder(folder, keep: bool = False):
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
             yield new
-            for path in (*new.iterdir(), new):
+            for path in (*new.rglob("*"), new):
                 if path.is_file():
                     path.chmod(new.stat().st_mode & 0o666)   # safetensors lets only the owner read its files
                 flush(path)
@@ -157,6 +157,8 @@ def keep_files(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith("."):
             (shutil.copy2 if path.suffix == ".jsonl" else link)(path, half / path.name)
+        elif path.name in TOKENIZER_FILES:                   # a folder of chat templates
+            shutil.copytree(path, half / path.name)
     flush(half)
 
 
@@ -175,11 +177,14 @@ def finish_replacement(folder: Path) -> None:
     names = {path.name for path in ready.iterdir()}
     stale = {GATE_FILE, THRESHOLDS_FILE, *(TOKENIZER_FILES if names & set(TOKENIZER_FILES) else ()),
              *(() if "train.pt" in names else ("train.pt", "previous"))} - names
-    for path in (new, *(folder / name for name in stale)):
+    subfolders = {path.name for path in ready.iterdir() if path.is_dir()}
+    for path in (new, *(folder / name for name in stale | subfolders)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-    for name in names:                                       # links, so that .next stays complete until the end
-        link(ready / name, new)
-        os.replace(new, folder / name)
+    for path in filter(Path.is_file, ready.rglob("*")):      # links, so that .next stays complete until the end
+        place = folder / path.relative_to(ready)
+        place.parent.mkdir(exist_ok=True)
+        link(path, new)
+        os.replace(new, place)
         new.unlink(missing_ok=True)                          # os.replace does nothing if both are the same file
     flush(folder)
     ready.rename(new)

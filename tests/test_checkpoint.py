@@ -492,3 +492,17 @@ def test_a_run_from_before_several_end_ids_were_kept_goes_on(home, tmp_path):
     torch.save(state, out / "train.pt")
     train.main(["--resume", f"--out={out}", "--tokens=384"])
     assert torch.load(out / "train.pt")["step"] == 3
+
+
+def test_a_folder_of_chat_templates_goes_along_and_is_part_of_what_is_checked(home, tmp_path):
+    """transformers keeps named chat templates in a folder of their own."""
+    donor = shutil.copytree(home / "donor", tmp_path / "donor")
+    (donor / "additional_chat_templates").mkdir()
+    (donor / "additional_chat_templates/tool.jinja").write_text("one")
+    run(home, tmp_path / "out", f"--donor={donor}", "--save_every=1")
+    for folder in (tmp_path / "out", tmp_path / "out/previous"):
+        assert (folder / "additional_chat_templates/tool.jinja").read_text() == "one"
+        check_whole(folder)
+    (tmp_path / "out/additional_chat_templates/tool.jinja").write_text("two")
+    with pytest.raises(UserError, match="tool.jinja not as written"):
+        check_whole(tmp_path / "out")
