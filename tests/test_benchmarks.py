@@ -34,6 +34,12 @@ def donor(tmp_path_factory):
     return f"--donor={folder}"
 
 
+@pytest.fixture(autouse=True)
+def known_peak(monkeypatch):
+    """1e9 FLOP/s, so that MFU is known on every device."""
+    monkeypatch.setattr(common, "peak_flops", lambda *_: 1e9)
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run(module, flags) -> the JSON line that it prints at its end, measured in this process."""
