@@ -161,6 +161,13 @@ class HarnessLM(TemplateLM):
         return [(-nats.sum().item(), bool(same.all()))
                 for nats, same in zip(ce.double().split(counts), (token == targets).split(counts), strict=True)]
 
+    def summarize_exits(self) -> dict:
+        """Mean loops, and the share of the scored tokens that exited after each; {} without exits or scored tokens."""
+        if len(self.n_exited) == 1 or not self.n_exited.any():
+            return {}
+        share = self.n_exited / self.n_exited.sum().item()
+        return {"loops": (share * torch.arange(1, len(share) + 1)).sum().item(), "left_at": share.tolist()}
+
     def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
         """Greedy text after each request's context, up to the first of its stop strings or the end of the text."""
         return [self.generate(*request.args) for request in progress(requests, desc="generating", unit="request")]
@@ -351,8 +358,7 @@ def main(argv=None) -> None:
         raise UserError(f"--limit={config.limit} must be 0 or more, --batch={config.batch} at least 1")
     check_writable("save", config.save)
     folder, device = find_donor(config.ckpt), pick_device(config.device)
-    dtype = None if device.type == "cuda" else torch.float32
-    model = load_any(folder, dtype).to(device)
+    model = load_any(folder, None if device.type == "cuda" else torch.float32).to(device)
     lm = HarnessLM(model, Tokenizer.load(folder, model.config.vocab_size), find_rule(config, folder, model),
                    config.keys, config.batch)
     other = load_other(config, model) if config.against else None
@@ -363,9 +369,7 @@ def main(argv=None) -> None:
     for name, task in progress(tasks.items(), desc="tasks", unit="task"):
         lm.n_exited.zero_()
         rows[name], answers = run_task(lm, task, config.limit)
-        if (scored := lm.n_exited.sum().item()) and model.config.n_loop > 1:
-            share = lm.n_exited / scored
-            rows[name] |= {"loops": (share * torch.arange(1, len(share) + 1)).sum().item(), "left_at": share.tolist()}
+        rows[name] |= lm.summarize_exits()
         if other:
             theirs[name], others = run_task(other, task, config.limit)
             differences[name] = compare(answers, others)
