@@ -42,17 +42,17 @@ def source_layers(n_layer: int, n_loop: int, init: str, rounding: str = "round")
     >>> source_layers(6, 2, "stepwise"), source_layers(6, 2, "average"), source_layers(6, 2, "lower")
     ([[0], [2], [5]], [[0, 3], [1, 4], [2, 5]], [[0], [1], [2]])
 
-    Stepwise takes evenly spaced layers from the first to the last. A step between two layers is rounded: to the nearest
-    ("round", half to even, as in the authors' later code) or down ("floor", which fits Figure 2 as well).
+    Stepwise takes evenly spaced layers from the first to the last. A fractional step, e.g. layer 2.5, is rounded: to
+    the nearest ("round", half to even, as in the authors' later code) or down ("floor", which fits Figure 2 as well).
     """
-    k = Config(n_layer=n_layer, n_loop=n_loop).n_unique  # UserError if the loops do not fit
+    n_unique = Config(n_layer=n_layer, n_loop=n_loop).n_unique  # UserError if the loops do not fit
     if init == "stepwise":
-        steps = [i * (n_layer - 1) / max(k - 1, 1) for i in range(k)]
+        steps = [i * (n_layer - 1) / max(n_unique - 1, 1) for i in range(n_unique)]
         return [[round(s) if rounding == "round" else int(s)] for s in steps]
-    if init == "average":  # stored layer i runs as layers i, i + k, i + 2k, ...
-        return [list(range(i, n_layer, k)) for i in range(k)]
+    if init == "average":  # stored layer i runs as layers i, i + n_unique, i + 2 n_unique, ...
+        return [list(range(i, n_layer, n_unique)) for i in range(n_unique)]
     if init == "lower":
-        return [[i] for i in range(k)]
+        return [[i] for i in range(n_unique)]
     raise UserError(f"unknown init {init!r}; use stepwise, average, lower or random")
 
 
@@ -63,9 +63,9 @@ def source_layers(n_layer: int, n_loop: int, init: str, rounding: str = "round")
 def svd_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(A, B) with B @ A the best rank-r approximation of delta (out, in): A = V_rᵀ (R, in), B = U_r S_r (Eq. 4).
 
-    The singular vectors are those of the smaller Gram matrix, which is ~10x faster to decompose than delta; squaring
-    halves the digits, hence fp64. Where the singular value is zero, A gets a Gaussian row and B a zero column (App. C):
-    with zeros in both, neither would get a gradient.
+    delta = U S Vᵀ: U are the eigenvectors of delta deltaᵀ, V those of deltaᵀ delta. The smaller of these two products
+    is ~10x faster to decompose than delta; squaring halves the digits, hence fp64. Where the singular value is zero, A
+    gets a Gaussian row and B a zero column (App. C): with zeros in both, neither would get a gradient.
     """
     delta = delta.float()
     rank = min(rank, *delta.shape)
@@ -73,7 +73,7 @@ def svd_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     d = delta.double()
     vectors = torch.linalg.eigh(d @ d.T if wide else d.T @ d)[1].flip(-1)[:, :rank].float()    # largest first
     if wide:
-        a = vectors.T @ delta                                            # (R, in), rows of length S
+        a = vectors.T @ delta                                            # (R, in), row i has norm s_i
         s = a.norm(dim=1)
         b = vectors * s                                                  # (out, R)
         a = a / s.clamp_min(1e-30)[:, None]
@@ -130,8 +130,8 @@ def loop_layers(config: Config, read: Read, target: Config, init: Init = "stepwi
     if init == "random":  # the paper's baseline: the donor's shape, none of its weights
         return RecursiveTransformer(target).to(dtype or read("norm.weight").dtype).eval(), {}
     sources = source_layers(config.n_layer, target.n_loop, init, rounding)
-    by_loop = source_layers(config.n_layer, target.n_loop, "average")    # the layers that each stored layer replaces
-    norm_sources = {"init": sources, "average": by_loop, "pick": [layers[:1] for layers in by_loop]}[norms]
+    replaced = source_layers(config.n_layer, target.n_loop, "average")   # donor layers that each stored one replaces
+    norm_sources = {"init": sources, "average": replaced, "pick": [layers[:1] for layers in replaced]}[norms]
     with torch.device("meta"):
         model = RecursiveTransformer(target)
     new, kept = {}, {}

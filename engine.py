@@ -3,22 +3,22 @@
 All loops run the same layers, so the rows of a batch need not be at the same loop. The engine has slots, one
 sequence each. A pass runs the block once and moves every token in flight one loop on. A token that exits goes
 to the head, which samples the next token; that one enters the first loop in the next pass. A slot whose
-sequence has ended takes the next request.
+sequence has ended takes the next request. With 2 loops, counted from 1 here and from 0 in the code:
 
-    pass      slot 0            slot 1            slot 2
-    1         "the" loop 1      "a"   loop 2      idle
-    2         "cat" loop 1      "dog" loop 1      a prompt, all loops
-    3         "cat" loop 2      "ran" loop 1      "is"  loop 1
+    pass   slot 0                            slot 1                            slot 2
+    1      "the" loop 1                      "a" loop 2                        idle
+    2      "cat" loop 1, ghost "the" loop 2  "dog" loop 1                      a prompt, all loops
+    3      "cat" loop 2                      "ran" loop 1, ghost "dog" loop 2  "is" loop 1
 
-Each sequence comes out as `decode` (exits.py) generates it, token for token, under every schedule.
+With a greedy sampler, each sequence is token for token that of `decode` (exits.py), under every schedule.
 
 A token that exits early lacks the keys and values (KV) of the loops it skips, which later tokens attend to:
 
     keys="exact"   Recomputed KV: the token goes on as a *ghost*, a row that runs the skipped loops only to write
-                   their KV. The next token starts at the first loop, always behind the ghost, so what it attends
-                   to has been written; and no two rows of a slot are at the same loop.
-    keys="copy"    Copied KV: the exit loop's KV are copied to the skipped loops (CALM's state propagation). There
-                   are no ghosts, and later tokens attend to an approximation.
+                   their KV. The next token starts at the first loop, so it is always at an earlier loop than the
+                   ghosts before it: what it attends to has been written, and no two rows of a slot are at one loop.
+    keys="copy"    Copied KV: the exit loop's KV are copied to the skipped loops. There are no ghosts, and later
+                   tokens attend to an approximation (cf. CALM, 2207.07061: it projects the exit state anew).
 """
 
 import time
@@ -89,7 +89,7 @@ class SlotCache:
                 cache[:, slot, :, :T] = new[:, i, :, :T]                        # (n_unique, n_loop, T, K, D)
 
     def copy_to_later_loops(self, exits: Tensor, loop: Tensor, pos: Tensor) -> None:
-        """Copied KV: where `exits` (S,), a slot's KV at its `loop` and `pos` (S,) are copied to later loops."""
+        """Copied KV, cf. KVCache.copy_loop: where `exits` (S,), a slot's KV at `loop`, `pos` (S,) go to later loops."""
         slots, spare = torch.arange(len(loop), device=loop.device), len(loop)
         for cache in (self.k, self.v):
             own = cache[:, slots, loop.clamp(min=0), pos]                       # (n_unique, S, K, D)
@@ -158,8 +158,8 @@ class Engine:
     head        tokens that the head waits for while others are in flight. 1 = it runs in every pass; more = in
                 full batches; 0 = when no token is in flight (synchronous exits: the slowest token decides)
     sampler     logits (n, V) -> tokens (n,)
-    static      shapes are fixed and the host never waits within a pass, so that CUDA graphs can hold it; tokens
-                are read one step late. Otherwise idle rows are left out. None = on GPUs. The tokens are the same
+    static      shapes are fixed and, but with head = 0, the host never waits within a pass, so that CUDA graphs
+                can hold it; the same tokens are read one step late. Otherwise idle rows are left out. None = on GPUs
     refill      free slots that new requests wait for. 1 = they start at once; more = prompts run together; all
                 slots = static batching (a baseline)
     """
@@ -187,13 +187,13 @@ class Engine:
         self.n_ghosts = len(self.ghost_loops)                                   # G
         self.state = SlotState.empty(c, slots, max_len, self.n_ghosts, device, dtype)
         self.block_out = torch.zeros(slots * (1 + self.n_ghosts), c.n_embd, device=device, dtype=dtype)
-        self.sampled: Tensor          # (4, n) slots, tokens, exit loops (-1 = no token), 0 / ENDED / FAILED
+        self.sampled: Tensor  # (4, n): slots, tokens, exit loops (-1 = no token) and status of the head's n rows
         self.slot_request: list[Request | None] = [None] * slots
         self.waiting: deque[Request] = deque()
         self.unread: deque = deque()  # (slot_request, fetched `sampled`) of each run of the head, until read
         self.graphs: dict[str, torch.cuda.CUDAGraph | None] = {}
         self.ran = torch.zeros(2, dtype=torch.long, device=device)              # rows run, ghosts among them
-        self.counts = fetch(torch.zeros_like(self.ran))  # tokens waiting for the head, and in flight: a pass ago
+        self.counts = fetch(torch.zeros(2, dtype=torch.long))  # tokens waiting for the head, and in flight: a pass ago
         self.stats = dict.fromkeys(("passes", "head_runs", "head_rows", "prefill_tokens", "longest_wait"), 0)
         self.stats |= dict.fromkeys(("prefill_s", "block_s", "decision_s", "head_s"), 0.0)
 
@@ -205,8 +205,7 @@ class Engine:
         """The new request, which waits for a slot; "refused", with a `reason`, if it cannot be served.
 
         eos_id: the token that ends the sequence, or several. forced_exits: loops after which the new tokens exit;
-        tokens beyond its end exit by the rule. Entry 0 has no effect: the prompt, which runs all loops, yields
-        that token.
+        tokens beyond its end exit by the rule. Entry 0 has no effect: the prompt yields that token, after all loops.
         """
         request = Request(prompt, max_new_tokens, eos_id, forced_exits, arrived=self.stats["passes"])
         try:
@@ -266,7 +265,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, int, int]]:
-        """One pass, and a run of the head if it is due. Returns (request, token, exit loop) of new tokens."""
+        """Start requests (`prefill`), `run_block`, let tokens exit or go on (`route_exits`), `run_head` if it is due,
+        and `collect` its tokens: (request, token, exit loop) of each new one."""
         self.prefill(self.schedule())
         self.timed("block_s", self.run_block)
         self.timed("decision_s", self.route_exits)
@@ -278,7 +278,7 @@ class Engine:
 
     def timed(self, name: str, work: Callable) -> None:
         """Run `work` and add its seconds to stats[name]. With fixed shapes on a GPU it becomes a CUDA graph: the
-        first call compiles kernels, the second records the graph and replays it, as do all later ones."""
+        first call compiles kernels, the second records the graph; the seconds are those of launches only."""
         began = time.perf_counter()
         if not (self.static and self.device.type == "cuda") or name not in self.graphs:
             work()
@@ -297,8 +297,8 @@ class Engine:
     def schedule(self) -> list[tuple[int, Request]]:
         """(slot, request) of the waiting requests that take free slots now, in the order of their arrival."""
         free = [slot for slot, request in enumerate(self.slot_request) if request is None]
-        if len(free) < self.refill or self.head == 0 and (self.state.loop > 0).any():
-            return []  # synchronous exits: new prompts wait for the batch
+        if len(free) < self.refill or (self.head == 0 and (self.state.loop > 0).any()):
+            return []  # synchronous exits: a batch that has run loop 0 lets no more prompts join
         return list(zip(free, self.waiting, strict=False))
 
     def prefill(self, scheduled: list[tuple[int, Request]]) -> None:
@@ -378,11 +378,11 @@ class Engine:
         return torch.where(forced <= self.last_loop, s.loop >= forced, by_rule)
 
     def route_ghosts(self, exits: Tensor) -> None:
-        """Ghosts go on to their next loop, or end after the last one. Tokens that exit early become ghosts."""
+        """Column i holds the ghosts at loop i + 1: they move one column on. Tokens that exit early become ghosts."""
         s, x, ghost_x = self.state, self.block_out[:self.slots], self.block_out[self.slots:]
         new = exits[:, None] & (s.loop[:, None] + 1 == self.ghost_loops)        # (S, G)
         ghost_x, ghost_pos = ghost_x.view_as(s.ghost_x).roll(1, 1), s.ghost_pos.roll(1, 1)
-        ghost_pos[:, 0] = -1  # not the one that ended
+        ghost_pos[:, 0] = -1  # what rolled round from the last column has ended
         s.ghost_x.copy_(torch.where(new[..., None], x[:, None], ghost_x))
         s.ghost_pos.copy_(torch.where(new, s.pos[:, None], ghost_pos))
 
@@ -401,7 +401,7 @@ class Engine:
         if self.static:
             n = self.head if self.head > 1 else self.slots
             rows = torch.where(waits, s.waited, -1).topk(n).indices
-            waits = waits & ~((s.loop >= 0).any() & (self.head == 0))
+            waits = waits & ~((s.loop >= 0).any() & (self.head == 0))  # head = 0: not while any is in flight
         else:
             rows = padded_indices(waits)
         valid, logits = waits[rows], self.model.logits(s.x[rows])
@@ -415,13 +415,13 @@ class Engine:
         s.exit_loop[rows] = torch.where(valid, -1, s.exit_loop[rows])
         s.pos[rows] += valid
         s.n_generated[rows] += valid
-        s.ghost_pos[rows] = torch.where((valid & ended)[:, None], -1, s.ghost_pos[rows])
+        s.ghost_pos[rows] = torch.where((valid & ended)[:, None], -1, s.ghost_pos[rows])  # nobody attends to them
 
     def collect(self) -> list[tuple[Request, int, int]]:
         """Append new tokens to the requests that had the slots when they were sampled; free the slots of ended
         sequences. Returns (request, token, exit loop) of each token."""
         out = []
-        while len(self.unread) > self.static:  # with fixed shapes the head's latest run is read one step late
+        while len(self.unread) > self.static:  # static (True = 1): the head's latest run stays for the next step
             requests, read = self.unread.popleft()
             self.stats["head_runs"] += 1
             for slot, token, loop, status in zip(*read(), strict=True):
@@ -455,8 +455,8 @@ def to_ints(what: str, values: Iterable, low: int, high: int) -> list[int]:
 
 
 def padded_indices(mask: Tensor) -> Tensor:
-    """Indices of the True elements of mask (M,), in order. 7 to 15 of them are padded to 16 with others: MKL
-    multiplies 16 rows up to twice as fast, and a GPU's tiles have 16."""
+    """Indices of the True elements of mask (M,), in order. 7 to 15 of them are padded to 16 with rows that
+    idle or do not wait, whose results nobody reads: MKL multiplies 16 up to twice as fast, and GPU tiles have 16."""
     n = int(mask.sum())
     n = 16 if 6 < n < 16 <= len(mask) else n
     return mask.sort(descending=True, stable=True).indices[:n]

@@ -5,8 +5,8 @@ token that exits has no keys and values (KV) in the loops that it skips, and lat
 to them. The paper leaves this open; the argument `keys` chooses between two policies:
 
     "exact"  recomputed KV: the skipped loops run later, for their KV alone, so every state is that of the full model
-    "copy"   copied KV: the KV of the exit loop stand in for those of later loops, an approximation that costs nothing
-             (CALM, Schuster et al. 2022, calls it state propagation)
+    "copy"   copied KV: the KV of the exit loop stand in for those of later loops, an approximation: no loop runs for
+             them, but the text may change (cf. CALM, 2207.07061, which copies the hidden state and projects it anew)
 
 Loops count from 0 here, from 1 on command lines. evaluation/thresholds.py trains gates and calibrates thresholds.
 """
@@ -120,9 +120,10 @@ class Rule:
         return self.name in ("max_prob", "margin", "entropy")
 
     def __call__(self, x: Tensor, loop: int | Tensor, logits: Tensor | None = None) -> Tensor:
-        if self.name in ("never", "fixed"):
-            loops = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device) + loop
-            return loops >= (self.exit_loop if self.name == "fixed" else sys.maxsize)
+        if self.name == "never":
+            return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+        if self.name == "fixed":
+            return torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device) + loop >= self.exit_loop
         return self.score(x, loop, logits) >= self.threshold
 
     def score(self, x: Tensor, loop: int | Tensor, logits: Tensor | None = None) -> Tensor:
@@ -251,7 +252,7 @@ def collect_exit_stats(model: RecursiveTransformer, pairs: list[tuple[Tensor, Te
 @torch.no_grad()
 def oracle_exits(model: RecursiveTransformer, idx: Tensor) -> Tensor:
     """(B, T) int64: for each token of idx (B, T) the earliest loop whose argmax is the last loop's (§2.4)."""
-    return collect_exit_stats(model, [(idx, idx)]).oracle.view_as(idx)
+    return collect_exit_stats(model, [(idx, idx)]).oracle.view_as(idx)       # idx as targets: the oracle needs none
 
 
 @torch.no_grad()
@@ -286,8 +287,7 @@ def exits_in_chunks(model: RecursiveTransformer, rule: Rule, x: Tensor, loop: in
 @torch.no_grad()
 def apply_rule(model: RecursiveTransformer, pairs: list, stats: ExitStats, rule: Rule,
                keys: Keys = "exact") -> ExitResult:
-    """The exits of the texts in `pairs`. Recomputed KV: from the scores in `stats`. Copied KV change later states, so
-    the model runs again."""
+    """Exits of the texts in `pairs`: with recomputed KV from `stats`, with copied KV, which change states, run anew."""
     if keys == "exact" and rule.name in stats.scores:
         exits = stats.scores[rule.name] >= rule.threshold                    # (n_loop - 1, N)
         return stats.exit_at(torch.cat([exits, torch.ones_like(exits[:1])]).int().argmax(0))
@@ -391,7 +391,7 @@ class Routed(NamedTuple):
 
 def choose_kv_policy(model: RecursiveTransformer, cache: KVCache, rule: Rule | None, keys: Keys, rows: int) -> Callable:
     """(idx, Routed) -> Routed: the function that runs the newest tokens idx (B, 1) until they exit."""
-    if rule is None or rule == Rule():
+    if rule is None or rule == Rule():                       # not by name: any callable with `reads_logits` is a rule
         return partial(run_all_loops, model, cache)
     if keys == "copy":
         return partial(copy_kv, model, cache, rule)
@@ -409,20 +409,21 @@ def run_all_loops(model: RecursiveTransformer, cache: KVCache, idx: Tensor, rout
 def recompute_kv_later(model: RecursiveTransformer, cache: KVCache, rule: Rule, pending: list[Tensor], idx: Tensor,
                        routed: Routed) -> Routed:
     """Recomputed KV, one row: the loops that a token skips run once a later token reaches them, in the same pass.
-    pending: for each loop the states (1, n, C) of tokens that exited before it and have no KV there yet."""
+    pending: for each loop the states (1, n, C) of tokens that exited before it: exactly the next n positions there,
+    since its cache.lengths lags by n."""
     x = model.first_state(idx)
     for loop in range(model.config.n_loop):
         x = model.block(torch.cat([pending[loop], x], 1), loop, cache)       # (1, n + 1, C), the newest token last
         pending[loop] = x[:, :0]
         routed = routed.route_exits(model, rule, x[:, -1], loop)
         if routed.exited.all() and loop < model.config.n_loop - 1:
-            pending[loop + 1] = torch.cat([pending[loop + 1], x], 1)
+            pending[loop + 1] = torch.cat([pending[loop + 1], x], 1)         # x holds those pending at `loop` too
             break
     return routed
 
 
 def recompute_kv_now(model: RecursiveTransformer, cache: KVCache, rule: Rule, idx: Tensor, routed: Routed) -> Routed:
-    """Recomputed KV, several rows: those that have exited run the later loops beside the others, for their KV alone."""
+    """Recomputed KV, several rows: all run all loops, those that have exited for their KV alone. It saves no work."""
     x = model.first_state(idx)
     for loop in range(model.config.n_loop):
         x = model.block(x, loop, cache)
@@ -431,7 +432,7 @@ def recompute_kv_now(model: RecursiveTransformer, cache: KVCache, rule: Rule, id
 
 
 def copy_kv(model: RecursiveTransformer, cache: KVCache, rule: Rule, idx: Tensor, routed: Routed) -> Routed:
-    """Copied KV: rows that have exited copy the KV of the loop before. Once all have, no more loops run."""
+    """Copied KV: rows that have exited copy the loop before's, so in turn their exit's. Once all have, no loop runs."""
     x = model.first_state(idx)
     for loop in range(model.config.n_loop):
         cache.exited = routed.exited[:, None] if loop > 0 else None

@@ -35,7 +35,8 @@ def exit_weights(n_loop: int, kind: Literal["weighted", "aggressive"], coef: flo
 
 def distill_loss(student_logits: Tensor, teacher_logits: Tensor, kind: Kind = "fkl") -> Tensor:
     """The divergence between the student's and the teacher's next-token distributions, from logits (..., V): mean over
-    tokens, in nats (§3.1, App. F). The teacher's logits should carry no gradient.
+    tokens, in nats (§3.1, App. F). The teacher's logits should carry no gradient. A reference: training uses
+    `divergence`, which gives the gradient as well.
 
     `kind`: "fkl" KL(teacher || student), "rkl" KL(student || teacher), "jsd" Jensen-Shannon, "tvd" total variation.
     """
@@ -106,23 +107,23 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options: LossOptions, grad_enabled: bool, targets, teacher, head, *states):
-        o, n = options, len(states)
-        step = torch.compile(token_losses) if o.compiled else token_losses
+        o, n_exits = options, len(states)
+        losses_of = torch.compile(token_losses) if o.compiled else token_losses
         w = head.to(o.dtype)                                                 # (V, C), rounded once
         teacher_w = teacher and teacher[1][:len(head)].to(o.dtype)
         count = (targets != IGNORE).sum().clamp(min=1).double()
-        sums = torch.zeros(2, n, device=head.device, dtype=torch.float64)    # cross entropy, divergence
+        sums = torch.zeros(2, n_exits, device=head.device, dtype=torch.float64)      # cross entropy, divergence
         need_head, *need_states = [grad_enabled and needs for needs in ctx.needs_input_grad[4:]]
         d_head = torch.zeros_like(head, dtype=upcast(head).dtype) if need_head else None
         d_states = [torch.empty_like(x) if needs else None for x, needs in zip(states, need_states, strict=True)]
         for rows in (slice(i, i + o.chunk) for i in range(0, len(targets), o.chunk)):
-            counted = (targets[rows] != IGNORE)[:, None]                     # (n, 1)
+            counted = (targets[rows] != IGNORE)[:, None]                     # (n, 1), n tokens of this chunk
             target_log_probs = None                                          # (n, V), of the teacher or the last exit
             if teacher:
                 target_log_probs = teacher_log_probs(teacher[0][rows].to(o.dtype), teacher_w, o.temperature, len(head))
-            for e in reversed(range(n)):
+            for e in reversed(range(n_exits)):
                 x = states[e][rows].to(o.dtype)                              # (n, C)
-                ce, kd, grad = step(x, w, targets[rows], target_log_probs, o.kind, o.distill_weight, o.temperature)
+                ce, kd, grad = losses_of(x, w, targets[rows], target_log_probs, o.kind, o.distill_weight, o.temperature)
                 sums[:, e] += torch.stack([(ce * counted).sum(), (kd * counted).sum()])
                 if need_head or any(need_states):
                     scale = (counted / count * o.weights[e]).to(grad.dtype)
@@ -132,12 +133,13 @@ class ChunkedLoss(torch.autograd.Function):
                     if need_head:
                         add_product(d_head, grad.t(), x)
                 del grad
-                if o.self_distill and e == n - 1:
+                if o.self_distill and e == n_exits - 1:
                     target_log_probs = log_probs(x, w, o.temperature)
         ctx.grads = (None if d_head is None else d_head.to(head.dtype), *d_states)
         ce, kd = (sums / count).to(upcast(head).dtype)
         ctx.mark_non_differentiable(ce)
-        return ((ce + o.distill_weight * o.temperature**2 * kd) * ce.new_tensor(o.weights)).sum(), ce
+        losses = ce + o.distill_weight * o.temperature**2 * kd               # (n_exits,)
+        return (losses * ce.new_tensor(o.weights)).sum(), ce                 # §2.4: Σ_i α_i L_i
 
     @staticmethod
     @torch.autograd.function.once_differentiable

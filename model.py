@@ -6,10 +6,11 @@ A decoder-only Transformer whose depth is a loop: a block of n_layer / n_loop st
 Two special cases of the same class:
 
     n_loop=1, rank=0   the ordinary, full-size Transformer (Eq. 1; what convert.py reads from Hugging Face)
-    n_loop=B, rank=0   the strictly tied Recursive Transformer
+    n_loop>1, rank=0   the strictly tied Recursive Transformer
 
 Shapes in comments: B batch, T time, C width, H query heads, K key/value heads, D head size, V vocabulary size,
-R LoRA rank. The paper's B (number of loops) is always `n_loop` here.
+R LoRA rank, M rows at loops of their own (engine.py). The paper's B (number of loops) is always `n_loop` here, and its
+K (number of stored layers) `n_unique`.
 
 Paper: Relaxed Recursive Transformers, https://arxiv.org/abs/2410.20672
 """
@@ -87,7 +88,10 @@ class RelaxedLinear(nn.Module):
             self.lora_b = nn.Parameter(torch.zeros(config.n_loop, d_out, self.rank))
 
     def merged(self, loop: int) -> Tensor:
-        """W' + B_l A_l (d_out, d_in), summed in fp32 and rounded once (under autocast, B_l A_l is a bf16 product)."""
+        """The weight (d_out, d_in) of `loop`, W' + B_l A_l: summed in fp32 or wider, then rounded to the dtype of W'.
+
+        Under autocast the product B_l A_l itself is in bf16.
+        """
         if not self.rank:
             return self.weight
         delta = upcast(self.lora_b[loop]) @ upcast(self.lora_a[loop])
@@ -223,7 +227,7 @@ class KVCache:
         self.rope = rope_angles(torch.arange(max_len, device=device), config)
         self.n_unique = config.n_unique
         self.lengths = [0] * config.n_loop    # positions held per loop: fewer in loops that early exits skip
-        self.exited: Tensor | None = None     # (B, T) new tokens whose KV is copied from the loop before (exits.py)
+        self.exited: Tensor | None = None     # (B, T) new tokens whose KV `attend` copies from the loop before
 
     def extend(self, loop: int, T: int) -> tuple[Tensor, Tensor]:
         """Rotary angles of the next T positions at `loop`, which `attend` then fills. UserError if it is full."""
@@ -246,7 +250,10 @@ class KVCache:
         return causal_attention(q, keys[:, :, :end], values[:, :, :end])
 
     def copy_loop(self, loop: int) -> None:
-        """Fill the positions that `loop` lacks from the loop before (copied KV; CALM's state propagation)."""
+        """Copied KV, once no token runs on: fill the positions that `loop` lacks from the loop before.
+
+        While some tokens run on, `exited` does the same; in the engine, SlotCache.copy_to_later_loops.
+        """
         start, end, n = self.lengths[loop], self.lengths[loop - 1], self.n_unique
         for cache in (self.k, self.v):
             cache[loop * n:(loop + 1) * n, :, :, start:end] = cache[(loop - 1) * n:loop * n, :, :, start:end]
@@ -344,9 +351,11 @@ class RecursiveTransformer(nn.Module):
     def block(self, x: Tensor, loop: int | Tensor, cache=None) -> Tensor:
         """The states (B, T, C) after loop number `loop`: one pass of x (B, T, C) through the stored layers.
 
-        With engine.py's cache, x has rows (M, C) and `loop` (M,) a loop for each.
+        With engine.py's cache, x (M, C) has M rows, handled as one sequence of M tokens, and `loop` (M,) a loop for
+        each; the cache knows their slots and positions.
         """
         shape, T = x.shape, x.size(-2)
+        # `extend` also reserves the next T positions of the cache.
         rope = rope_angles(torch.arange(T, device=x.device), self.config) if cache is None else cache.extend(loop, T)
         x = x.flatten(0, -2)                                             # (B T, C): only attention needs B and T apart
         for i, layer in enumerate(self.layers):
@@ -377,7 +386,7 @@ class RecursiveTransformer(nn.Module):
 
     def flops(self, seq_len: int, n_exits: int = 1) -> int:
         """FLOPs of a forward pass per token: 2 per matrix entry that a token runs through, and causal attention over
-        half of `seq_len`. Norms and merging LoRA are left out."""
+        half of `seq_len`. Norms and LoRA are left out."""
         c = self.config
         matrices = sum(p.numel() for name, p in self.layers.named_parameters() if is_matrix(name)) * c.n_loop
         attention = c.n_layer * c.n_head * c.head_dim * (seq_len + 1)    # scores and values, half of T each

@@ -44,7 +44,7 @@ class TrainConfig:
     donor: str = "assets/donor"            # full-size model: a folder or a Hugging Face id
     teacher: str | None = None             # distil from this model instead of the donor: a folder or an id, any size
     ckpt: str | None = None                # start from this checkpoint of ours instead of converting the donor
-    init: TrainInit = "stepwise"           # how the stored layers start (§2.2); calibrated: ours; scratch = full size
+    init: TrainInit = "stepwise"           # §2.2; ours: calibrated; random: untrained; scratch: untrained, full size
     loops: int = 2                         # how often the shared block runs (the paper's B)
     rank: int = 0                          # LoRA rank per loop and linear map; 0 ties strictly
     lora_init: LoraInit = "svd"            # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
@@ -59,7 +59,7 @@ class TrainConfig:
     batch_tokens: int = 2048               # tokens per optimizer step, over all processes
     seq_len: int = 256                     # tokens per sequence
     micro_batch: int = 8                   # sequences per process that go through the model at once
-    # how (App. E, and where it is silent: README)
+    # how (App. E, and where it is silent: docs/choices.md)
     lr: float = 1e-3                       # peak of the cosine schedule (paper, of 1-2 B: 2e-4; calibrated: 3e-4)
     min_lr_ratio: float = 0.1              # the cosine ends at this share of lr
     warmup: int = 20                       # steps of linear warm-up
@@ -90,6 +90,7 @@ class TrainConfig:
 
     RENAMED = {"min_lr": "min_lr_ratio"}   # old flags and old checkpoints are read too
 
+
 class Objective(nn.Module):
     """Model and loss for one micro-batch, in one module so that DDP and compile see a whole forward."""
 
@@ -105,8 +106,9 @@ class Objective(nn.Module):
         """
         args, states = self.args, self.model(idx)
         return chunked_loss(
-            [self.model.norm(states[i], 0) for i in self.exits], self.model.head_weight, targets,
-            weights=list(self.exits.values()), teacher=teacher, kind="fkl" if args.distill == "none" else args.distill,
+            [self.model.norm(states[i]) for i in self.exits], self.model.head_weight, targets,
+            weights=list(self.exits.values()), teacher=teacher,
+            kind="fkl" if args.distill == "none" else args.distill,          # without a teacher for exit_distill
             distill_weight=args.distill_weight, temperature=args.temperature, self_distill=args.exit_distill,
             compiled=args.compile)
 
@@ -217,7 +219,7 @@ def evaluate(model: RecursiveTransformer, pairs: list, procs: Processes, autocas
     for idx, targets in pairs[procs.rank::procs.world]:
         with autocast:
             states = model(idx.to(procs.device))
-            _, ce = chunked_loss([model.norm(states[i], 0) for i in exits], model.head_weight,
+            _, ce = chunked_loss([model.norm(states[i]) for i in exits], model.head_weight,
                                  targets.to(procs.device), [1.0] * len(exits))
         total += torch.cat([ce, ce.new_ones(1)]) * targets.numel()
     if procs.world > 1:
@@ -359,7 +361,7 @@ def train_step(run: Run, stream: Iterator, lr: float) -> tuple[float, list[float
         last = micro == run.micro_steps - 1             # DDP averages gradients once per step
         with nullcontext() if last or procs.world == 1 else run.objective.no_sync(), run.autocast:
             with torch.no_grad():
-                teacher = run.teacher and (run.teacher.norm(run.teacher(idx)[-1], 0), run.teacher.head_weight)
+                teacher = run.teacher and (run.teacher.norm(run.teacher(idx)[-1]), run.teacher.head_weight)
             loss, ce = run.objective(idx, targets, teacher)
             (loss / run.micro_steps).backward()
         sums += torch.cat([loss.detach()[None], ce]) / run.micro_steps
