@@ -73,12 +73,11 @@ class SlotCache:
         return self.rope[0][self.pos], self.rope[1][self.pos]
 
     def attend(self, loop: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v (1, K, M, D) of M rows; returns the attention of q (1, H, M, D) to its row's slot and loop."""
-        q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))                     # (M, heads, D)
-        self.k[layer].index_put_((self.slot, loop, self.pos), k)
-        self.v[layer].index_put_((self.slot, loop, self.pos), v)
+        """Store k, v (1, M, K, D) of M rows; returns the attention of q (1, M, H, D) to its row's slot and loop."""
+        self.k[layer].index_put_((self.slot, loop, self.pos), k[0])
+        self.v[layer].index_put_((self.slot, loop, self.pos), v[0])
         k, v = self.k[layer, :, :, :self.max_kv_len], self.v[layer, :, :, :self.max_kv_len]
-        return decode_attention(q, k, v, self.slot, loop, self.pos + 1).transpose(0, 1)[None]
+        return decode_attention(q[0], k, v, self.slot, loop, self.pos + 1)[None]
 
     def store_prompts(self, kv: KVCache, scheduled: list[tuple[int, Request]]) -> None:
         """Copy the prompts' keys and values, without their padding, from `kv` to their slots."""

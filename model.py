@@ -15,6 +15,7 @@ K (number of stored layers) `n_unique`.
 Paper: Relaxed Recursive Transformers, https://arxiv.org/abs/2410.20672
 """
 
+import functools
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,9 +101,8 @@ class RelaxedLinear(nn.Module):
     def forward(self, x: Tensor, loop: int | Tensor) -> Tensor:
         """(..., d_out) for x (..., d_in) at one loop, or (M, d_out) for rows x (M, d_in) at loops (M,)."""
         if isinstance(loop, Tensor):
-            from kernels import linear_rows  # only serving needs it
             a, b = (self.lora_a, self.lora_b) if self.rank else (None, None)
-            return linear_rows(x, self.weight, a, b, loop, self.bias)
+            return row_kernels().linear_rows(x, self.weight, a, b, loop, self.bias)
         weight, bias = self.weight, None if self.bias is None else select_loop(self.bias, loop)
         if not self.rank:
             return F.linear(x, weight, bias)
@@ -112,6 +112,13 @@ class RelaxedLinear(nn.Module):
         if tokens * (d_in + d_out) < d_in * d_out:
             return F.linear(x, weight, bias) + F.linear(F.linear(x, self.lora_a[loop]), self.lora_b[loop])
         return F.linear(x, self.merged(loop), bias)
+
+
+@functools.cache
+def row_kernels():
+    """kernels.py: only rows at loops of their own need it, so it is imported at the first."""
+    import kernels
+    return kernels
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -207,12 +214,13 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / sqrt(D)) v at the last T of n positions: q (B, H, T, D), k and v (B, K, n, D) -> (B, H, T, D)."""
-    T, n, mask = q.size(2), k.size(2), None
+    """softmax(q kᵀ / sqrt(D)) v at the last T of n positions: q (B, T, H, D), k and v (B, K, n, D) -> (B, T, H, D)."""
+    q, T, n, mask = q.transpose(1, 2), q.size(1), k.size(2), None
     if 1 < T < n:                                                        # is_causal aligns its mask to the first key
         mask = torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and mask is None,
-                                          enable_gqa=q.size(1) != k.size(1))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and mask is None,
+                                       enable_gqa=q.size(1) != k.size(1))
+    return y.transpose(1, 2)
 
 
 class KVCache:
@@ -238,9 +246,10 @@ class KVCache:
         return self.rope[0][start:end], self.rope[1][start:end]
 
     def attend(self, loop: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of q (B, H, T, D) to all that is stored, after k and v (B, K, T, D) of the new tokens."""
+        """Attention of q (B, T, H, D) to all that is stored, after k and v (B, T, K, D) of the new tokens."""
         depth, end = loop * self.n_unique + layer, self.lengths[loop]
-        new = slice(end - k.size(2), end)
+        new = slice(end - k.size(1), end)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)                      # (B, K, T, D), as they are stored
         if self.exited is not None:
             exited, before = self.exited[:, None, :, None], depth - self.n_unique
             k = torch.where(exited, self.k[before, :, :, new], k)
@@ -275,9 +284,11 @@ class Attention(nn.Module):
         q = rotate(self.q(x, loop).view(-1, T, self.n_head, D), rope)    # (B, T, H, D)
         k = rotate(self.k(x, loop).view(-1, T, self.n_kv_head, D), rope) # (B, T, K, D)
         v = self.v(x, loop).view(-1, T, self.n_kv_head, D)               # (B, T, K, D)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-        y = causal_attention(q, k, v) if cache is None else cache.attend(loop, layer, q, k, v)
-        return self.o(y.transpose(1, 2).reshape(x.size(0), -1), loop)    # (B T, C)
+        if cache is None:
+            y = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2))    # (B, T, H, D)
+        else:
+            y = cache.attend(loop, layer, q, k, v)
+        return self.o(y.reshape(x.size(0), -1), loop)                    # (B T, C)
 
 
 class MLP(nn.Module):
