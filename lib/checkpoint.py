@@ -120,7 +120,7 @@ def newest_whole(out: str) -> bool:
         with replace_folder(out) as tmp:                     # a copy: a kill at any moment leaves `previous` intact
             for name in [*state["sums"], "train.pt"]:
                 (tmp / name).parent.mkdir(exist_ok=True)
-                shutil.copy2(previous / name, tmp)
+                shutil.copy2(previous / name, tmp / name)
         shutil.rmtree(previous)
     return True
 

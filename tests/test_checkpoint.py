@@ -506,3 +506,6 @@ def test_a_folder_of_chat_templates_goes_along_and_is_part_of_what_is_checked(ho
     (tmp_path / "out/additional_chat_templates/tool.jinja").write_text("two")
     with pytest.raises(UserError, match="tool.jinja not as written"):
         check_whole(tmp_path / "out")
+    find_state(tmp_path / "out", "auto")                     # goes back to the checkpoint before it
+    assert (tmp_path / "out/additional_chat_templates/tool.jinja").read_text() == "one"
+    check_whole(tmp_path / "out")
