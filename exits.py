@@ -14,7 +14,6 @@ Loops count from 0 here, from 1 on command lines. evaluation/thresholds.py train
 import json
 import math
 import operator
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from lib.cli import UserError, progress
 from lib.data import IGNORE
-from lib.folders import GATE_FILE, THRESHOLDS_FILE
+from lib.folders import GATE_FILE, THRESHOLDS_FILE, write_beside
 from model import KVCache, RecursiveTransformer, upcast
 
 RuleName = Literal["never", "fixed", "max_prob", "margin", "entropy", "gate"]
@@ -177,17 +176,6 @@ def read_thresholds(folder) -> dict:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{path} is not readable as thresholds ({e}); remove it, and calibrate again with "
                         f"python -m evaluation.thresholds --ckpt={folder}") from None
-
-
-def write_beside(folder, name: str, write: Callable[[Path], object]) -> None:
-    """Add a file to a checkpoint, completely or not at all. UserError where it cannot be written (a full disk)."""
-    tmp = Path(folder) / f".{name}.tmp"
-    try:
-        write(tmp)
-        os.replace(tmp, Path(folder) / name)
-    except (OSError, SafetensorError) as e:
-        tmp.unlink(missing_ok=True)
-        raise UserError(f"cannot write {Path(folder) / name} ({e}); the checkpoint is as it was") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib.cli import UserError, progress
 from lib.donors import find_donor
-from lib.results import append_line, json_line
+from lib.results import append_line, check_writable, json_line
 from lib.system import peak_flops, peak_memory, pick_device, run_info
 from model import Config
 from train import donor_config
@@ -75,6 +75,12 @@ def check_ckpt_or_shape(config) -> None:
         if config.ckpt and value != getattr(type(config), name):
             raise UserError(f"--{name}={value} describes random weights, and --ckpt={config.ckpt} has its own: give "
                             "one of the two")
+
+
+def run_and_publish(what: str, config, bench: Callable) -> None:
+    """Run bench(config) -> results, if --save could be written, and publish what it found."""
+    check_writable("save", config.save)
+    publish(what, config, bench(config))
 
 
 def publish(what: str, config, results: dict) -> None:

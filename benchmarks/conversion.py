@@ -23,13 +23,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.common import SHAPES, by_comma, check_at_least, publish
+from benchmarks.common import SHAPES, by_comma, check_at_least, run_and_publish
 from convert import svd_factors, to_hf, to_recursive, unroll
 from hf import hf_config, hf_shapes, load_full
 from lib.cli import UserError, parse_args, progress, script, table
 from lib.data import load_tokens, windows
 from lib.donors import find_donor
-from lib.results import check_writable
 from lib.tokenizer import Tokenizer, copy_tokenizer
 from model import Config, RecursiveTransformer
 from sample import generate
@@ -193,10 +192,9 @@ def bench_scale(config: ConversionConfig) -> dict:
 def main(argv=None):
     config = parse_args(ConversionConfig, argv)
     check_at_least(config, 1, "tokens", "seq_len")
-    check_writable("save", config.save)
     what, bench = {"loss": ("convert", bench_loss), "svd": ("svd", bench_svd),
                    "scale": ("scale", bench_scale)}[config.measure]
-    publish(what, config, bench(config))
+    run_and_publish(what, config, bench)
 
 
 if __name__ == "__main__":

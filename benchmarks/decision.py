@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from benchmarks.common import ShapeName, by_comma, check_at_least, load_shape, publish, time_in_turn
+from benchmarks.common import ShapeName, by_comma, check_at_least, load_shape, run_and_publish, time_in_turn
 from exits import SCORED, Gate, Rule
 from lib.cli import parse_args, progress, script, table
-from lib.results import check_writable
 from lib.system import pick_device
 from model import Config, KVCache, RecursiveTransformer
 
@@ -70,8 +69,7 @@ def bench_decision(config: DecisionConfig) -> dict:
 def main(argv=None):
     config = parse_args(DecisionConfig, argv)
     check_at_least(config, 1, "seq_len", "steps")
-    check_writable("save", config.save)
-    publish("decision", config, bench_decision(config))
+    run_and_publish("decision", config, bench_decision)
 
 
 if __name__ == "__main__":

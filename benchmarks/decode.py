@@ -22,7 +22,7 @@ from benchmarks.common import (
     check_ckpt_or_shape,
     copy_bandwidth,
     load_shape,
-    publish,
+    run_and_publish,
     time_in_turn,
 )
 from convert import to_hf, unroll
@@ -31,7 +31,6 @@ from exits import decode
 from hf import load_any, load_full
 from lib.cli import UserError, parse_args, progress, script, table
 from lib.donors import find_donor
-from lib.results import check_writable
 from lib.system import pick_device
 from model import RecursiveTransformer
 
@@ -151,8 +150,7 @@ def main(argv=None):
     config = parse_args(DecodeConfig, argv)
     check_at_least(config, 1, "prompt_len", "new_tokens", "rounds")
     check_ckpt_or_shape(config)
-    check_writable("save", config.save)
-    publish("decode", config, bench_decode(config))
+    run_and_publish("decode", config, bench_decode)
 
 
 if __name__ == "__main__":

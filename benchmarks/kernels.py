@@ -15,11 +15,10 @@ from benchmarks.common import (
     check_at_least,
     copy_bandwidth,
     load_shape,
-    publish,
+    run_and_publish,
     time_in_turn,
 )
 from lib.cli import parse_args, progress, script, table
-from lib.results import check_writable
 from lib.system import pick_device
 from model import Config
 
@@ -103,8 +102,7 @@ def bench_kernels(config: KernelsConfig) -> dict:
 def main(argv=None):
     config = parse_args(KernelsConfig, argv)
     check_at_least(config, 1, "seq_len", "steps")
-    check_writable("save", config.save)
-    publish("kernels", config, bench_kernels(config))
+    run_and_publish("kernels", config, bench_kernels)
 
 
 if __name__ == "__main__":

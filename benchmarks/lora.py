@@ -17,12 +17,11 @@ from benchmarks.common import (
     check_at_least,
     load_shape,
     measure_in_turn,
-    publish,
+    run_and_publish,
     speed_cells,
     time_steps,
 )
 from lib.cli import parse_args, script, table
-from lib.results import check_writable
 from lib.system import pick_device
 from model import Config, Layer, RecursiveTransformer, RelaxedLinear, rope_angles, select_loop
 
@@ -90,8 +89,7 @@ def bench_lora(config: LoraConfig) -> dict:
 def main(argv=None):
     config = parse_args(LoraConfig, argv)
     check_at_least(config, 1, "seq_len", "micro_batch", "steps", "rounds")
-    check_writable("save", config.save)
-    publish("lora", config, bench_lora(config))
+    run_and_publish("lora", config, bench_lora)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import ShapeName, check_at_least, load_shape, measure_in_turn, publish, time_steps
+from benchmarks.common import ShapeName, check_at_least, load_shape, measure_in_turn, run_and_publish, time_steps
 from lib.cli import parse_args, script, table
-from lib.results import check_writable
 from lib.system import peak_memory, pick_device
 from losses import chunked_loss, distill_loss
 from model import Config, upcast
@@ -89,8 +88,7 @@ def main(argv=None):
     config = parse_args(LossConfig, argv)
     check_at_least(config, 1, "seq_len", "micro_batch", "steps", "rounds")
     check_at_least(config, 0, "width")
-    check_writable("save", config.save)
-    publish("loss", config, bench_loss(config))
+    run_and_publish("loss", config, bench_loss)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from benchmarks.common import check_at_least, publish
+from benchmarks.common import check_at_least, run_and_publish
 from lib.cli import UserError, parse_args, progress, script, table
-from lib.results import check_writable
 
 
 @dataclass
@@ -186,8 +185,7 @@ def main(argv=None):
     check_at_least(config, 1, "new_tokens")
     check_at_least(config, 0, "requests")
     check_exits(config)
-    check_writable("save", config.save)
-    publish("simulate", config, bench_simulate(config))
+    run_and_publish("simulate", config, bench_simulate)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import check_at_least, publish
+from benchmarks.common import check_at_least, run_and_publish
 from lib.cli import parse_args, progress, script, table
 from lib.donors import find_donor
-from lib.results import check_writable
 from lib.shards import Texts, write_shards
 from lib.tokenizer import Tokenizer
 
@@ -55,8 +54,7 @@ def bench_tokenise(config: TokeniseConfig) -> dict:
 def main(argv=None):
     config = parse_args(TokeniseConfig, argv)
     check_at_least(config, 1, "rounds")
-    check_writable("save", config.save)
-    publish("tokenise", config, bench_tokenise(config))
+    run_and_publish("tokenise", config, bench_tokenise)
 
 
 if __name__ == "__main__":

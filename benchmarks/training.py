@@ -18,14 +18,13 @@ from benchmarks.common import (
     check_at_least,
     load_shape,
     measure_in_turn,
-    publish,
+    run_and_publish,
     speed_cells,
     time_steps,
 )
 from benchmarks.loss import naive_loss
 from hf import hf_config
 from lib.cli import parse_args, script, table
-from lib.results import check_writable
 from lib.system import pick_device
 from model import Config, RecursiveTransformer, upcast
 from train import Objective, TrainConfig, make_optimizer
@@ -151,8 +150,7 @@ def bench_training(config: TrainingConfig) -> dict:
 def main(argv=None):
     config = parse_args(TrainingConfig, argv)
     check_at_least(config, 1, "seq_len", "micro_batch", "steps", "rounds")
-    check_writable("save", config.save)
-    publish("train", config, bench_training(config))
+    run_and_publish("train", config, bench_training)
 
 
 if __name__ == "__main__":

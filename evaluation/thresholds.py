@@ -24,11 +24,10 @@ from exits import (
     read_thresholds,
     score_exit,
     summarize,
-    write_beside,
 )
 from lib.cli import UserError, parse_args, print0, progress, script, table
 from lib.data import batch, count_windows, load_tokens, windows
-from lib.folders import GATE_FILE, THRESHOLDS_FILE
+from lib.folders import GATE_FILE, THRESHOLDS_FILE, write_beside
 from lib.results import append_line, check_writable
 from lib.system import pick_device, run_info
 from lib.tokenizer import Tokenizer

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from lib.cli import UserError
+from lib.folders import replace_file
 
 # GPT-4's pattern, which splits text into words before byte pairs are merged, plus the typographic apostrophe.
 SPLIT_PATTERN = (r"['’](?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -80,14 +81,3 @@ def byte_of_character() -> dict[str, int]:
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file atomically: after a crash it has the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.tmp")
-    with open(tmp, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)

@@ -29,6 +29,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -237,3 +238,28 @@ def is_ours(folder: Path) -> bool:
         return "nanoRRT" in (config.get("format"), config.get("exported_by"))
     except (OSError, ValueError, AttributeError):
         return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single files
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file atomically: after a crash it has the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.tmp")
+    with open(tmp, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def write_beside(folder, name: str, write: Callable[[Path], object]) -> None:
+    """Add a file to a checkpoint, completely or not at all. UserError where it cannot be written (a full disk)."""
+    tmp = Path(folder) / f".{name}.tmp"
+    try:
+        write(tmp)
+        os.replace(tmp, Path(folder) / name)
+    except (OSError, SafetensorError) as e:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"cannot write {Path(folder) / name} ({e}); the checkpoint is as it was") from e

@@ -11,8 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lib.bpe import replace_file
 from lib.cli import UserError, print0, progress
+from lib.folders import replace_file
 from lib.texts import Texts, find_sources
 from lib.tokenizer import Tokenizer
 

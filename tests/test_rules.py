@@ -10,9 +10,9 @@ from test_model import close, cut, tiny
 from tiny import contents, files_end_at
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from exits import SCORED, Gate, Rule, load_rule, read_thresholds, write_beside
+from exits import SCORED, Gate, Rule, load_rule, read_thresholds
 from lib.cli import UserError
-from lib.folders import GATE_FILE, THRESHOLDS_FILE
+from lib.folders import GATE_FILE, THRESHOLDS_FILE, write_beside
 
 N, C, V, EXITS = 40, 6, 11, 3
 LOOPS = [*range(EXITS), torch.arange(N) % (EXITS + 1)]       # the last: rows at all loops, also the last loop
