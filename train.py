@@ -56,6 +56,7 @@ class TrainConfig:
     data: str = "assets/books/train"       # text files or a folder of token shards; several by comma
     valid: str = "assets/books/valid.txt"  # the same, never trained on
     tokens: int = 300_000                  # tokens to train on, in all
+    skip_tokens: int = 0                   # tokens of --data to pass over first: those an earlier run of --seed has read
     batch_tokens: int = 2048               # tokens per optimizer step, over all processes
     seq_len: int = 256                     # tokens per sequence
     micro_batch: int = 8                   # sequences per process that go through the model at once
@@ -345,7 +346,7 @@ def micro_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     def samples():
         rows, size = run.args.micro_batch, run.procs.world * run.args.micro_batch
         for micro in range(run.step * run.micro_steps, run.steps * run.micro_steps):
-            first = micro * size + run.procs.rank * rows
+            first = run.args.skip_tokens // run.args.seq_len + micro * size + run.procs.rank * rows
             yield range(first, first + rows)
     return batches(run.train_tokens, samples(), run.args.seq_len, run.args.seed, run.procs.device)
 

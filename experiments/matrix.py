@@ -1,305 +1,334 @@
-"""Runs the paper's experiments that are still missing: one line of results/experiments.jsonl for each run.
+"""Trains and measures every arm: one line of results/matrix.jsonl for each run.
 
-    python -m experiments.matrix                # all on the shipped donor: an hour and a half on one core
-    python -m experiments.matrix --only=norms   # one conclusion: inits, relaxed, rank, distill, pretrained, exits,
-                                                # relaxed_exits, norms; or more runs: zero, loops, calibrated, tokens
-    python -m experiments.matrix --dry          # only print the commands
-    python -m experiments.report                # verdicts and plots from the lines so far
+    python -m experiments.matrix                        # all on the shipped donor: ten hours of one core
+    python -m experiments.matrix --jobs=2 --only=norms  # two runs at a time, each on one core; arms by name
+    python -m experiments.matrix --dry                  # only print what is to be run next
+    python -m experiments.report                        # the verdicts from the lines so far
 
-Each run is one call of train.py. Runs that already have a line are skipped; an interrupted run is resumed.
-The first seed of every run comes before the second seed of any, so a matrix that was stopped early still
-covers every conclusion.
+The learning rate of each arm comes first: short runs with a seed that is not used again, along a grid until the best
+rate has a worse one on both sides, on the text of --valid. Then each seed runs all arms, so that a matrix stopped early
+still compares all of them. Every finished model is scored once on books that nothing was chosen on. Runs that have a
+line are skipped, interrupted ones resumed. Checkpoints that no other run starts from are deleted.
 """
 
 import json
-import re
+import math
+import os
 import shlex
+import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from calibrate import calibration_windows, set_norm_scale
 from convert import load_full, to_recursive
-from experiments.conclusions import conclusions
+from experiments.arms import STUDIES, Arm, Study
+from experiments.low_rank import LowRank
+from experiments.low_rank import main as make_low_rank
 from lib.cli import UserError, parse_args, print0, script
 from lib.data import load_tokens, validation
 from lib.donors import find_donor, read_json
 from lib.folders import replace_folder
-from lib.results import append_line, check_writable, json_line, read_lines
+from lib.results import append_line, check_writable, read_lines
 from lib.system import run_info, start_processes
 from lib.tokenizer import Tokenizer, copy_tokenizer
-from model import RecursiveTransformer, read_config
-from train import TrainConfig, count_targets, evaluate, precision
+from model import RecursiveTransformer
+from train import TrainConfig, build, donor_config, evaluate
 
-ROOT = Path(__file__).resolve().parent.parent
-EXITS = "bash experiments/exits_seeds.sh"      # trains and measures the models of the two conclusions about exits
-N_EXIT_LINES = 24                              # lines of results/exits_seeds.jsonl when it has finished
-
-
-@dataclass
-class Model:
-    """The settings in which the donors differ."""
-    donor: str
-    data: str
-    valid: str
-    tokens: int
-    ranks: tuple[int, int, int]                # LoRA ranks, ascending; toy: the share of the width that the paper's
-    seeds: int                                 # 64, 256 and 512 have in Gemma 2B
-    flags: str                                 # of every run
-    uptraining: str                            # more flags of the runs that compare average with calibrated starts
-
-
-MODELS = {
-    "toy": Model("assets/donor", "assets/books/train", "assets/books/valid.txt", 32_768, (6, 24, 48), 3,
-                 "--batch_tokens=512 --micro_batch=2 --warmup=5 --eval_every=16 --eval_tokens=4096 --save_every=32",
-                 "--tokens=307_200 --batch_tokens=2048 --micro_batch=8 --warmup=20 --lr=3e-4 --eval_every=5 "
-                 "--save_every=50"),
-    "smollm2": Model("HuggingFaceTB/SmolLM2-135M", "out_books", "out_books/valid", 20_971_520, (16, 64, 256), 1,
-                     "--seq_len=1024 --batch_tokens=65_536 --micro_batch=16 --lr=5e-4 --warmup=20 --eval_every=40 "
-                     "--eval_tokens=65_536 --save_every=80 --compile", "--eval_every=10"),
-}
-
-
-def extra_runs(low: int, mid: int, top: int) -> dict[str, list[str]]:
-    """Name for --only -> runs that no conclusion needs, but a plot or another table of the report."""
-    return {"zero": [f"average-r{low}-zero", f"average-r{mid}-zero"],
-            "loops": ["stepwise-3x", "average-3x", f"average-r{top}-3x"],
-            "calibrated": [f"{init}-r{mid}-{how}" for how in ("long", "exits") for init in ("average", "calibrated")],
-            "tokens": [f"{run}-{size}" for size in ("quarter", "fourfold")
-                       for run in ("stepwise", f"average-r{top}")]}
-
-
-def matrix(model: Model, work: Path) -> dict[str, str]:
-    """Every run: name -> flags of train.py. `work` is the folder with the checkpoints of `prepare_starts`."""
-    _, mid, top = model.ranks
-    starts = {init: f"--init={init}" for init in ("stepwise", "average", "lower", "random")}
-    for rank in model.ranks:
-        starts[f"average-r{rank}"] = f"--init=average --rank={rank}"
-        starts[f"average-r{rank}-zero"] = f"--init=average --rank={rank} --lora_init=zero"
-    starts[f"stepwise-r{top}"] = f"--init=stepwise --rank={top}"
-    runs = {}
-    for loops, suffix in ((2, ""), (3, "-3x")):
-        for name, start in starts.items():
-            runs[name + suffix] = f"{start} --loops={loops} --distill=none"
-            runs[name + suffix + "-fkl"] = f"{start} --loops={loops} --distill=fkl"
-    runs |= {"full": "--loops=1 --distill=none",
-             "scratch": f"--init=scratch --donor={work}/half --distill=none",
-             "norms-pick": "--init=average --norms=pick --distill=none",
-             "norms-zero": f"--ckpt={work}/zeroed --distill=none"}
-    for init in ("average", "calibrated"):                   # ours: calibrate.py
-        start = f"--init={init} --rank={mid} --distill=fkl {model.uptraining}"
-        runs |= {f"{init}-r{mid}-long": start, f"{init}-r{mid}-exits": f"{start} --exit_loss=aggressive"}
-    for size, tokens in (("quarter", model.tokens // 4), ("fourfold", 4 * model.tokens)):
-        for name in ("stepwise", f"average-r{top}"):
-            runs[f"{name}-{size}"] = f"{runs[name]} --tokens={tokens}"
-    return runs
-
-
-def select_runs(model_name: str, only: str) -> list[str]:
-    """Names of the runs that --only selects, those of the conclusions first. Without --only: all of them; for
-    the shipped donor those that a conclusion, a plot or a table needs."""
-    ranks = MODELS[model_name].ranks
-    groups = {c.name: c.runs for c in conclusions(*ranks)} | extra_runs(*ranks)
-    words = only.split(",") if only else []
-    for word in words:
-        if word not in groups:
-            raise UserError(f"--only={only}: {word!r} is unknown; use {', '.join(groups)}, "
-                            "several separated by commas")
-    names = dict.fromkeys(run for group in words or groups for run in groups[group])
-    if model_name != "toy" and not words:
-        every = matrix(MODELS[model_name], Path())
-        names |= dict.fromkeys(name for name in every if not name.endswith(("quarter", "fourfold")))
-    return list(names)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings and commands
-
-@dataclass
-class ExperimentsConfig:
-    model: Literal["toy", "smollm2"] = "toy"   # the shipped donor, on one core; SmolLM2-135M, on a GPU
-    only: str = ""                             # conclusions or extra runs, separated by commas; empty: all
-    seeds: int | None = None                   # how many; not set: 3, of smollm2 1
-    donor: str | None = None                   # another full-size model than --model's: a folder or an id
-    data: str | None = None                    # other text to train on
-    valid: str | None = None                   # other text to measure on
-    more: str = ""                             # flags for every train.py, as --more="--tokens=4096 --device=cpu"
-    out: str = "out_experiments"               # folder of the checkpoints
-    save: str = "results/experiments.jsonl"    # file to append the lines to
-    dry: bool = False                          # only print the commands
-
-
-def shared_flags(config: ExperimentsConfig) -> list[str]:
-    """The flags of train.py that all runs share, without --more."""
-    model = MODELS[config.model]
-    return [f"--donor={config.donor or model.donor}", f"--data={config.data or model.data}",
-            f"--valid={config.valid or model.valid}", f"--tokens={model.tokens}", *shlex.split(model.flags)]
-
-
-def commands(config: ExperimentsConfig) -> list[tuple[str, int, list[str]]]:
-    """(name, seed, flags of train.py) of every selected run, in order: all runs of a conclusion by seed, then
-    the extra runs by seed, then the long ones."""
-    model, work, base = MODELS[config.model], Path(config.out) / config.model, shared_flags(config)
-    flags = matrix(model, work)
-    needed = {run for c in conclusions(*model.ranks) for run in c.runs}
-    stage = {name: 0 if name in needed else 2 if name.endswith("fourfold") else 1 for name in flags}
-    names = select_runs(config.model, config.only)
-    seeds = range(model.seeds if config.seeds is None else config.seeds)
-    return [(name, seed, [*base, *flags[name].split(), f"--seed={seed}", *shlex.split(config.more)])
-            for now in range(3) for seed in seeds for name in names if stage[name] == now]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Starts and baselines that train.py does not make
-
-def prepare_starts(donor: str, work: Path) -> None:
-    """Write the starts of two runs: the configuration of the half-size model, and a tied model whose norm
-    weights are zero."""
-    folder = find_donor(donor)
-    if not (work / "half" / "config.json").exists():         # which is written last
-        config = read_json(folder / "config.json")
-        config["num_hidden_layers"] //= 2
-        (work / "half").mkdir(parents=True, exist_ok=True)
-        copy_tokenizer(folder, work / "half")
-        (work / "half" / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    if not (work / "zeroed" / "config.json").exists():
-        model = to_recursive(load_full(donor, torch.float32), 2, "average")
-        for name, p in model.layers.named_parameters():
-            if "norm" in name:
-                p.data.zero_()                 # as stored: Gemma's scale becomes 1, Llama's 0
-        with replace_folder(work / "zeroed") as tmp:
-            copy_tokenizer(folder, tmp)
-            model.write(tmp)
-
-
-def measure_donor(flags: list[str]) -> dict:
-    """The donor's loss on the shorter text on which runs with these flags are evaluated during training."""
-    args = parse_args(TrainConfig, flags)
-    procs, model = start_processes(args.device), load_full(args.donor, torch.float32)
-    bf16, autocast = precision(args, procs.device)
-    text = load_tokens(args.valid, Tokenizer.load(find_donor(args.donor), model.config.vocab_size),
-                       model.config.vocab_size)
-    pairs = validation(text, args.seq_len, args.eval_tokens, args.micro_batch)
-    model.to(procs.device, torch.bfloat16 if bf16 else None)
-    return {"settings": asdict(args), "valid_tokens": count_targets(pairs),
-            "loss": evaluate(model, pairs, procs, autocast)[-1]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lines of results
-
-def read_result(config: ExperimentsConfig, name: str, seed: int, flags: list[str], out: Path) -> dict | None:
-    """The line of a finished run, from the log in `out`; None if it has not finished."""
-    log = read_lines(out / "log.jsonl")
-    if not log or not log[-1].get("final"):
-        return None
-    settings = parse_args(TrainConfig, flags)
-    with torch.device("meta"):
-        params = RecursiveTransformer(read_config(out)).num_params()
-    evals = [line for line in log if "val_loss" in line]
-    curve = [[line["step"] * settings.batch_tokens, line["val_loss"]] for line in evals]
-    return {"what": "experiment", "model": config.model, "name": name, "seed": seed, "command": shlex.join(flags),
-            "settings": asdict(settings)} | run_info() | {
-            "params": params, "valid_tokens": log[-1].get("val_tokens"), "donor_loss": log[0]["donor_loss"],
-            "start_loss": log[0]["full_val_loss"], "loss": log[-1]["full_val_loss"], "seconds": log[-1]["seconds"],
-            "curve": curve, "curve_tokens": evals[-1].get("val_tokens") if evals else None,
-            "exit_loss": evals[-1]["exit_val_loss"] if evals else None}
-
-
-class ExitRun(NamedTuple):
-    """A model that experiments/exits_seeds.sh or smollm2.sh made."""
-    kind: str                                  # tied or relaxed
+class Run(NamedTuple):
+    """A model to train and measure."""
+    stage: str                             # see STAGES
+    arm: str
     seed: int
-    training: str                              # of its exits: none, weighted, self; up: only uptrained
+    lr: float                              # 0: not trained
+
+    def folder(self, work: Path) -> Path:
+        return work / f"{self.stage}-{self.arm}-s{self.seed}-lr{self.lr:g}"
 
 
-def exit_run(line: dict, model: str = "toy") -> ExitRun | None:
-    """Which of these models the line measured; None if another. Lines name it by its folder, --ckpt."""
-    found = re.fullmatch(rf"out-[^-]+-(tied|relaxed)-(\d+)-(\w+)-{model}", line.get("settings", {}).get("ckpt", ""))
-    return found and ExitRun(found[1], int(found[2]), found[3])
+STAGES = {"start": "right after conversion, not trained", "rate": "short, to choose the learning rate",
+          "main": "what is compared", "check": "as long as main, with the neighbours of the chosen rate",
+          "exit_rate": "as rate, for the exits", "exits": "post-training of a model of `main`"}
+Lines = dict[Run, dict]
+
+
+def read_runs(path, study: str) -> Lines:
+    """The lines of results/matrix.jsonl for this study."""
+    return {Run(line["stage"], line["arm"], line["seed"], line["lr"]): line
+            for line in read_lines(path) if line.get("study") == study}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to run next
+
+def rate_stage(arm: Arm) -> str:
+    return "exit_rate" if arm.base else "rate"
+
+
+def tried_rates(arm: Arm, lines: Lines) -> dict[float, float]:
+    """{learning rate: final validation loss} of the short runs of this arm; infinite if it diverged."""
+    return {run.lr: math.inf if line["valid"]["final"] is None else line["valid"]["final"]
+            for run, line in lines.items() if (run.stage, run.arm) == (rate_stage(arm), arm.name)}
+
+
+def missing_rates(study: Study, arm: Arm, lines: Lines) -> list[float]:
+    """The rates to try next: the first ones, then neighbours of the best, until it is no edge of what was tried."""
+    tried = tried_rates(arm, lines)
+    if missing := [lr for lr in study.first if lr not in tried]:
+        return missing
+    best = study.grid.index(min(tried, key=tried.__getitem__))
+    return [lr for lr in study.grid[max(0, best - 1):best + 2] if lr not in tried]
+
+
+def chosen_rate(study: Study, arm: Arm, lines: Lines) -> float | None:
+    """The learning rate of this arm; None while it is open."""
+    if missing_rates(study, arm, lines):
+        return None
+    tried = tried_rates(arm, lines)
+    return min(tried, key=tried.__getitem__)
+
+
+def next_runs(study: Study, lines: Lines) -> list[Run]:
+    """The runs that lack a line and need no other run first, the most important first."""
+    rates = {arm.name: chosen_rate(study, arm, lines) for arm in study.arms}
+    arms, exits = ([arm for arm in study.arms if bool(arm.base) == based] for based in (False, True))
+    runs = [Run("start", name, 0, 0.0) for name in ("donor", *(arm.name for arm in arms))]
+    runs += [Run("rate", arm.name, study.rate_seed, lr) for arm in arms for lr in missing_rates(study, arm, lines)]
+    runs += [Run("exit_rate", arm.name, study.rate_seed, lr) for arm in exits if rates[arm.base]
+             for lr in missing_rates(study, arm, lines)]
+    for seed in study.seeds:
+        runs += [Run("main", arm.name, seed, rates[arm.name]) for arm in arms if rates[arm.name]]
+        runs += [Run("exits", arm.name, seed, rates[arm.name]) for arm in exits if rates[arm.name] and rates[arm.base]
+                 and Run("main", arm.base, seed, rates[arm.base]) in lines]
+        if seed == study.seeds[0]:
+            runs += [Run("check", name, study.rate_seed, lr) for name in study.checked if rates[name]
+                     for lr in neighbours(study, rates[name])]
+    return [run for run in runs if run not in lines]
+
+
+def neighbours(study: Study, lr: float) -> tuple[float, ...]:
+    i = study.grid.index(lr)
+    return study.grid[max(0, i - 1):i + 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+def flags(study: Study, run: Run, lines: Lines, work: Path) -> list[str]:
+    """The settings of train.py."""
+    arm, tokens, skip = study.arm(run.arm), study.tokens, 0
+    if run.stage == "rate":
+        tokens = study.rate_tokens
+    elif run.stage in ("exit_rate", "exits"):
+        tokens, skip = (study.exit_rate_tokens, study.rate_tokens) if run.stage == "exit_rate" else (
+            study.exit_tokens, study.tokens)
+    given = shlex.split(arm.flags.format(work=work))
+    if not any(flag.startswith("--donor=") for flag in given):
+        given.append(f"--donor={study.donor}")
+    given += [f"--data={study.data}", f"--valid={study.valid}", *shlex.split(study.flags),
+              f"--seq_len={study.seq_len}", f"--batch_tokens={study.batch_tokens}", f"--tokens={tokens}",
+              f"--warmup={max(1, tokens // study.batch_tokens // 12)}", f"--lr={run.lr:g}", f"--seed={run.seed}",
+              "--dtype=bfloat16", "--skip_nonfinite"]
+    if arm.base:
+        stage = "rate" if run.stage == "exit_rate" else "main"
+        base = Run(stage, arm.base, run.seed, chosen_rate(study, study.arm(arm.base), lines))
+        given += [f"--ckpt={base.folder(work)}", f"--skip_tokens={skip}"]
+    return given
+
+
+def is_kept(study: Study, run: Run) -> bool:
+    """Whether exits are trained from its checkpoint."""
+    return run.stage in ("rate", "main") and run.arm in {arm.base for arm in study.arms}
 
 
 @cache
-def default_settings(model: str, name: str) -> dict:
-    """The settings of train.py of a run of the matrix without --more, --donor, --data and --valid."""
-    config = ExperimentsConfig(model=model)
-    own = matrix(MODELS[model], Path(config.out) / model).get(name, "")
-    return asdict(parse_args(TrainConfig, [*shared_flags(config), *own.split()]))
+def books(study: Study, donor: str) -> dict[str, list]:
+    """Book -> batches of (inputs, targets): windows side by side from its start."""
+    folder = find_donor(donor)
+    vocab_size = donor_config(folder).vocab_size
+    tokenizer = Tokenizer.load(folder, vocab_size)
+    return {path.stem: validation(load_tokens(str(path), tokenizer, vocab_size), study.seq_len,
+                                  study.windows * study.seq_len) for path in sorted(Path(study.test).glob("*.txt"))}
 
 
-def changed_settings(line: dict) -> tuple:
-    """((setting, value), ...) in which the run of a line differs from its defaults in the matrix. Settings
-    that change no figure, such as folders, are left out."""
-    ignored = {"seed", "out", "resume", "device", "save_every", "log_every", "checkpointing", "zero"}
-    default = default_settings(line["model"], line["name"])
-    settings = line.get("settings") or asdict(parse_args(TrainConfig, shlex.split(line.get("command", ""))))
-    return tuple((key, settings[key]) for key, value in default.items()
-                 if key not in ignored and settings.get(key, value) != value
-                 and not str(value).startswith(ExperimentsConfig.out))
+def score(study: Study, model: RecursiveTransformer) -> dict[str, list[float]]:
+    """Book -> cross entropy in nats after each loop, in fp32."""
+    procs = start_processes("auto")
+    model = model.to(procs.device)
+    return {name: evaluate(model, pairs, procs, nullcontext(), range(model.config.n_loop))
+            for name, pairs in books(study, study.donor).items()}
+
+
+def start_model(study: Study, run: Run, work: Path) -> RecursiveTransformer:
+    """The model of a run of the stage `start`."""
+    if run.arm == "donor":
+        return load_full(study.donor, torch.float32)
+    arm = study.arm(run.arm)
+    if arm.family == "low rank":
+        return LowRank.load(work / arm.name, dtype=torch.float32)
+    args = parse_args(TrainConfig, flags(study, run, {}, work))
+    folder, windows = find_donor(args.donor), None
+    config = donor_config(folder)
+    torch.manual_seed(run.seed)
+    if args.init == "calibrated":
+        tokens = load_tokens(args.data, Tokenizer.load(folder, config.vocab_size), config.vocab_size)
+        windows = calibration_windows(tokens, args.calib_tokens, config, args.data)
+    return build(args, folder, config, torch.device("cpu"), False, windows)[0]
+
+
+def train(study: Study, run: Run, given: list[str], work: Path) -> dict:
+    """Train, and return what its log says of the validation text, tokens and seconds."""
+    out = run.folder(work)
+    script_ = ["-m", "experiments.low_rank", "--train"] if study.arm(run.arm).family == "low rank" else ["train.py"]
+    with open(f"{out}.txt", "a") as output:
+        code = subprocess.run([sys.executable, *script_, *given, f"--out={out}", "--resume=auto"],
+                              stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                              check=False).returncode
+    log = read_lines(out / "log.jsonl")
+    if code or not log or not log[-1].get("final"):
+        raise UserError(f"{out.name} did not finish (exit code {code}, {out}.txt): the same command resumes it")
+    first, last = log[0], log[-1]
+    return {"valid": {"donor": first["donor_loss"], "start": first["full_val_loss"], "final": last["full_val_loss"],
+                      "tokens": last["val_tokens"]},
+            "curve": [[line["step"] * study.batch_tokens, line["val_loss"]] for line in log if "val_loss" in line],
+            "tokens": last["tokens"], "seconds": last["seconds"]}
+
+
+def execute(name: str, study: Study, run: Run, lines: Lines, work: Path) -> dict:
+    """The line of a run."""
+    torch.set_num_threads(1)
+    line = {"what": "matrix", "study": name} | run._asdict() | run_info()
+    given = [] if run.arm == "donor" else flags(study, run, lines, work)
+    if run.stage == "start":
+        model = start_model(study, run, work)
+    else:
+        line |= {"command": shlex.join(given)} | train(study, run, given, work)
+        kind = LowRank if study.arm(run.arm).family == "low rank" else RecursiveTransformer
+        model = kind.load(run.folder(work), dtype=torch.float32)
+    line |= {"params": model.num_params()}
+    if run.stage in ("start", "main", "exits"):
+        line |= {"books": {name: [round(loss, 6) for loss in exits] for name, exits in score(study, model).items()}}
+    return line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Running
+# All runs
 
-def finish(command: list[str]) -> int:
-    """Run the command; its exit code. On Ctrl-C this waits, because the command saves before it exits."""
-    with subprocess.Popen(command) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.wait()
-            raise
+def prepare_starts(study: Study, work: Path) -> None:
+    """Write the starts that train.py does not make: the half-size model's configuration, tied models whose norm gains
+    are 0 or 1, and the plain low-rank models."""
+    folder, names = find_donor(study.donor), {arm.name for arm in study.arms}
+    def missing(start: str) -> bool:
+        return any(f"{{work}}/{start} " in arm.flags + " " for arm in study.arms) and not (
+            work / start / "config.json").exists()
+    if missing("half"):
+        config = read_json(folder / "config.json")
+        config["num_hidden_layers"] //= 2
+        with replace_folder(work / "half") as tmp:
+            copy_tokenizer(folder, tmp)
+            (tmp / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    for gain in (0, 1):
+        if missing(f"gain-{gain}"):
+            model = to_recursive(load_full(study.donor, torch.float32), 2, "average")
+            with torch.no_grad():
+                for layer in model.layers:
+                    for norm in (layer.norm1, layer.norm2):
+                        set_norm_scale(norm, float(gain))
+            with replace_folder(work / f"gain-{gain}") as tmp:
+                copy_tokenizer(folder, tmp)
+                model.write(tmp)
+    for name in sorted(names):
+        if name.startswith("low-rank-") and missing(name):
+            make_low_rank([f"--donor={study.donor}", f"--size_of={name.rpartition('-')[2]}",
+                           f"--calib_text={study.data}", f"--out={work / name}"])
 
 
-def run_training(config: ExperimentsConfig, todo: list[tuple[str, int, list[str]]]) -> None:
-    """Train each of these runs and append its line; with --dry print the commands only."""
-    for i, (name, seed, flags) in enumerate(todo):
-        out = Path(config.out) / config.model / f"{name}-s{seed}"
-        command = ["train.py", *flags, f"--out={out}", "--resume=auto"]
-        print0(f"+ python {shlex.join(command)}" + f"   # {i + 1} of {len(todo)}" * (not config.dry))
-        if config.dry:
-            continue
-        code = finish([sys.executable, *command])
-        line = read_result(config, name, seed, flags, out)
-        if code or not line:
-            raise UserError(f"{name}, seed {seed}, did not finish (exit code {code}); the same command resumes it")
-        append_line(config.save, line)
-        print0(json_line({key: line[key] for key in ("name", "seed", "donor_loss", "start_loss", "loss")}))
+@dataclass
+class MatrixConfig:
+    study: str = "toy"                         # toy: the shipped donor; smollm2: SmolLM2-135M
+    only: str = ""                             # arms, separated by commas; empty: all
+    jobs: int = 1                              # runs at a time, each on one thread
+    seeds: int | None = None                   # how many; not set: 5, of smollm2 1
+    donor: str | None = None                   # another full-size model than the study's: a folder or an id
+    data: str | None = None                    # other text to train on
+    valid: str | None = None                   # other text to choose learning rates on
+    tokens: int | None = None                  # of each run of the main stage; the others in proportion
+    out: str = "out_experiments"               # folder of the checkpoints
+    save: str = "results/matrix.jsonl"         # file to append the lines to
+    dry: bool = False                          # only print what is to be run next
 
 
-def run_exits(config: ExperimentsConfig) -> None:
-    """Run the shell file of the experiments about exits if they are selected and not finished."""
-    selected = not config.only or {"exits", "relaxed_exits"} & set(config.only.split(","))
-    done = [line for line in read_lines("results/exits_seeds.jsonl") if exit_run(line)]
-    if config.model != "toy" or not selected or len(done) >= N_EXIT_LINES:
-        return
-    print0(f"+ {EXITS}")
-    if not config.dry and finish(EXITS.split()):
-        raise UserError(f"{EXITS} did not finish; the same command resumes it")
+def chosen_study(config: MatrixConfig) -> Study:
+    """The study with the changes that the settings ask for."""
+    if config.study not in STUDIES:
+        raise UserError(f"--study={config.study} is unknown; use {', '.join(STUDIES)}")
+    for name in ("jobs", "seeds", "tokens"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise UserError(f"--{name}={getattr(config, name)} must be at least 1")
+    study = STUDIES[config.study]
+    changes = {name: getattr(config, name) for name in ("donor", "data", "valid") if getattr(config, name)}
+    if config.seeds:
+        changes["seeds"] = tuple(range(config.seeds))
+    if config.tokens:
+        for name in ("tokens", "exit_tokens", "rate_tokens", "exit_rate_tokens"):
+            share = getattr(study, name) / study.tokens * config.tokens
+            changes[name] = math.ceil(share / study.batch_tokens) * study.batch_tokens
+    if config.only:
+        wanted = config.only.split(",")
+        for name in wanted:
+            if name not in {arm.name for arm in study.arms}:
+                raise UserError(f"--only={config.only}: {name!r} is unknown; use "
+                                f"{', '.join(arm.name for arm in study.arms)}, several separated by commas")
+        wanted += [study.arm(name).base for name in wanted]
+        changes |= {"arms": tuple(arm for arm in study.arms if arm.name in wanted),
+                    "checked": tuple(name for name in study.checked if name in wanted)}
+    return replace(study, **changes)
 
 
 def main(argv=None) -> None:
-    config = parse_args(ExperimentsConfig, argv)
-    if config.seeds is not None and config.seeds < 1:
-        raise UserError(f"--seeds={config.seeds} must be at least 1")
-    if not config.dry:
-        check_writable("save", config.save)
-    runs, base = commands(config), [*shared_flags(config), *shlex.split(config.more)]
-    done = {(line.get("name"), line.get("seed"), line.get("command")) for line in read_lines(config.save)}
-    todo = [(name, seed, flags) for name, seed, flags in runs if (name, seed, shlex.join(flags)) not in done]
-    print0(f"{len(runs)} runs, {len(runs) - len(todo)} of them measured")
-    if todo and not config.dry:
-        if any(name in ("scratch", "norms-zero") for name, _, _ in todo):
-            prepare_starts(config.donor or MODELS[config.model].donor, Path(config.out) / config.model)
-        if ("donor", 0, shlex.join(base)) not in done:
-            append_line(config.save, {"what": "experiment", "model": config.model, "name": "donor", "seed": 0,
-                                      "command": shlex.join(base)} | run_info() | measure_donor(base))
-    run_training(config, todo)
-    run_exits(config)
+    config = parse_args(MatrixConfig, argv)
+    study, work = chosen_study(config), Path(config.out) / config.study
+    lines = read_runs(config.save, config.study)
+    print0(f"{len(lines)} runs are measured; {len(next_runs(study, lines))} can run now")
+    if config.dry:
+        for run in next_runs(study, lines):
+            print0(" ".join(map(str, run)), shlex.join(flags(study, run, lines, work)) if run.arm != "donor" else "")
+        return
+    check_writable("save", config.save)
+    prepare_starts(study, work)
+    with ProcessPoolExecutor(config.jobs, mp_context=get_context("spawn")) as pool:
+        running = {}
+        while True:
+            free = (run for run in next_runs(study, lines) if run not in running.values())
+            while len(running) < config.jobs and (run := next(free, None)):
+                running[pool.submit(execute, config.study, study, run, lines, work)] = run
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                lines[run] = future.result()
+                append_line(config.save, lines[run])
+                print0(summary(run, lines[run]))
+                if not is_kept(study, run):
+                    shutil.rmtree(run.folder(work), ignore_errors=True)
+
+
+def summary(run: Run, line: dict) -> str:
+    """What a finished run measured, in a few words."""
+    words = f"{run.stage} {run.arm}, seed {run.seed}, lr {run.lr:g}:"
+    if valid := line.get("valid"):
+        words += f" valid {valid['start']:.4f} -> {valid['final'] or math.inf:.4f}"
+    if scores := line.get("books"):
+        words += " books " + " / ".join(f"{sum(loss) / len(loss):.4f}" for loss in zip(*scores.values(), strict=True))
+    return words
 
 
 if __name__ == "__main__":

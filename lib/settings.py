@@ -10,7 +10,7 @@ from lib.tokenizer import Tokenizer
 RANGES = (
     ("tokens batch_tokens seq_len micro_batch lr temperature eval_every save_every log_every eval_tokens clip",
      lambda value: 0 < value < math.inf, "must be positive and finite"),
-    ("rank min_lr_ratio warmup weight_decay distill_weight exit_coef",
+    ("rank skip_tokens min_lr_ratio warmup weight_decay distill_weight exit_coef",
      lambda value: 0 <= value < math.inf, "must not be negative, and must be finite"),
     ("beta1 beta2", lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
 )

@@ -1,0 +1,143 @@
+"""The baseline that shares nothing: plain low rank. Every linear layer of the donor becomes B A, by a weighted SVD.
+
+    python -m experiments.low_rank --size_of=24 --out=out_low_rank       # stores as much as average + SVD, r 24
+    python -m experiments.low_rank --train --ckpt=out_low_rank --out=...  # then every setting of train.py
+
+W is cut in the norm of calibrate.py's error (C1), D^(1/2) W C^(1/2), so both methods read the same text and weigh its
+directions alike. Ranks go where they lower that error most for each number stored, over all layers at once.
+"""
+
+import heapq
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import train
+from calibrate import SHARED_INPUT, absorb_norms, balanced, calibration_windows, collect_stats, linears, norm_scale
+from convert import load_full
+from lib.cli import UserError, parse_args, print0, script
+from lib.data import load_tokens
+from lib.donors import find_donor
+from lib.folders import check_out, replace_folder
+from lib.tokenizer import Tokenizer, copy_tokenizer
+from model import Config, RecursiveTransformer, RelaxedLinear
+
+
+
+class LowRank(RecursiveTransformer):
+    """A full-size model whose linear layers are B A: as RelaxedLinear with one loop and a W' of zeros, which is
+    neither stored nor trained. config.extra["ranks"] has the rank of each: "layers.0.attn.q" -> R."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        for name, rank in config.extra["ranks"].items():
+            linear = self.get_submodule(name)
+            linear.lora_a = torch.nn.Parameter(linear.lora_a.data[:, :rank].clone())
+            linear.lora_b = torch.nn.Parameter(linear.lora_b.data[:, :, :rank].clone())
+            linear.rank = rank
+            set_zeros(linear, linear.weight.device)
+
+    @classmethod
+    def load(cls, folder, device="cpu", dtype=None) -> "LowRank":
+        model = super().load(folder, device, dtype)
+        for name in model.config.extra["ranks"]:
+            set_zeros(model.get_submodule(name), device)
+        return model
+
+
+def set_zeros(linear: RelaxedLinear, device) -> None:
+    shape = linear.weight.shape
+    del linear.weight
+    linear.register_buffer("weight", torch.zeros(shape, device=device), persistent=False)
+
+
+@torch.no_grad()
+def weighted_svds(full: RecursiveTransformer, windows: list[Tensor], ridge: float = 1e-3) -> dict[str, tuple]:
+    """"layers.0.attn.q" -> (A, B, S): W = B A in full, its singular values S (of D^(1/2) W C^(1/2)) descending. Their
+    squares are half of what (C1) says the loss rises by without them."""
+    stats, found = collect_stats(full, windows), {}
+    for i, layer in enumerate(full.layers):
+        absorbed = absorb_norms(layer)                                   # the stats are of its inputs
+        scales = {"attn.q": norm_scale(layer.norm1), "mlp.up": norm_scale(layer.norm2)}
+        for first in SHARED_INPUT:
+            C = stats.inputs[f"layers.{i}.{first}"][0].double()
+            C.diagonal().add_(ridge * C.trace() / len(C))
+            chol_C = torch.linalg.cholesky(C)
+            for name, linear in linears(absorbed, SHARED_INPUT[first]):
+                squares = stats.gradients[f"layers.{i}.{name}"].double()
+                root_D = (squares + ridge * squares.mean()).sqrt()[:, None]
+                u, s, vh = torch.linalg.svd(root_D * linear.weight.double() @ chol_C, full_matrices=False)
+                a = torch.linalg.solve_triangular(chol_C, vh, upper=False, left=False) / scales.get(first, 1.0)
+                found[f"layers.{i}.{name}"] = a, u * s / root_D, s
+    return found
+
+
+def ranks_by_need(svds: dict[str, tuple], budget: int) -> dict[str, int]:
+    """The rank of each layer, at least 1, with which all A and B have at most `budget` entries: always the next rank
+    that lowers the error most for each entry."""
+    costs = {name: a.size(1) + b.size(0) for name, (a, b, _) in svds.items()}
+    ranks, left = dict.fromkeys(svds, 1), budget - sum(costs.values())
+    if left < 0:
+        raise UserError(f"{budget} entries are too few for a rank of 1 in every layer")
+    gains = {name: (s.square() / costs[name]).tolist() for name, (_, _, s) in svds.items()}
+    queue = [(-gain[1], name) for name, gain in gains.items()]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        if costs[name] > left:                               # narrower layers may still fit
+            continue
+        ranks[name], left = ranks[name] + 1, left - costs[name]
+        if ranks[name] < len(gains[name]):
+            heapq.heappush(queue, (-gains[name][ranks[name]], name))
+    return ranks
+
+
+@torch.no_grad()
+def to_low_rank(full: RecursiveTransformer, windows: list[Tensor], stored_block: int) -> LowRank:
+    """The plain low-rank model of a donor that stores at most `stored_block` parameters in its block."""
+    svds, weights = weighted_svds(full, windows), full.state_dict()
+    others = full.num_params()["stored_block"] - sum(p.numel() for p in (full.get_submodule(n).weight for n in svds))
+    ranks = ranks_by_need(svds, stored_block - others)
+    model = LowRank(replace(full.config, rank=max(ranks.values()), extra=full.config.extra | {"ranks": ranks}))
+    model.load_state_dict({name: w for name, w in weights.items() if name in model.state_dict()}, strict=False)
+    for name, (a, b, _) in svds.items():
+        linear = model.get_submodule(name)
+        linear.lora_a[0], linear.lora_b[0] = balanced(a[:ranks[name]], b[:, :ranks[name]])
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class LowRankConfig:
+    donor: str = "assets/donor"            # full-size model: a folder or a Hugging Face id
+    size_of: int = 24                      # store as much as the donor with 2 loops and LoRAs of this rank
+    loops: int = 2                         # or with this number of loops
+    calib_text: str = "assets/books/train" # text to weigh the SVD by
+    calib_tokens: int = 20_480             # tokens of it
+    out: str = "out_low_rank"              # folder to write
+
+
+def main(argv=None) -> int | None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--train"]:
+        train.RecursiveTransformer = LowRank                 # what --ckpt and --resume load
+        return train.main(argv[1:])
+    args = parse_args(LowRankConfig, argv)
+    check_out(args.out)
+    full, folder = load_full(args.donor, torch.float32), find_donor(args.donor)
+    tokens = load_tokens(args.calib_text, Tokenizer.load(folder, full.config.vocab_size), full.config.vocab_size)
+    with torch.device("meta"):
+        recursive = RecursiveTransformer(replace(full.config, n_loop=args.loops, rank=args.size_of))
+    size = recursive.num_params()["stored_block"]
+    model = to_low_rank(full, calibration_windows(tokens, args.calib_tokens, full.config, "--calib_text"), size)
+    with replace_folder(args.out) as tmp:
+        copy_tokenizer(folder, tmp)
+        model.write(tmp)
+    print0(f"wrote {args.out}: {model.num_params()['stored_block']:,} parameters in its block, at most {size:,}")
+
+
+if __name__ == "__main__":
+    script(main)
