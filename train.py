@@ -56,7 +56,7 @@ class TrainConfig:
     data: str = "assets/books/train"       # text files or a folder of token shards; several by comma
     valid: str = "assets/books/valid.txt"  # the same, never trained on
     tokens: int = 300_000                  # tokens to train on, in all
-    skip_tokens: int = 0                   # tokens of --data to pass over first: those an earlier run of --seed has read
+    skip_tokens: int = 0                   # tokens of --data to pass over: those read by an earlier run of this --seed
     batch_tokens: int = 2048               # tokens per optimizer step, over all processes
     seq_len: int = 256                     # tokens per sequence
     micro_batch: int = 8                   # sequences per process that go through the model at once

@@ -13,13 +13,47 @@ class Arm:
     base: str = ""                         # exits: the arm that is trained on
 
 
+def paper_arms(low: int, mid: int, top: int) -> tuple[Arm, ...]:
+    """The arms of the paper's eight conclusions, for these LoRA ranks, and the ones that a sceptic asks for."""
+    def plain(name: str, label: str, flags: str, family: str) -> Arm:
+        return Arm(name, label, f"{flags} --distill=none", family)
+
+    def exits(name: str, label: str, loss: str, family: str, base: str) -> Arm:
+        return Arm(f"exits-{name}", label, f"--exit_loss={loss} --distill=none", family, base)
+
+    ranks, self_distilled = (low, mid, top), "aggressive --exit_coef=0.1 --exit_distill"
+    return (
+        *(plain(init, f"tied, {init}", f"--init={init}", "tied") for init in ("stepwise", "average", "lower")),
+        *(plain(f"average-r{r}", f"average + SVD, r {r}", f"--init=average --rank={r}", "relaxed") for r in ranks),
+        *(plain(f"low-rank-{r}", f"plain low rank, as large as {f'r {r}' if r else 'tied'}",
+                f"--ckpt={{work}}/low-rank-{r}", "low rank") for r in (0, low, mid)),
+        *(plain(f"calibrated-r{r}", f"calibrated, r {r}", f"--init=calibrated --rank={r}", "calibrated")
+          for r in ranks),
+        plain("random", "tied, random", "--init=random", "tied"),
+        plain(f"average-r{top}-zero", f"average, LoRA from zero, r {top}",
+              f"--init=average --rank={top} --lora_init=zero", "relaxed"),
+        plain(f"stepwise-r{top}", f"stepwise + SVD, r {top}", f"--init=stepwise --rank={top}", "relaxed"),
+        Arm("stepwise-fkl", "tied, stepwise, forward KL", "--init=stepwise --distill=fkl", "tied"),
+        Arm(f"average-r{top}-fkl", f"average + SVD, r {top}, forward KL",
+            f"--init=average --rank={top} --distill=fkl", "relaxed"),
+        plain("full", "full size, same tokens", "--loops=1", "full"),
+        plain("scratch", "as large as tied, from scratch", "--init=scratch --donor={work}/half", "scratch"),
+        plain("norms-pick", "tied, average, norms of the first loop", "--init=average --norms=pick", "tied"),
+        plain("norms-one", "tied, average, norm gains 1", "--ckpt={work}/gain-1", "tied"),
+        plain("norms-zero", "tied, average, norm gains 0", "--ckpt={work}/gain-0", "tied"),
+        exits("none", "no exit losses", "last", "tied", "stepwise"),
+        exits("weighted", "weighted", "weighted", "tied", "stepwise"),
+        exits("self", "aggressive 0.1, self-distilled", self_distilled, "tied", "stepwise"),
+        exits("self-average", "the same, tied average", self_distilled, "tied", "average"),
+        exits(f"self-r{mid}", f"the same, average + SVD, r {mid}", self_distilled, "relaxed", f"average-r{mid}"))
+
+
 @dataclass(frozen=True)
 class Study:
     """The arms of a donor, and how they are trained and measured."""
     donor: str
     data: str
     valid: str                             # what the learning rates are chosen on
-    test: str                              # a folder with a text for each book, on which nothing is chosen
     windows: int                           # of seq_len tokens, of each book
     flags: str                             # of every run
     seq_len: int
@@ -27,67 +61,44 @@ class Study:
     seeds: tuple[int, ...]
     tokens: int
     exit_tokens: int                       # post-training of the exits, on the text after `tokens`
-    rate_seed: int                         # the learning rates are chosen with another seed, in shorter runs
-    rate_tokens: int
+    rate_tokens: int                       # of the short runs that the learning rates are chosen by
     exit_rate_tokens: int
     grid: tuple[float, ...]                # learning rates, ascending
     first: tuple[float, ...]               # those of the grid that are tried first
     arms: tuple[Arm, ...]
+    ranks: tuple[int, ...]
     checked: tuple[str, ...] = ()          # arms whose neighbouring rates are also tried at full length
+    rate_seed: int = 100                   # of the short runs and the checks, and of nothing else
+    test: str = "assets/books/test"        # a folder with a text for each book, on which nothing is chosen
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
 
-def toy_arms() -> tuple[Arm, ...]:
-    """LoRA ranks of 6, 24 and 48 are the shares of the width that 64, 256 and 512 are in Gemma 2B."""
-    tied = [Arm(init, f"tied, {init}", f"--init={init} --distill=none", "tied")
-            for init in ("stepwise", "average", "lower")]
-    svd = [Arm(f"average-r{r}", f"average + SVD, r {r}", f"--init=average --rank={r} --distill=none", "relaxed")
-           for r in (6, 24, 48)]
-    calibrated = [Arm(f"calibrated-r{r}", f"calibrated, r {r}", f"--init=calibrated --rank={r} --distill=none",
-                      "calibrated") for r in (6, 24, 48)]
-    low_rank = [Arm(f"low-rank-{r}", f"plain low rank, as large as r {r}",
-                    f"--ckpt={{work}}/low-rank-{r} --distill=none", "low rank") for r in (6, 24)]
-    return (
-        *tied, *svd, *low_rank, *calibrated,
-        Arm("random", "tied, random", "--init=random --distill=none", "tied"),
-        Arm("average-r48-zero", "average, LoRA from zero, r 48",
-            "--init=average --rank=48 --lora_init=zero --distill=none", "relaxed"),
-        Arm("stepwise-r48", "stepwise + SVD, r 48", "--init=stepwise --rank=48 --distill=none", "relaxed"),
-        Arm("stepwise-fkl", "tied, stepwise, forward KL", "--init=stepwise --distill=fkl", "tied"),
-        Arm("average-r48-fkl", "average + SVD, r 48, forward KL", "--init=average --rank=48 --distill=fkl", "relaxed"),
-        Arm("full", "full size, same tokens", "--loops=1 --distill=none", "full"),
-        Arm("scratch", "as large as tied, from scratch", "--init=scratch --donor={work}/half --distill=none",
-            "scratch"),
-        Arm("norms-pick", "tied, average, norms of the first loop", "--init=average --norms=pick --distill=none",
-            "tied"),
-        Arm("norms-one", "tied, average, norm gains 1", "--ckpt={work}/gain-1 --distill=none", "tied"),
-        Arm("norms-zero", "tied, average, norm gains 0", "--ckpt={work}/gain-0 --distill=none", "tied"),
-        Arm("exits-none", "no exit losses", "--exit_loss=last --distill=none", "tied", "stepwise"),
-        Arm("exits-weighted", "weighted", "--exit_loss=weighted --distill=none", "tied", "stepwise"),
-        *(Arm(f"exits-self{suffix}", f"aggressive 0.1, self-distilled{label}",
-              "--exit_loss=aggressive --exit_coef=0.1 --exit_distill --distill=none", family, base)
-          for suffix, label, family, base in (("", "", "tied", "stepwise"),
-                                              ("-average", ", tied average", "tied", "average"),
-                                              ("-r24", ", average + SVD, r 24", "relaxed", "average-r24"))))
-
-
 STUDIES = {
+    # Ranks of 6, 24 and 48 are the shares of the width that 64, 256 and 512 are in Gemma 2B.
     "toy": Study(
-        donor="assets/donor", data="assets/books/train", valid="assets/books/valid.txt", test="assets/books/test",
-        windows=64, flags="--micro_batch=8 --eval_tokens=8192 --eval_every=64 --save_every=64", seq_len=256,
-        batch_tokens=2048, seeds=(0, 1, 2, 3, 4), tokens=524_288, exit_tokens=131_072, rate_seed=100,
-        rate_tokens=131_072, exit_rate_tokens=65_536, grid=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-        first=(3e-4, 1e-3), arms=toy_arms(), checked=("stepwise", "average-r24", "low-rank-24", "average-r48")),
+        donor="assets/donor", data="assets/books/train", valid="assets/books/valid.txt", windows=64,
+        flags="--micro_batch=8 --eval_tokens=8192 --eval_every=64 --save_every=64", seq_len=256, batch_tokens=2048,
+        seeds=(0, 1, 2, 3, 4), tokens=524_288, exit_tokens=131_072, rate_tokens=131_072, exit_rate_tokens=65_536,
+        grid=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), first=(3e-4, 1e-3), arms=paper_arms(6, 24, 48),
+        ranks=(6, 24, 48), checked=("stepwise", "average-r24", "low-rank-24", "average-r48")),
+    # The direction only: few tokens, one seed, distilled. Two hours of two cores.
     "smollm2": Study(
-        donor="HuggingFaceTB/SmolLM2-135M", data="assets/books/train", valid="assets/books/valid.txt",
-        test="assets/books/test", windows=16, flags="--micro_batch=4 --eval_tokens=4096 --eval_every=32 "
-        "--save_every=16", seq_len=256, batch_tokens=1024, seeds=(0,), tokens=131_072, exit_tokens=0, rate_seed=100,
-        rate_tokens=16_384, exit_rate_tokens=0, grid=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3), first=(5e-4, 1e-3),
+        donor="HuggingFaceTB/SmolLM2-135M", data="assets/books/train", valid="assets/books/valid.txt", windows=16,
+        flags="--micro_batch=4 --eval_tokens=4096 --eval_every=32 --save_every=16", seq_len=256, batch_tokens=1024,
+        seeds=(0,), tokens=131_072, exit_tokens=0, rate_tokens=16_384, exit_rate_tokens=0,
+        grid=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3), first=(5e-4, 1e-3), ranks=(64,),
         arms=(Arm("stepwise", "tied, stepwise", "--init=stepwise", "tied"),
               Arm("average", "tied, average", "--init=average", "tied"),
               Arm("average-r64", "average + SVD, r 64", "--init=average --rank=64", "relaxed"),
-              Arm("calibrated-r64", "calibrated, r 64", "--init=calibrated --rank=64", "calibrated"),
-              Arm("low-rank-64", "plain low rank, as large as r 64", "--ckpt={work}/low-rank-64", "low rank"))),
+              Arm("low-rank-64", "plain low rank, as large as r 64", "--ckpt={work}/low-rank-64", "low rank"),
+              Arm("calibrated-r64", "calibrated, r 64", "--init=calibrated --rank=64", "calibrated"))),
+    # The paper's arms on a GPU: experiments/gpu.sh.
+    "smollm2-gpu": Study(
+        donor="HuggingFaceTB/SmolLM2-135M", data="out_books", valid="out_books/valid", windows=64,
+        flags="--micro_batch=16 --eval_tokens=65_536 --eval_every=40 --save_every=80 --compile", seq_len=1024,
+        batch_tokens=65_536, seeds=(0, 1, 2), tokens=20_971_520, exit_tokens=5_242_880, rate_tokens=2_621_440,
+        exit_rate_tokens=1_310_720, grid=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), first=(3e-4, 1e-3),
+        arms=paper_arms(16, 64, 256), ranks=(16, 64, 256), checked=("stepwise", "average-r64", "low-rank-64")),
 }

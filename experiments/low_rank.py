@@ -25,7 +25,6 @@ from lib.tokenizer import Tokenizer, copy_tokenizer
 from model import Config, RecursiveTransformer, RelaxedLinear
 
 
-
 class LowRank(RecursiveTransformer):
     """A full-size model whose linear layers are B A: as RelaxedLinear with one loop and a W' of zeros, which is
     neither stored nor trained. config.extra["ranks"] has the rank of each: "layers.0.attn.q" -> R."""

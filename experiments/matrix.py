@@ -43,6 +43,7 @@ from lib.tokenizer import Tokenizer, copy_tokenizer
 from model import RecursiveTransformer
 from train import TrainConfig, build, donor_config, evaluate
 
+
 class Run(NamedTuple):
     """A model to train and measure."""
     stage: str                             # see STAGES
@@ -184,14 +185,24 @@ def start_model(study: Study, run: Run, work: Path) -> RecursiveTransformer:
     return build(args, folder, config, torch.device("cpu"), False, windows)[0]
 
 
+def finish(command: list[str], output) -> int:
+    """Run the command; its exit code. On Ctrl-C this waits, because the command saves before it exits."""
+    with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+
+
 def train(study: Study, run: Run, given: list[str], work: Path) -> dict:
     """Train, and return what its log says of the validation text, tokens and seconds."""
     out = run.folder(work)
-    script_ = ["-m", "experiments.low_rank", "--train"] if study.arm(run.arm).family == "low rank" else ["train.py"]
+    work.mkdir(parents=True, exist_ok=True)
+    module = ["-m", "experiments.low_rank", "--train"] if study.arm(run.arm).family == "low rank" else ["train.py"]
     with open(f"{out}.txt", "a") as output:
-        code = subprocess.run([sys.executable, *script_, *given, f"--out={out}", "--resume=auto"],
-                              stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                              check=False).returncode
+        code = finish([sys.executable, *module, *given, f"--out={out}", "--resume=auto"], output)
     log = read_lines(out / "log.jsonl")
     if code or not log or not log[-1].get("final"):
         raise UserError(f"{out.name} did not finish (exit code {code}, {out}.txt): the same command resumes it")

@@ -11,36 +11,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import SHAPES
-from experiments.conclusions import ExitLoss, Measured, conclusions
-from experiments.matrix import EXITS, MODELS, ROOT, exit_run
-from experiments.verdicts import (
-    ALIKE,
-    FAILS,
-    HOLDS,
-    MISSING,
-    OPEN,
-    Losses,
-    Runs,
-    all_losses,
-    exit_lines,
-    first_seed,
-    gap,
-    read_exits,
-    read_runs,
-    read_starts,
-    settings_without,
-    spread,
-    unfinished,
-    verdict,
-    with_same_settings,
-)
 from hf import config_from_hf
 from lib.cli import table
 from lib.donors import read_json
 from lib.results import read_lines
 from model import RecursiveTransformer
 
-EXIT_RANKS = {"tied": 0, "relaxed": 32}        # LoRA ranks of the models in exits_seeds.jsonl
+ROOT = Path(__file__).resolve().parent.parent
+EXIT_RANKS = {"tied": 0, "relaxed": 32}        # LoRA ranks of the models in exits_calibrated.jsonl
 INITS = {"average": "average + SVD", "calibrated": "calibrated"}
 
 
@@ -76,7 +54,7 @@ def find(rows: list[dict], **fields) -> dict:
 @cache
 def num_params(donor: str, loops: int = 1, rank: int = 0) -> dict[str, int]:
     """Of a recursive model of this donor: "shipped", or a shape of the benchmarks."""
-    config = SHAPES.get(donor) or config_from_hf(read_json(ROOT / MODELS["toy"].donor / "config.json"))
+    config = SHAPES.get(donor) or config_from_hf(read_json(ROOT / "assets/donor/config.json"))
     with torch.device("meta"):
         return RecursiveTransformer(replace(config, n_loop=loops, rank=rank)).num_params()
 
@@ -84,15 +62,6 @@ def num_params(donor: str, loops: int = 1, rank: int = 0) -> dict[str, int]:
 def stored(donor: str, loops: int = 2, rank: int = 0) -> str:
     """What a recursive model stores of its donor's block, without embedding and head, as "68 %"."""
     return percent(num_params(donor, loops, rank)["stored_block"] / num_params(donor)["stored_block"])
-
-
-def stored_by(measured: Measured, runs: Runs) -> str:
-    """The same for a run of the matrix (empty if it was not run) or a model with trained exits."""
-    if isinstance(measured, ExitLoss):
-        return stored("shipped", 2, EXIT_RANKS[measured.kind])
-    if measured not in runs:
-        return ""
-    return percent(first_seed(runs[measured])["params"]["stored_block"] / num_params("shipped")["stored_block"])
 
 
 def where(lines: list[dict]) -> str:
@@ -149,69 +118,8 @@ def batching_table(results: Path) -> str:
     return markdown(rows)
 
 
-# Conclusions whose losses after training depend on the one learning rate of all runs, see docs/results.md.
-ONE_RATE = ("relaxed", "rank", "norms")
-
-
-def verdicts_table(results: Path) -> str:
-    """A line for each conclusion."""
-    runs, losses = read_runs(results, "toy"), all_losses(results, "toy")
-    words = {HOLDS: "holds", FAILS: "does not hold", OPEN: "cannot tell", MISSING: "not run"}
-    rows = [["", "the paper's conclusion", "stored block", "on the shipped donor"]]
-    for i, c in enumerate(conclusions(*MODELS["toy"].ranks), 1):
-        shares = {stored_by(measured, runs) for measured in c.rows if measured != "full"} - {""}
-        rows.append([str(i), c.sentence, ", ".join(sorted(shares)),
-                     words[verdict(c, losses)] + " †" * (c.name in ONE_RATE)])
-    return markdown(rows)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # docs/results.md
-
-def conclusion_rows(runs: Runs, losses: Losses) -> list[list[str]]:
-    """A row for each conclusion, and below it one for each loss that it compares."""
-    def ours(measured: Measured) -> str:
-        final = spread(losses.get(measured, {}).values())
-        if measured not in runs:                             # exits: other files have their starts
-            return final
-        return f"{statistics.mean(line['start_loss'] for line in runs[measured].values()):.3f} → {final}"
-    rows = []
-    for i, c in enumerate(conclusions(*MODELS["toy"].ranks), 1):
-        rows.append([f"**{i} {c.name}**: {c.says}", "", f"**{verdict(c, losses)}**", c.metric])
-        rows += [[label, stored_by(measured, runs), ours(measured), paper]
-                 for measured, (label, paper) in c.rows.items()]
-    return rows
-
-
-def conclusions_table(results: Path) -> str:
-    """The eight conclusions in figures, and the share of the gap that the largest rank closes."""
-    runs, losses, top = read_runs(results, "toy"), all_losses(results, "toy"), MODELS["toy"].ranks[2]
-    lines = [line for name, seeds in runs.items() for line in seeds.values() if name != "donor"]
-    tied = first_seed(runs["stepwise"])
-    tokens, donor, valid = tied["settings"]["tokens"], tied["donor_loss"], tied["valid_tokens"]
-    paper_share = math.log(11.44 / 10.81) / math.log(11.44 / 10.58)
-    text = [
-        wrap(f"The donor has a loss of {donor:.3f}. Each run of 1 to 5 and 8 trained on {tokens:,} tokens, without "
-             f"distillation unless it says so, and was measured on {valid:,} tokens of a book that neither it nor the "
-             "donor had seen: loss right after conversion → loss after training, mean ± standard deviation over three "
-             "seeds, in nats. \"Stored block\" is the share of the donor's parameters, embedding and head apart. The "
-             "models of 6 and 7 are those of exits.md. The paper's figures are Gemma 2B's with 2 loops, those of 1 to "
-             "6 after 15 billion tokens: perplexity or accuracy."),
-        markdown([["", "stored block", "loss, ours", "paper"], *conclusion_rows(runs, losses)]),
-        wrap("A claim holds where the means differ by twice the standard error of their difference. Two runs count as "
-             f"alike (≈) where they differ by less than {ALIKE}, by the same margin. One seed decides nothing. 1 to 5, "
-             f"8: {where(lines)}. 6, 7 (`{EXITS}`): {where(exit_lines(results, 'toy'))}."),
-        wrap(f"What the LoRA wins back: the share of the gap between donor and tied model that rank {top} "
-             f"({stored_by(f'average-r{top}', runs)} of the donor's block, tied {stored_by('stepwise', runs)}) closes "
-             "after as many tokens. (The paper's largest rank, r 512 at "
-             f"{stored('gemma-2b', 2, 512)} of Gemma 2B's block, after 60 billion tokens with distillation: "
-             f"{paper_share:.2f}, from perplexities of 11.44 tied, 10.81 with r 512, 10.58 at full size on the same "
-             "tokens.)"),
-        markdown([["tokens", "tied, stepwise", f"average + SVD, r {top}", "share"], *gap(runs, top)])]
-    if missing := unfinished(runs, "toy"):
-        text.append(wrap("Seeds still missing: " + ", ".join(missing) + "."))
-    return "\n\n".join(text)
-
 
 def decode_table(results: Path) -> str:
     """Tokens/s of `decode` and the engine beside the faster attention of transformers."""
@@ -231,36 +139,22 @@ def decode_table(results: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # docs/exits.md
 
-def exits_table(results: Path) -> str:
-    """Loss after each loop, by how the exits were trained."""
-    losses = read_exits(results, "toy")
-    tied, relaxed = (stored("shipped", 2, rank) for rank in EXIT_RANKS.values())
-    rows = [["loss after loop 1 / 2", f"tied ({tied} of the donor's block)",
-             f"relaxed: average + SVD, r {EXIT_RANKS['relaxed']} ({relaxed})"]]
-    for training, label in (("none", "post-trained without exit losses"), ("weighted", "weighted"),
-                            ("self", "aggressive 0.1, self-distilled")):
-        rows.append([label, *(" / ".join(spread(losses[ExitLoss(kind, training, loop)].values()) for loop in (1, 2))
-                              for kind in EXIT_RANKS)])
-    return markdown(rows)
-
-
 def calibrated_table(results: Path) -> str:
     """Mean loops at each required agreement, on the half of the text that was not calibrated on."""
-    lines = with_same_settings([line for line in read_lines(results / "exits_calibrated.jsonl")
-                                if line["settings"]["keys"] == "exact"], settings_without("agreement", "new_gate"))
+    exact = [line for line in read_lines(results / "exits_calibrated.jsonl") if line["settings"]["keys"] == "exact"]
+    lines = {kind: [line for line in exact if f"-{kind}-" in line["settings"]["ckpt"]] for kind in EXIT_RANKS}
     rules = ("gate", "max_prob", "margin", "entropy")
     rows = [["agreement", "oracle", *rules]]
     for kind, rank in EXIT_RANKS.items():
-        ours = [line for line in lines if (run := exit_run(line)) and run.kind == kind]
-        required = sorted({line["agreement"] for line in ours})
+        required = sorted({line["agreement"] for line in lines[kind]})
         label = f"{kind}, stored {stored('shipped', 2, rank)}"
         if kind == "tied":
             label += ": " + " / ".join(map(str, required))
 
-        def mean_loops(rule: str, agreement: float, ours=ours) -> float:
+        def mean_loops(rule: str, agreement: float, ours=lines[kind]) -> float:
             return statistics.mean(line["calibration_and_check"][rule][1]["loops"] for line in ours
                                    if line["agreement"] == agreement)
-        rows.append([label, f"{statistics.mean(line['oracle'][1] for line in ours):.2f}",
+        rows.append([label, f"{statistics.mean(line['oracle'][1] for line in lines[kind]):.2f}",
                      *(slashed(mean_loops(rule, agreement) for agreement in required) for rule in rules)])
     return markdown(rows)
 
@@ -271,6 +165,14 @@ def calibrated_table(results: Path) -> str:
 def final_losses(line: dict, digits: int) -> str:
     """The loss after the last loop on each text of a line of calibrated.jsonl."""
     return slashed((exits[-1] for exits in line["loss"].values()), digits)
+
+
+def read_starts(results: Path, donor: str) -> dict[tuple, dict]:
+    """(init, loops, rank, tokens calibrated on or None) -> its line of calibrated.jsonl."""
+    lines = [line for line in read_lines(results / "calibrated.jsonl") if line["settings"]["donor"] == donor]
+    if not lines:
+        raise LookupError(f"no line of {donor} in calibrated.jsonl")
+    return {(line["init"], line["loops"], line["rank"], line.get("calib_tokens")): line for line in lines}
 
 
 def start_table(results: Path) -> str:
@@ -298,33 +200,6 @@ def read_table(results: Path) -> str:
             lines = [starts.get(("calibrated", 2, rank, n)) for n in counts]
             if all(lines):
                 rows.append([name, str(rank), stored(donor, 2, rank), *(final_losses(line, 3) for line in lines)])
-    return markdown(rows)
-
-
-def saved_table(results: Path) -> str:
-    """The shipped donor uptrained from both starts."""
-    runs, mid = read_runs(results, "toy"), MODELS["toy"].ranks[1]
-    run = first_seed(runs[f"average-r{mid}-long"])
-    donor = first_seed(runs["donor"])                        # on the shorter text, on which exits are measured
-    rows = [[f"rank {mid} ({stored_by(f'average-r{mid}-long', runs)} of the donor's block)", "start",
-             f"after {run['settings']['tokens']:,} tokens", f"the same on {donor['valid_tokens']:,} tokens",
-             "there, trained with exit losses: loop 1 / 2"],
-            ["donor", "", f"{run['donor_loss']:.3f}", f"{donor['loss']:.3f}", ""]]
-    for init, label in INITS.items():
-        lines, exits = (list(runs[f"{init}-r{mid}-{how}"].values()) for how in ("long", "exits"))
-        rows.append([label, *(spread(line[key] for line in lines) for key in ("start_loss", "loss")),
-                     spread(line["exit_loss"][-1] for line in lines),
-                     " / ".join(spread(line["exit_loss"][loop] for line in exits) for loop in (0, 1))])
-    return markdown(rows)
-
-
-def saved_smollm2_table(results: Path) -> str:
-    """SmolLM2-135M uptrained from both starts."""
-    lines = read_lines(results / "calibrated_smollm2.jsonl")
-    rows = [["SmolLM2-135M, 2 loops", "stored", "start", "loss"],
-            ["donor", "100 %", "", f"{lines[0]['donor_loss']:.2f}"]]
-    rows += [[f"{INITS[line['init']]}, rank {line['rank']}", stored("smollm2", 2, line["rank"]),
-              f"{line['start_loss']:.2f}", f"{line['loss']:.2f}"] for line in lines]
     return markdown(rows)
 
 
@@ -382,14 +257,3 @@ def scale_table(results: Path) -> str:
          f"{lora_time('merged')} (merged)", f"{lora_time('separate')} (a path of its own)", "lora.jsonl"],
         [f"converting Gemma 2B's shapes to 2 loops, average + SVD, r 512 (stored {stored('gemma-2b', 2, 512)})",
          f"{conversion['seconds']:.0f} s, {conversion['peak_gib']:.1f} GiB", "", "convert.jsonl"]])
-
-
-def uptrain_table(results: Path) -> str:
-    """SmolLM2-135M-Instruct after half an hour of uptraining, tied and relaxed."""
-    tied, relaxed = (read_lines(results / f"uptrain_smollm2_{name}.jsonl") for name in ("stepwise", "average64"))
-    rows = [["SmolLM2-135M-Instruct as 2 × 15 layers", "stored", "start", "after half an hour"],
-            ["donor", "100 %", "", f"{tied[0]['donor_loss']:.2f}"]]
-    for log, label, rank in ((tied, "tied, stepwise", 0), (relaxed, "average + SVD, r 64", 64)):
-        rows.append([label, stored("smollm2", 2, rank),
-                     *(f"{line['full_val_loss']:.2f}" for line in (log[0], log[-1]))])
-    return markdown(rows)

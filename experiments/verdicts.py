@@ -1,161 +1,122 @@
-"""Reads the lines in results/ by run and seed, and tests the claims of the conclusions on them."""
+"""Statistics of the claims, fixed before the runs: paired differences, a bootstrap over seeds and books, Holm.
 
-import math
-import statistics
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterable
+Two arms of one seed read the same text in the same order, and are scored on the same books. So what is compared is the
+difference of their losses for each seed and book, a table (seeds, books). Its mean over other seeds and other books is
+estimated by drawing both anew, with replacement and apart from one another (a two-way bootstrap). A claim's p-value is
+the largest of its parts', since all have to hold; over the eight claims the p-values are corrected by Holm's method.
+"""
+
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-from experiments.conclusions import Conclusion, ExitLoss, Measured, conclusions
-from experiments.matrix import MODELS, changed_settings, exit_run, extra_runs
-from lib.results import read_lines
+import numpy as np
 
-ALIKE = 0.05                                   # nats; losses that differ by less count as alike
-HOLDS, FAILS, OPEN, MISSING = "holds", "does not", "cannot tell", "not run"
-Runs = dict[str, dict[int, dict]]              # run of the matrix -> seed -> its line
-Losses = dict[Measured, dict[int, float]]      # what was measured -> seed -> loss in nats
+from experiments.arms import Study
+from experiments.claims import EQUIVALENT, Claim, Comparison, Measured
+from experiments.matrix import Lines
+
+HOLDS, FAILS, OPEN, MISSING = "holds", "does not hold", "cannot tell", "not run"
+DRAWS, LEVEL = 10_000, 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
+@dataclass
+class Result:
+    """How a comparison came out, in nats: mean of b - a, its 95 % interval, and the p-value of its opposite."""
+    difference: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+
+
+def losses(lines: Lines, measured: Measured) -> dict[int, dict[str, float]]:
+    """Seed -> book -> loss. A start has been scored for one seed and stands for all."""
+    stages = ("main", "exits") if measured.trained else ("start",)
+    return {run.seed: {book: exits[measured.loop] for book, exits in line["books"].items()}
+            for run, line in lines.items() if run.arm == measured.arm and run.stage in stages}
+
+
+def paired_differences(lines: Lines, comparison: Comparison) -> np.ndarray:
+    """b - a (seeds, books), for the seeds that both have."""
+    a, b = (losses(lines, each) for each in comparison[:2])
+    seeds = sorted(a) if not comparison.b.trained else sorted(a.keys() & b.keys())
+    if not comparison.b.trained and b:
+        b = dict.fromkeys(seeds, next(iter(b.values())))
+    return np.array([[b[seed][book] - a[seed][book] for book in sorted(a[seed])] for seed in seeds if b])
+
 
 @cache
-def warn_once(text: str) -> None:
-    print(text, file=sys.stderr)
+def draws(seeds: int, books: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each seed (DRAWS, seeds) and each book (DRAWS, books) is drawn."""
+    rng = np.random.default_rng(0)
+    return tuple(rng.multinomial(n, [1 / n] * n, DRAWS) for n in (seeds, books))
 
 
-def with_same_settings(lines: list[dict], settings: Callable[[dict], tuple]) -> list[dict]:
-    """The lines with the most frequent settings (of equally frequent ones the last): only these are
-    comparable. Warns about the lines that are left out."""
-    found = [settings(line) for line in lines]
-    counts = Counter(found)
-    most = max(reversed(found), key=counts.__getitem__, default=None)
-    for other, n in counts.items():
-        if other != most:
-            differs = ", ".join(f"{key}={value}" for key, value in other if (key, value) not in most)
-            warn_once(f"{n} lines of other settings ({differs or 'the default ones'}) are left out; results in a "
-                      "folder of their own can be read with --results")
-    return [line for line, each in zip(lines, found, strict=True) if each == most]
+def bootstrap_means(differences: np.ndarray) -> np.ndarray:
+    """The mean difference in each draw of seeds and books, (DRAWS,)."""
+    by_seed, by_book = draws(*differences.shape)
+    return np.einsum("ds,sb,db->d", by_seed, differences, by_book) / differences.size
 
 
-def settings_without(*names: str) -> Callable[[dict], tuple]:
-    """For `with_same_settings`: a function that gives a line's settings without these, without those that
-    change no figure, and without those that are not set."""
-    ignored = {"save", "device", "plot", "ckpt", *names}
-    return lambda line: tuple(sorted((key, str(value)) for key, value in line["settings"].items()
-                                     if key not in ignored and value is not None))
+def compare(lines: Lines, comparison: Comparison) -> Result | None:
+    """None if one of the two was not run."""
+    differences = paired_differences(lines, comparison)
+    if not differences.size:
+        return None
+    means = bootstrap_means(differences)
+    low, high = np.quantile(means, (0.025, 0.975))
+    against = ((means <= 0).sum() if not comparison.alike else
+               max((means >= EQUIVALENT).sum(), (means <= -EQUIVALENT).sum()))
+    return Result(float(differences.mean()), float(low), float(high), float((against + 1) / (DRAWS + 1)),
+                  len(differences))
 
 
-def read_runs(results: Path, model: str) -> Runs:
-    """The lines of experiments.jsonl for this model; if a run was measured twice, the last."""
-    runs: Runs = {}
-    lines = [line for line in read_lines(results / "experiments.jsonl") if line.get("model") == model]
-    for line in with_same_settings(lines, changed_settings):
-        runs.setdefault(line["name"], {})[line["seed"]] = line
-    return runs
+def opposite(result: Result, alike: bool) -> bool:
+    """Whether the interval contradicts the comparison."""
+    return max(result.low, -result.high) > EQUIVALENT if alike else result.high < 0
 
 
-def exit_lines(results: Path, model: str) -> list[dict]:
-    """The lines of experiments/exits_seeds.sh (toy) or experiments/smollm2.sh."""
-    return with_same_settings([line for line in read_lines(results / "exits_seeds.jsonl")
-                               if "exit_loss" in line and exit_run(line, model)], settings_without())
+def holm(p_values: list[float]) -> list[float]:
+    """The p-values, corrected for their number: the smallest times n, the next times n - 1, ..., never falling."""
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = worst
+    return adjusted
 
 
-def read_exits(results: Path, model: str) -> Losses:
-    """The loss after each loop, by how the exits were trained."""
-    losses: Losses = {}
-    for line in exit_lines(results, model):
-        run = exit_run(line, model)
-        for loop, loss in enumerate(line["exit_loss"], 1):
-            losses.setdefault(ExitLoss(run.kind, run.training, loop), {})[run.seed] = loss
-    return losses
+def verdicts(lines: Lines, given: list[Claim]) -> dict[str, tuple[str, float | None]]:
+    """Claim -> (verdict, corrected p-value or None). With one seed nobody can tell."""
+    results = {claim.name: [compare(lines, part) for part in claim.parts] for claim in given}
+    complete = {name: parts for name, parts in results.items() if all(parts)}
+    # All claims count, also those not run yet: a claim must not be easier to prove in a matrix that was stopped.
+    p = dict(zip(complete, holm([max(part.p for part in parts) for parts in complete.values()]
+                                + [1.0] * (len(given) - len(complete))), strict=False))
+    found = {}
+    for claim in given:
+        parts = [(result, part.alike) for result, part in zip(results[claim.name], claim.parts, strict=True) if result]
+        if any(opposite(result, alike) and result.seeds > 1 for result, alike in parts):
+            found[claim.name] = FAILS, p.get(claim.name)
+        elif claim.name not in complete:
+            found[claim.name] = MISSING, None
+        else:
+            enough = all(result.seeds > 1 for result, _ in parts) and p[claim.name] < LEVEL
+            found[claim.name] = (HOLDS if enough else OPEN), p[claim.name]
+    return found
 
 
-def all_losses(results: Path, model: str) -> Losses:
-    """Everything that the conclusions compare."""
-    losses = {name: {seed: line["loss"] for seed, line in seeds.items()}
-              for name, seeds in read_runs(results, model).items()}
-    return losses | read_exits(results, model)
+def mean_loss(lines: Lines, measured: Measured) -> tuple[float, float, int] | None:
+    """(mean over books and seeds, standard deviation over seeds of the books' mean, seeds); None if it was not run."""
+    means = [float(np.mean(list(books.values()))) for books in losses(lines, measured).values()]
+    if not means:
+        return None
+    return float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else 0.0, len(means)
 
 
-def read_starts(results: Path, donor: str) -> dict[tuple, dict]:
-    """(init, loops, rank, tokens calibrated on or None) -> its line of calibrated.jsonl."""
-    lines = [line for line in read_lines(results / "calibrated.jsonl") if line["settings"]["donor"] == donor]
-    if not lines:
-        raise LookupError(f"no line of {donor} in calibrated.jsonl")
-    return {(line["init"], line["loops"], line["rank"], line.get("calib_tokens")): line
-            for line in with_same_settings(lines, settings_without("loops", "ranks", "calib_tokens"))}
-
-
-def first_seed(seeds: dict[int, dict]) -> dict:
-    return next(iter(seeds.values()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
-
-def spread(values: Iterable[float]) -> str:
-    """Mean ± standard deviation (n - 1); only the mean of one value, empty for none."""
-    values = list(values)
-    if len(values) < 2:
-        return "".join(f"{v:.3f}" for v in values)
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
-def difference(a: list[float], b: list[float]) -> tuple[float, float]:
-    """(mean of b - mean of a, its standard error), for at least two seeds each."""
-    error = math.sqrt(sum(statistics.variance(x) / len(x) for x in (a, b)))
-    return statistics.mean(b) - statistics.mean(a), error
-
-
-def judge(claim: tuple[Measured, str, Measured], losses: Losses) -> tuple[str, str]:
-    """(verdict, the difference that decides it) of a claim.
-
-    (a, "<", b) holds if the loss of a is lower by more than twice the standard error of the difference, (a,
-    "~", b) if the difference is smaller than ALIKE by that margin. If the opposite is true by that margin,
-    the claim does not hold. Otherwise, and with one seed, nobody can tell.
-    """
-    left, sign, right = claim
-    a, b = (list(losses.get(measured, {}).values()) for measured in (left, right))
-    if not a or not b:
-        return MISSING, ""
-    if min(len(a), len(b)) < 2:
-        return OPEN, f"{statistics.mean(b) - statistics.mean(a):+.4f}, one seed"
-    d, error = difference(a, b)
-    margin = d if sign == "<" else ALIKE - abs(d)            # positive in favour of the claim
-    evidence = f"{d:+.4f} ± {error:.4f}"
-    if margin - 2 * error > 0:
-        return HOLDS, evidence
-    return FAILS if margin + 2 * error < 0 else OPEN, evidence
-
-
-def verdict(conclusion: Conclusion, losses: Losses) -> str:
-    """HOLDS if all claims hold, FAILS if one does not; otherwise what prevents a verdict."""
-    verdicts = [judge(claim, losses)[0] for claim in conclusion.claims]
-    return next((v for v in (FAILS, MISSING, OPEN) if v in verdicts), HOLDS)
-
-
-def gap(runs: Runs, rank: int) -> list[list[str]]:
-    """Rows of tokens, loss of the tied model, loss at this rank, share of the gap between tied model and
-    donor that the LoRA closes. Shares are taken seed by seed: both runs of a seed see the same text in the
-    same order."""
-    rows = []
-    for suffix in ("-quarter", "", "-fourfold"):
-        tied, relaxed = (runs.get(name + suffix, {}) for name in ("stepwise", f"average-r{rank}"))
-        if both := sorted(tied.keys() & relaxed.keys()):
-            donor, tokens = tied[both[0]]["donor_loss"], tied[both[0]]["settings"]["tokens"]
-            tied_loss, relaxed_loss = ([run[seed]["loss"] for seed in both] for run in (tied, relaxed))
-            shares = [(t - r) / (t - donor) for t, r in zip(tied_loss, relaxed_loss, strict=True)]
-            rows.append([f"{tokens:,}", spread(tied_loss), spread(relaxed_loss), spread(shares)])
-    return rows
-
-
-def unfinished(runs: Runs, model: str) -> list[str]:
-    """Runs of the matrix that lack seeds, as "name (1 of 3)"."""
-    ranks, seeds = MODELS[model].ranks, MODELS[model].seeds
-    names = [run for c in conclusions(*ranks) for run in c.runs]
-    names += [run for group in extra_runs(*ranks).values() for run in group]
-    found = {name: len(runs.get(name, {})) for name in names}
-    return [f"{name} ({n} of {seeds})" for name, n in found.items() if n < seeds]
+def gap_shares(lines: Lines, study: Study, arm: str) -> np.ndarray:
+    """For each seed, the share of the gap between the tied model and the full-size one, both trained on the same
+    tokens, that `arm` closes: as of the paper's figures."""
+    tied, relaxed, full = (losses(lines, Measured(name)) for name in ("stepwise", arm, "full"))
+    means = [[float(np.mean(list(found[seed].values()))) for found in (tied, relaxed, full)]
+             for seed in sorted(tied.keys() & relaxed.keys() & full.keys())]
+    return np.array([(t - r) / (t - f) for t, r, f in means])

@@ -39,7 +39,8 @@ def used_clone(tmp_path_factory):
     (clone / "out" / "log.jsonl").write_text('{"step": 1, "final": true}\n')
     pages = (path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
     named = re.findall(r"--out=(out\w*)", " ".join(pages))
-    defaults = {"out_recursive", "out_data", "out_experiments/toy/average-s0"}   # convert, lib.data, experiments.matrix
+    defaults = {"out_recursive", "out_data", "out_low_rank",  # of convert, lib.data, experiments.low_rank and matrix
+                "out_experiments/toy/main-stepwise-s0-lr0.001"}
     for name in {*named, *defaults} - {"out"}:
         shutil.copytree(clone / "out", clone / name)
     before = os.getcwd()

@@ -322,6 +322,16 @@ def test_checkpointing_changes_nothing_but_memory(home, tmp_path, start, monkeyp
     assert_same_weights(tmp_path / "plain", tmp_path / "two", rtol=1e-2, atol=1e-4)
 
 
+def test_skipped_tokens_are_those_that_a_run_of_the_same_seed_reads_first(home, tmp_path):
+    """With a learning rate of nearly 0 the losses of the steps name the text they read."""
+    def losses(*more):
+        log = run(home, tmp_path / str(len(more)), "--lr=1e-12", "--distill=none", *more)
+        return [line["loss"] for line in log if "loss" in line]
+    whole = losses()
+    assert len(set(whole)) == len(whole) == 20
+    assert losses("--skip_tokens=1280", "--tokens=1280") == pytest.approx(whole[10:], abs=1e-5)
+
+
 def test_accumulated_micro_batches_are_one_batch(home, tmp_path):
     a = run(home, tmp_path / "a", "--batch_tokens=256", "--micro_batch=16", "--rank=2")
     b = run(home, tmp_path / "b", "--batch_tokens=256", "--micro_batch=8", "--rank=2")
