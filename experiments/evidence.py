@@ -87,6 +87,14 @@ def arms_table(study: Study, lines: Lines, arms: Iterable[Arm]) -> str:
     return markdown(rows)
 
 
+def sizes_table(results: Path) -> str:
+    """The README's: sharing beside plain low rank at the same two sizes."""
+    study, lines = matrix_lines(results)
+    rank = study.ranks[1]
+    names = ("stepwise", "low-rank-0", f"average-r{rank}", f"calibrated-r{rank}", f"low-rank-{rank}", "full")
+    return arms_table(study, lines, map(study.arm, names))
+
+
 def arms_block(results: Path) -> str:
     """Every arm of the matrix on the shipped donor."""
     study, lines = matrix_lines(results)

@@ -24,7 +24,7 @@ ROOT = tables.ROOT
 # page -> name of a table, which stands between <!-- NAME --> and <!-- /NAME --> -> function of the results folder
 PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"stepwise": tables.stepwise_table, "batching": tables.batching_table,
-                  "verdicts": evidence.verdicts_table},
+                  "sizes": evidence.sizes_table, "verdicts": evidence.verdicts_table},
     "docs/results.md": {"conclusions": evidence.conclusions_table, "arms": evidence.arms_block,
                         "gap": evidence.gap_table, "signs": evidence.signs_table, "rates": evidence.rates_table,
                         "smollm2": evidence.smollm2_table, "decode": tables.decode_table},

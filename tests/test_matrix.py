@@ -108,6 +108,12 @@ def test_every_arm_of_a_seed_comes_before_the_next_seed_and_exits_after_their_ba
     assert all(run.seed == TOY.rate_seed for run in order if run.stage in ("rate", "exit_rate", "check"))
     assert TOY.rate_seed not in TOY.seeds
     assert sum(run.stage == "check" for run in order) == 3 * len(TOY.checked)
+    # Several jobs at once: exits are not on the list before their base has its line.
+    lines = {run: fake_line(abs(math.log((run.lr or 1) / 3e-4))) for run in order if run.stage not in ("main", "exits")}
+    assert {run.stage for run in next_runs(TOY, lines)} == {"main"}
+    lines[Run("main", "average", 2, 3e-4)] = fake_line(4.0)
+    assert [run for run in next_runs(TOY, lines) if run.stage != "main"] == [
+        Run("exits", "exits-self-average", 2, 3e-4)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

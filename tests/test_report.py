@@ -209,7 +209,7 @@ def test_points_of_the_frontier(tmp_path):
 
 
 KEPT = {  # file -> the tables that cannot be made without its lines
-    "matrix": {"verdicts", "arms", "conclusions", "gap", "signs", "rates", "smollm2", "exits", "saved"},
+    "matrix": {"sizes", "verdicts", "arms", "conclusions", "gap", "signs", "rates", "smollm2", "exits", "saved"},
     "exits_calibrated": {"calibrated"}, "calibrated": {"start", "read"}, "stepwise": {"stepwise"},
     "batching": {"batching", "batching_details"}, "decode": {"decode"}, "loss": {"scale"}, "train": {"scale"},
     "lora": {"scale"}, "convert": {"scale"}}
