@@ -62,31 +62,36 @@ class SlotCache:
     """
 
     def __init__(self, config: Config, slots: int, max_len: int, device="cpu", dtype=torch.float32):
-        self.shape = (config.n_unique, config.n_loop, slots + 1, config.n_kv_head, max_len, config.head_dim)
-        self.stored = [torch.zeros(self.shape, device=device, dtype=dtype) for _ in "kv"]
-        self.k, self.v = (t.permute(0, 2, 1, 4, 3, 5) for t in self.stored)
-        self.rows = [tuple(t.flatten(1, 4)) for t in self.stored]               # of each layer (places K max_len, D)
+        self.n_loop, self.slots, self.n_kv_head, self.max_len = config.n_loop, slots, config.n_kv_head, max_len
+        shape = (config.n_unique, config.n_loop, slots + 1, config.n_kv_head, max_len, config.head_dim)
+        stored = [torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"]
+        self.k, self.v = (t.permute(0, 2, 1, 4, 3, 5) for t in stored)
+        self.by_place = [t.flatten(1, 2) for t in stored]                       # (n_unique, places, K, max_len, D)
+        self.key_rows, self.value_rows = (tuple(t.flatten(1, 4)) for t in stored)  # of each layer
         self.rope = rope_angles(torch.arange(max_len, device=device), config)
-        self.heads = torch.arange(config.n_kv_head, device=device)[:, None]     # (K, 1)
         self.slot = self.pos = torch.zeros(0, dtype=torch.long, device=device)  # (M,) of the next pass's rows
         self.used = [0] * (slots + 1)                                           # positions that were ever written
-        self.places = None                                                      # see `line_up`
+        self.query: Tensor | None = None                                        # see `line_up`
+        self.lined_up = False
 
-    def line_up(self, loop: list[int], slot: list[int], pos: list[int]) -> Tensor:
-        """Prepare a pass of M rows, in the order of loop and slot: attention then reads all places from the first
-        row's to the last's where they lie, masked beyond each row's length. Returns the loops (M,)."""
-        _, _, slots, K, max_len, _ = self.shape
-        place = [at * slots + own for at, own in zip(loop, slot, strict=True)]
-        first, n, length = place[0], place[-1] + 1 - place[0], max(pos) + 1
-        table = torch.tensor([loop, slot, pos, place]).to(self.heads.device)
-        loop, self.slot, self.pos, place = table.unbind()
-        self.target = ((place * K + self.heads) * max_len + self.pos).T.flatten()              # (M K)
-        self.places = [t.flatten(1, 2)[:, first:first + n, :, :length].unbind() for t in self.stored]
-        self.query = None if n == len(place) else place - first                # (M,) each row's among the places
-        last = self.pos if self.query is None else self.pos.new_zeros(n).index_copy(0, self.query, self.pos)
-        unread = torch.arange(length, device=place.device) > last[:, None]
-        self.mask = torch.zeros_like(unread, dtype=self.k.dtype).masked_fill(unread, -torch.inf)[:, None, None]
-        return loop
+    def line_up(self, loop: Sequence[int], slot: Sequence[int], pos: Sequence[int]) -> Tensor:
+        """Prepare a pass of M rows, sorted by loop and slot: attention reads all places from the first row's to the
+        last's where they lie, masked beyond each row's position. Returns the loops (M,)."""
+        place = [own * (self.slots + 1) + at for own, at in zip(loop, slot, strict=True)]
+        first, n, length, device = place[0], place[-1] + 1 - place[0], max(pos) + 1, self.slot.device
+        loops, self.slot, self.pos = torch.tensor([loop, slot, pos], device=device).unbind()
+        heads = range(self.n_kv_head)
+        self.target = torch.tensor([(at * self.n_kv_head + head) * self.max_len + t
+                                    for at, t in zip(place, pos, strict=True) for head in heads], device=device)
+        self.keys, self.values = (t.narrow(1, first, n).narrow(3, 0, length).unbind() for t in self.by_place)
+        self.query = None if n == len(place) else torch.tensor(place, device=device) - first   # (M,)
+        self.lined_up, self.mask = True, None
+        if min(pos) < max(pos):
+            last = self.pos if self.query is None else self.pos.new_zeros(n).index_copy(0, self.query, self.pos)
+            unread = torch.arange(length, device=device) > last[:, None]
+            self.mask = self.rope[0].new_zeros(n, 1, 1, length, dtype=self.k.dtype)
+            self.mask.masked_fill_(unread[:, None, None], -torch.inf)
+        return loops
 
     def extend(self, loop: int | Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Rotary angles of the n rows of the next pass, as if they were one sequence of n tokens."""
@@ -94,18 +99,18 @@ class SlotCache:
 
     def attend(self, loop: int | Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v (1, M, K, D) of M rows; returns the attention of q (1, M, H, D) to its row's slot and loop."""
-        if self.places is None:
+        if not self.lined_up:
             self.k[layer].index_put_((self.slot, loop, self.pos), k[0])
             self.v[layer].index_put_((self.slot, loop, self.pos), v[0])
             return decode_attention(q[0], self.k[layer], self.v[layer], self.slot, loop, self.pos + 1)[None]
-        for rows, new in zip(self.rows, (k, v), strict=True):
-            rows[layer].index_copy_(0, self.target, new.flatten(0, 2))
-        keys, values = (places[layer] for places in self.places)                # (places, K, length, D)
-        queries = q.view(q.size(1), k.size(2), -1, q.size(3))                   # (M, K, H / K, D)
+        self.key_rows[layer].index_copy_(0, self.target, k.flatten(0, 2))
+        self.value_rows[layer].index_copy_(0, self.target, v.flatten(0, 2))
+        keys, values = self.keys[layer], self.values[layer]                     # (places, K, length, D)
+        grouped = q.view(q.size(1), self.n_kv_head, -1, q.size(3))              # (M, K, H / K, D)
         if self.query is None:
-            return F.scaled_dot_product_attention(queries, keys, values, self.mask).view_as(q)
-        queries = queries.new_zeros(len(keys), *queries.shape[1:]).index_copy(0, self.query, queries)
-        return F.scaled_dot_product_attention(queries, keys, values, self.mask)[self.query].view_as(q)
+            return F.scaled_dot_product_attention(grouped, keys, values, self.mask).view(q.shape)
+        grouped = grouped.new_zeros(len(keys), *grouped.shape[1:]).index_copy_(0, self.query, grouped)
+        return F.scaled_dot_product_attention(grouped, keys, values, self.mask)[self.query].view(q.shape)
 
     def store_prompts(self, kv: KVCache, scheduled: list[tuple[int, Request]]) -> None:
         """Copy the prompts' keys and values, without their padding, from `kv` to their slots."""
@@ -201,6 +206,7 @@ class Engine:
         self.cache = SlotCache(c, slots, max_len, device, dtype)
         self.ghost_loops = torch.arange(1, c.n_loop if keys == "exact" else 1, device=device)  # (G,)
         self.n_ghosts = len(self.ghost_loops)                                   # G
+        self.least_loop, self.any_ghosts = 0, self.static                       # of the last pass
         self.state = SlotState.empty(c, slots, max_len, self.n_ghosts, device, dtype)
         self.block_out = torch.zeros(slots * (1 + self.n_ghosts), c.n_embd, device=device, dtype=dtype)
         self.sampled: Tensor  # (4, n): slots, tokens, exit loops (-1 = no token) and status of the head's n rows
@@ -382,6 +388,7 @@ class Engine:
         rows = [(loop, slot, positions[slot], slot) for slot, loop in enumerate(loops) if loop >= 0]
         ghosts = [(i + 1, slot, pos, self.slots + slot * self.n_ghosts + i)
                   for slot, own in enumerate(s.ghost_pos.tolist()) for i, pos in enumerate(own) if pos >= 0]
+        self.least_loop, self.any_ghosts = min(rows, default=(self.last_loop,))[0], bool(ghosts)
         if not rows and not ghosts:
             return
         self.ran += torch.tensor([len(rows) + len(ghosts), len(ghosts)], device=self.device)
@@ -409,22 +416,29 @@ class Engine:
     def route_exits(self) -> None:
         """After a pass: tokens that exit wait for the head, the others go on to their next loop."""
         s, x = self.state, self.block_out[:self.slots]
-        in_flight = s.loop >= 0                                                 # (S,)
-        exits = in_flight & ((s.loop == self.last_loop) | self.may_exit(x))     # (S,)
-        if self.n_ghosts:
+        exits = in_flight = s.loop >= 0                                         # (S,)
+        early = self.static or self.least_loop < self.last_loop  # else nothing is left to decide
+        if early:
+            exits = in_flight & ((s.loop == self.last_loop) | self.may_exit(x))
+            early = self.static or bool((exits & (s.loop < self.last_loop)).any())
+        self.any_ghosts |= early
+        if self.n_ghosts and self.any_ghosts:
             self.route_ghosts(exits)
-        else:
+        elif early and self.keys == "copy":
             self.cache.copy_to_later_loops(exits, s.loop, s.pos)
         torch.where(in_flight[:, None], x, s.x, out=s.x)
-        s.waited.add_(1).masked_fill_(exits, 0)
+        if self.static:
+            s.waited.add_(1).masked_fill_(exits, 0)
         torch.where(exits, s.loop, s.exit_loop, out=s.exit_loop)
         s.loop.add_(in_flight).masked_fill_(exits, -1)
 
     def may_exit(self, x: Tensor) -> Tensor:
         """(S,) bool, by forced_exits where given, else by the rule. Undefined where no token is in flight."""
         s, logits = self.state, self.model.logits(x) if self.rule.reads_logits else None
-        forced = s.forced_exits.gather(1, s.pos.clamp(min=0)[:, None])[:, 0]
         by_rule = self.rule(x, s.loop.clamp(min=0), logits)
+        if not (self.static or any(request and request.forced_exits for request in self.slot_request)):
+            return by_rule
+        forced = s.forced_exits.gather(1, s.pos.clamp(min=0)[:, None])[:, 0]
         return torch.where(forced <= self.last_loop, s.loop >= forced, by_rule)
 
     def route_ghosts(self, exits: Tensor) -> None:
@@ -454,7 +468,7 @@ class Engine:
         if self.static:
             rows = torch.where(waits, s.waited, -1).topk(self.head if self.head > 1 else self.slots).indices
         else:
-            rows = padded_indices(waits)
+            rows = waits.nonzero()[:, 0]
         old = s.numbers[:, rows]                                                # (5, n)
         _, exit_loop, waited, pos, last_pos = old
         valid, logits = exit_loop >= 0, self.model.logits(s.x[rows])
@@ -465,7 +479,7 @@ class Engine:
         s.x[rows] = torch.where(valid[:, None], self.model.first_state(token[:, None])[:, 0], s.x[rows])
         new = torch.stack([-1 * ended, torch.full_like(pos, -1), waited, pos, last_pos])
         s.numbers[:, rows] = torch.where(valid, new, old)
-        if self.n_ghosts:  # nobody attends to those of an ended sequence
+        if self.any_ghosts:  # nobody attends to those of an ended sequence
             s.ghost_pos[rows] = s.ghost_pos[rows].masked_fill((valid & ended)[:, None], -1)
 
     def collect(self) -> list[tuple[Request, int, int]]:
@@ -504,14 +518,6 @@ def to_ints(what: str, values: Iterable, low: int, high: int) -> list[int]:
     if not all(low <= value <= high for value in ints):
         raise UserError(f"{what} is not between {low} and {high}")
     return ints
-
-
-def padded_indices(mask: Tensor) -> Tensor:
-    """Indices of the True elements of mask (M,), in order. 7 to 15 of them are padded to 16 with rows that
-    idle or do not wait, whose results nobody reads: MKL multiplies 16 up to twice as fast, and GPU tiles have 16."""
-    n = int(mask.sum())
-    n = 16 if 6 < n < 16 <= len(mask) else n
-    return mask.sort(descending=True, stable=True).indices[:n]
 
 
 def padded(rows: list[Sequence[int]], fill: int) -> list[list[int]]:
