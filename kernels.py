@@ -12,7 +12,8 @@ Each operation has three implementations, each tested against the one before it:
     *_triton    visits all loops with row masks: no sorting, no tables, and the host never waits
 
 Grids and tiles depend on shapes alone, so CUDA graphs may capture all launches. The order of every sum depends neither
-on the number of rows nor on the other rows: a row alone gives bit for bit the same result as in a mixed batch.
+on the number of rows (up to MAX_ROWS) nor on the other rows: a row alone gives bit for bit the same result as in a
+mixed batch.
 
 Shapes in comments: M rows, C width in, O width out, R LoRA rank, H query heads, K key/value heads, D head size,
 S slots (one sequence each), T positions of a slot. Inside the GEMM kernels: N and K, the widths out and in.
