@@ -19,6 +19,7 @@ from exits import SCORED, Rule, decode, end_ids, greedy
 from lib.cli import UserError
 
 V, STEPS, NAN = 53, 6, float("nan")
+UNREAD = 1e30  # fills what no step may read: finite, so that a masked position adds exactly 0
 each_policy = pytest.mark.parametrize("keys", ["exact", "copy"])
 each_mode = pytest.mark.parametrize("static", [False, True])
 
@@ -94,11 +95,12 @@ def draw_case(i):
 
 
 def poison(engine):
-    """Overwrite with NaN what no later step may read: the contents of free slots, and the output of the last pass."""
+    """Overwrite what no later step may read: the contents of free slots, and the output of the last pass."""
     engine.block_out.fill_(NAN)
     for slot, request in enumerate(engine.slot_request):
         if request is None:
-            engine.cache.k[:, slot] = engine.cache.v[:, slot] = NAN
+            engine.cache.k[:, slot] = engine.cache.v[:, slot] = UNREAD
+            engine.cache.used[slot] = 0
             engine.state.x[slot] = engine.state.ghost_x[slot] = NAN
 
 
@@ -114,8 +116,8 @@ def random_schedule(case, rng):
     slots = rng.randint(8, 18) if many else rng.randint(1, 4)
     engine = case.engine(slots, max(len(prompt) + steps for prompt, steps, *_ in plan), head=rng.randint(0, slots),
                          static=rng.random() < 0.35, refill=rng.choice((1, 1, 1, rng.randint(1, slots), slots)))
-    engine.cache.k.fill_(NAN)
-    engine.cache.v.fill_(NAN)
+    engine.cache.k.fill_(UNREAD)
+    engine.cache.v.fill_(UNREAD)
     while plan or engine.waiting or any(engine.slot_request):
         while plan and rng.random() < 0.6:
             requests.append(engine.add(*plan.pop()))
@@ -145,20 +147,21 @@ def test_every_sequence_is_what_decode_says(i):
 
 @pytest.mark.parametrize("i", [1, 4, 8, 11, 17, 20, 23, 27, 30, 36])
 def test_each_place_of_the_cache_is_written_once_before_it_is_read(i, monkeypatch):
-    """Free slots hold NaN: a place that is written still holds it, and none that is read does."""
+    """Free slots hold UNREAD: a place that is written still holds it, and none that is read does."""
     case, real, real_copy, state = draw_case(i), SlotCache.attend, SlotCache.copy_to_later_loops, {}
 
     def attend(cache, loop, layer, q, k, v):
-        engine, places = state["engine"], list(zip(cache.slot.tolist(), loop.tolist(), cache.pos.tolist(), strict=True))
+        loops = [loop] * len(cache.slot) if isinstance(loop, int) else loop.tolist()
+        engine, places = state["engine"], list(zip(cache.slot.tolist(), loops, cache.pos.tolist(), strict=True))
         places = [(slot, loop, pos) for slot, loop, pos in places if slot < engine.slots]
         assert len({(slot, loop) for slot, loop, _ in places}) == len(places)     # no two rows at the same loop
         for slot, loop_, pos in places:
             assert engine.slot_request[slot] is not None and loop_ >= 0
-            assert cache.k[layer, slot, loop_, pos:].isnan().all() and cache.v[layer, slot, loop_, pos:].isnan().all()
+            assert all((t[layer, slot, loop_, pos:] == UNREAD).all() for t in (cache.k, cache.v))
         y = real(cache, loop, layer, q, k, v)
         for slot, loop_, pos in places:
             read = cache.k[layer, slot, loop_, :pos + 1], cache.v[layer, slot, loop_, :pos + 1]
-            assert not any(t.isnan().any() for t in read)
+            assert not any((t.abs() >= UNREAD / 2).any() or t.isnan().any() for t in read)
             state["written"] += 1
         return y
 
@@ -168,7 +171,7 @@ def test_each_place_of_the_cache_is_written_once_before_it_is_read(i, monkeypatc
         for slot in range(len(loop)):
             later = slice((loop[slot] if slot in slots else case.model.config.n_loop - 1) + 1, None)
             new = cache.k[:, slot, later, pos[slot]]
-            assert before[:, slot, later, pos[slot]].isnan().all() and not new.isnan().any()
+            assert (before[:, slot, later, pos[slot]] == UNREAD).all() and not (new == UNREAD).any()
             before[:, slot, later, pos[slot]] = new
         torch.testing.assert_close(before[:, :-1], cache.k[:, :-1], rtol=0, atol=0, equal_nan=True)
 
@@ -182,7 +185,7 @@ def test_each_place_of_the_cache_is_written_once_before_it_is_read(i, monkeypatc
             for slot, request in scheduled:
                 assert self.slot_request[slot] is request
                 n, kept = len(request.prompt), torch.stack([self.cache.k[:, slot], self.cache.v[:, slot]])
-                assert not kept[:, :, :, :n].isnan().any() and kept[:, :, :, n:].isnan().all()
+                assert not (kept[:, :, :, :n] == UNREAD).any() and (kept[:, :, :, n:] == UNREAD).all()
 
     monkeypatch.setattr(SlotCache, "attend", attend)
     monkeypatch.setattr(SlotCache, "copy_to_later_loops", copy_to_later_loops)
@@ -364,6 +367,43 @@ def test_with_head_0_the_batch_waits_for_its_slowest_token(case, static):
     assert engine.stats["passes"] > at_once.stats["passes"] * 1.1
     if not static:
         assert not rows.busy and engine.stats["head_runs"] < at_once.stats["head_runs"]
+
+
+@pytest.mark.parametrize("head", [2, 4])
+def test_in_static_mode_a_full_batch_is_served_once(head):
+    """Four sequences at the same loop: the head runs for their next tokens as soon as it can, and not again for rows
+    that it has just served. What it has sampled is read in the next step, even if it does not run then."""
+    case = Case(draw_model(3, 3), prompts=[(n, n + 1) for n in range(4)])
+    engine = case.engine(4, head=head, static=True)
+    requests, read = [engine.add(prompt, 5) for prompt in case.prompts], []
+    while any(r.status != "done" for r in requests):
+        runs, tokens = len(read), engine.step()
+        if tokens:
+            read.append(engine.stats["passes"])
+        assert all(ran >= engine.stats["passes"] for ran, _, _ in engine.unread) and runs < 40
+        assert engine.stats["passes"] < 60
+    assert engine.stats["head_runs"] == 5 * 4 // head and engine.stats["head_rows"] == 20
+    for request in requests:
+        case.check(request)
+
+
+def test_with_head_0_the_head_runs_once_per_token_of_the_batch_in_static_mode_too():
+    case = Case(draw_model(3, 3), prompts=[(n, n + 1) for n in range(4)])
+    for static in (False, True):
+        engine = case.engine(4, head=0, static=static)
+        for request in engine.generate(case.prompts, 5):
+            case.check(request)
+        assert engine.stats["head_runs"] == 5
+
+
+def test_rows_that_are_computed_though_idle_are_counted():
+    """Four loops, one sequence of 5 tokens that all run 4 loops: no ghosts, yet in static mode 3 are computed."""
+    case = Case(draw_model(5, 4))
+    for static, rows in ((False, 1), (True, 4)):
+        engine = case.engine(1, static=static)
+        engine.generate(case.prompts, 5)
+        assert engine.ran.tolist() == [16, 0]
+        assert engine.stats["computed_rows"] == (rows * engine.stats["passes"] if static else 16)
 
 
 def test_in_static_mode_the_longest_waiting_come_first():
@@ -626,6 +666,51 @@ def test_a_request_whose_logits_are_not_finite_fails_and_the_others_go_on(static
     assert "not finite" in late.reason and "not finite" in at_once.reason and at_once.tokens == []
     assert late.tokens == want[0][:want[0].index(bad) + 1]
     assert [r.tokens for r in rest] == [want[token - 1] for token in good]
+
+
+@torch.no_grad()
+def test_what_a_failed_sequence_has_stored_does_not_reach_the_slot_s_next_one():
+    """It fails far behind: the next one is short, and attention reads as far as the neighbour's length."""
+    case = Case(draw_model(7, 2), prompts=[(5, 6)])
+    want = case.decoded((1, 2), STEPS)[0]
+    bad = next(n for n in range(9, V) if n not in want and n not in case.decoded((5, 6), 20)[0])
+    case.model.embed.weight[bad] = NAN
+    engine = case.engine(2)
+    neighbour, failed, after = engine.add((5, 6), 20), engine.add([3] * 9 + [bad], 3), engine.add((1, 2), STEPS)
+    list(engine.run())
+    assert failed.status == "failed" and after.tokens == want
+    case.check(neighbour)
+
+
+class Broken:
+    def __iter__(self):
+        yield 1
+        raise ValueError("broken")
+
+
+@pytest.mark.parametrize("wrong", [
+    {"prompt": Broken()}, {"prompt": torch.empty(2, device="meta", dtype=torch.long)}, {"prompt": Request([1], 3)},
+    {"prompt": [2**70]}, {"max_new_tokens": 3.0}, {"max_new_tokens": NAN}, {"max_new_tokens": [3]},
+    {"eos_id": Broken()}, {"eos_id": [[1, 2]]}, {"eos_id": [1.0]}, {"eos_id": torch.tensor([1.0, 2.0])},
+    {"eos_id": Request([1], 3)}, {"eos_id": 2**70}, {"eos_id": [None]}, {"forced_exits": Broken()},
+    {"forced_exits": [2**65]}, {"forced_exits": [[0]]}, {"forced_exits": Request([1], 3)}], ids=str)
+def test_what_cannot_even_be_read_is_refused_and_the_others_are_served(case, wrong):
+    engine = case.engine(2)
+    before = engine.add(case.prompts[0], 4)
+    engine.step()
+    refused = engine.add(**{"prompt": [1], "max_new_tokens": 3} | wrong)
+    after = engine.add(case.prompts[1], 4)
+    assert refused.status == "refused" and refused.reason
+    assert {request for request, _, _ in engine.run()} == {before, after}
+    for request in (before, after):
+        case.check(request)
+
+
+def test_prompts_that_cannot_be_listed_leave_nothing_behind(case):
+    engine = case.engine(2)
+    with pytest.raises(ValueError, match="broken"):
+        engine.generate(([1] for _ in Broken()), 3)
+    assert not engine.waiting
 
 
 def test_a_request_of_another_engine_cannot_be_cancelled(case):
