@@ -151,14 +151,10 @@ def test_a_case_without_the_memory_says_so_and_the_others_go_on(donor, monkeypat
 
 def test_a_small_queue_by_hand():
     work = [np.array(passes) for passes in ([1, 2], [2, 2, 1], [1, 1], [2])]
-    assert count_passes(work, 1, "depth-wise") == 12             # one after the other
+    assert count_passes(work, 1) == 12                           # one after the other
     # two slots: 3 then [1, 1] until 5; 5 then [2] until 7
-    assert count_passes(work, 2, "depth-wise") == 7
-    assert count_passes(work, 2, "static") == 5 + 2
-    # steps: (1, 2), (2, 2), then ([1 1], 1), ([1 1]'s second, [2])
-    assert count_passes(work, 2, "synchronous") == 2 + 2 + 1 + 2
+    assert count_passes(work, 2) == 7
     assert simulate.simulate(work, 2, 0.5) == pytest.approx(8 / 3.5)
-    assert simulate.simulate(work, 2, 0.5, head_s=0.25, prefill_s=2.0) == pytest.approx(8 / (7 * 0.75 + 2))
 
 
 def test_draws_have_the_mean_that_was_asked_for():
