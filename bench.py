@@ -79,7 +79,7 @@ class BatchingConfig:
     exits: str = ""                        # drawn, oracle, gate, by comma; not set = drawn, with --ckpt oracle,gate
     mean_loops: float = 1.25               # mean loops of a token with drawn exits
     exit_prob: float | None = None         # probability to exit after each early loop, instead of mean_loops
-    keys: str = "exact,copy"               # KV of tokens that exited, by comma: exact (recomputed), copy
+    keys: str = ""                         # KV of tokens that exited, by comma: exact (recomputed), copy; not set = all
     refill: int = 1                        # free slots that new prompts wait for, to run together
     rounds: int = 5                        # how often all variants serve; the median counts
     plot: str | None = None                # with --ckpt: draw speed-up against agreement to this file
@@ -105,7 +105,7 @@ EXITS = [Variant("synchronous exits", "for all slots"), Variant("depthwise+exits
 NAMES = [variant.name for variant in IN_BATCHES + FULL_DEPTH + EXITS]
 BASELINES = ("sequence", "sequence, unmerged")
 PARTS = ("prefill", "block", "decision", "head", "scheduler")
-KV_NAMES = {"exact": "recomputed", "copy": "copied"}
+KV = {"exact": "recomputed", "copy": "copied"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def summarise(found: dict, model: RecursiveTransformer, work: Workload, known: d
     mean_loops = float(exited @ np.arange(1, n_loop + 1) / exited.sum())
     speeds = [tokens / seconds for seconds in found["seconds"]]
     row = asdict(variant) | {
-        "slots": found["slots"], "seconds": found["seconds"], "tokens_per_s": statistics.median(speeds),
+        "kv": "" if variant.exits == "never" else "shared" if shares_kv(model) else KV[variant.keys], "slots": found["slots"], "seconds": found["seconds"], "tokens_per_s": statistics.median(speeds),
         "range": [min(speeds), max(speeds)],
         "mean_loops": mean_loops, "exits_by_loop": (exited / exited.sum()).tolist(),
         "bound": speed_bound(model, mean_loops, len(work.prompts[0]) + statistics.mean(work.lengths) / 2),
@@ -217,6 +217,11 @@ def summarise(found: dict, model: RecursiveTransformer, work: Workload, known: d
         row |= {"ghosts": stats["ghost_rows"] / max(1, stats["rows"]), "stats": stats,
                 "time": parts | {"scheduler": 1 - sum(parts.values())}}
     return row
+
+
+def shares_kv(model: RecursiveTransformer) -> bool:
+    """True if all loops read the keys and values of the first, so that a token that exits leaves none missing."""
+    return getattr(model.config, "kv", "own") == "first_loop"
 
 
 def compare(rows: list[dict]) -> dict:
@@ -234,8 +239,7 @@ def compare(rows: list[dict]) -> dict:
 
 def label(row: dict) -> list[str]:
     """[variant, exits, KV] of a row."""
-    early = row["exits"] != "never"
-    return [row["name"], row["exits"] if early else "", KV_NAMES.get(row["keys"], row["keys"]) if early else ""]
+    return [row["name"], row["exits"].replace("never", ""), row["kv"]]
 
 
 def show(rows: list[dict]) -> str:
@@ -353,7 +357,8 @@ def full_depth_models(model: RecursiveTransformer, names: list[str]) -> tuple[di
 @torch.no_grad()
 def measure(model: RecursiveTransformer, config: BatchingConfig) -> dict:
     """The results of all variants on one model."""
-    c, keys, names, sweep = model.config, config.keys.split(","), variant_names(config), by_comma("slots", config.slots)
+    c, names, sweep = model.config, variant_names(config), by_comma("slots", config.slots)
+    keys = (config.keys or ("exact" if shares_kv(model) else "exact,copy")).split(",")
     kinds = (config.exits or ("oracle,gate" if config.ckpt else "drawn")).split(",")
     kinds = kinds if any(v.name in names for v in EXITS) else []
     rules, (models, generators) = make_rules(model, kinds, keys, config.ckpt), full_depth_models(model, names)

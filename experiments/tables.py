@@ -91,8 +91,6 @@ def stepwise_table(results: Path) -> str:
                       f"{won_back:.0%} of what conversion cost is won back", "```"])
 
 
-KV = {"exact": "recomputed", "copy": "copied"}
-
 
 def batching_case(results: Path, trained: bool) -> dict:
     """The newest line of serving.jsonl of a checkpoint with trained exits, or of random weights."""
@@ -110,10 +108,6 @@ def best_rows(case: dict) -> list[list[dict]]:
     return [sorted(rows, key=lambda row: -row["tokens_per_s"]) for rows in by_variant.values()]
 
 
-def kv(row: dict) -> str:
-    return "" if row["exits"] == "never" else KV.get(row["keys"], row["keys"])
-
-
 def batching_table(results: Path) -> str:
     """Each way to serve the model with trained exits, with the number of slots that is best for it. Of the variants of
     sequence and of depth-wise batching only the fastest."""
@@ -125,7 +119,7 @@ def batching_table(results: Path) -> str:
             shown[group] = row
     rows = [["variant", "exits", "slots", "KV", "mean loops", "tok/s over the best sequence batching",
              "over sequence at equal slots", "bound", "same text", "loss of text"]]
-    rows += [[row["name"], row["exits"].replace("never", ""), str(row["slots"]), kv(row), f"{row['mean_loops']:.2f}",
+    rows += [[row["name"], row["exits"].replace("never", ""), str(row["slots"]), row["kv"], f"{row['mean_loops']:.2f}",
               f"{row['over_best']:.2f}", f"{row['over_sequence']:.2f}", f"{row['bound']:.2f}",
               f"{row['agreement']:.2f}", f"{row['loss']:.2f}"] for row in shown.values()]
     return markdown(rows)
@@ -246,7 +240,7 @@ def batching_details(case: dict) -> str:
         text = [f"{best['agreement']:.2f}", f"{best['loss']:.3f}"] if trained else []
         engine = ["", ""] if best["time"] is None else [
             percent(best["ghosts"]), " / ".join(f"{100 * share:.0f}" for share in best["time"].values())]
-        rows.append([best["name"], best["exits"].replace("never", ""), kv(best), f"{best['mean_loops']:.2f}",
+        rows.append([best["name"], best["exits"].replace("never", ""), best["kv"], f"{best['mean_loops']:.2f}",
                      *(speeds[slots] for slots in sweep), f"{best['over_best']:.2f}", f"{best['bound']:.2f}",
                      percent(best["of_bound"]), *text, *engine])
     return f"{wrap(about + ':')}\n\n{markdown(rows)}"

@@ -318,9 +318,10 @@ def test_the_plot_has_a_curve_for_each_variant(tmp_path, monkeypatch):
         curves[label] = list(zip(x, y, strict=True))
         return plot(axes, x, y, *args, label=label, **options)
     monkeypatch.setattr(Axes, "plot", look)
-    rows = [{"name": name, "exits": exits, "keys": "exact", "slots": slots, "agreement": same, "over_best": speed}
-            for name, exits, slots, same, speed in (("sequence", "never", 8, 1.0, 0.9), ("sequence", "never", 16, 1, 1),
-                                                    ("depthwise+exits", "gate", 8, 0.9, 1.1))]
+    rows = [{"name": name, "exits": exits, "kv": kv, "slots": slots, "agreement": same, "over_best": speed}
+            for name, exits, kv, slots, same, speed in (
+                ("sequence", "never", "", 8, 1.0, 0.9), ("sequence", "never", "", 16, 1, 1),
+                ("depthwise+exits", "gate", "recomputed", 8, 0.9, 1.1))]
     bench.plot_batching({"rows": rows}, str(tmp_path / "a.png"))
     assert curves == {"sequence": [(100, 0.9), (100, 1.0)], "depthwise+exits · gate · recomputed": [(90, 1.1)]}
 
