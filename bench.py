@@ -39,7 +39,16 @@ from typing import get_args
 import numpy as np
 import torch
 
-from benchmarks.common import ShapeName, by_comma, check_at_least, check_ckpt_or_shape, load_shape, publish, synchronize
+from benchmarks.common import (
+    ShapeName,
+    by_comma,
+    check_at_least,
+    check_ckpt_or_shape,
+    load_shape,
+    publish,
+    random_model,
+    synchronize,
+)
 from benchmarks.decode import decode_batch, in_transformers
 from benchmarks.simulate import check_exits
 from benchmarks.workload import (
@@ -58,7 +67,7 @@ from exits import Gate, Keys, Rule, load_rule
 from lib.cli import UserError, parse_args, progress, script, table
 from lib.results import check_plot, check_writable
 from lib.system import pick_device
-from model import Config, RecursiveTransformer
+from model import RecursiveTransformer
 
 
 @dataclass
@@ -203,9 +212,10 @@ def summarise(found: dict, model: RecursiveTransformer, work: Workload, known: d
     exited = np.array(found.get("exited", [0] * (n_loop - 1) + [1]))
     mean_loops = float(exited @ np.arange(1, n_loop + 1) / exited.sum())
     speeds = [tokens / seconds for seconds in found["seconds"]]
+    kv = "shared" if shares_kv(model) else KV[variant.keys]
     row = asdict(variant) | {
-        "kv": "" if variant.exits == "never" else "shared" if shares_kv(model) else KV[variant.keys], "slots": found["slots"], "seconds": found["seconds"], "tokens_per_s": statistics.median(speeds),
-        "range": [min(speeds), max(speeds)],
+        "slots": found["slots"], "seconds": found["seconds"], "tokens_per_s": statistics.median(speeds),
+        "range": [min(speeds), max(speeds)], "kv": "" if variant.exits == "never" else kv,
         "mean_loops": mean_loops, "exits_by_loop": (exited / exited.sum()).tolist(),
         "bound": speed_bound(model, mean_loops, len(work.prompts[0]) + statistics.mean(work.lengths) / 2),
         "agreement": None if known is None else same_share(found["texts"], work.full_depth),
@@ -317,17 +327,6 @@ def check_workload(config: BatchingConfig, n_loop: int, n_ctx: int, known: list[
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The benchmark
-
-def random_model(shape: Config, device: torch.device, dtype: torch.dtype) -> RecursiveTransformer:
-    """Random weights, B of LoRA (which starts at zero) included."""
-    torch.manual_seed(0)
-    with device:
-        model = RecursiveTransformer(shape).to(dtype)
-    for name, p in model.named_parameters():
-        if "lora_b" in name:
-            torch.nn.init.normal_(p, std=0.02)
-    return model.eval().requires_grad_(False)
-
 
 def make_rules(model: RecursiveTransformer, kinds: list[str], keys: list[str], ckpt: str | None) -> dict:
     """The rule of each (exits, keys). Forced exits override the gate that the oracle's and drawn ones are given: it
