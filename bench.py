@@ -212,7 +212,7 @@ def summarise(found: dict, model: RecursiveTransformer, work: Workload, known: d
     exited = np.array(found.get("exited", [0] * (n_loop - 1) + [1]))
     mean_loops = float(exited @ np.arange(1, n_loop + 1) / exited.sum())
     speeds = [tokens / seconds for seconds in found["seconds"]]
-    kv = "shared" if shares_kv(model) else KV[variant.keys]
+    kv = "shared" if shares_kv(model) else KV.get(variant.keys, variant.keys)
     row = asdict(variant) | {
         "slots": found["slots"], "seconds": found["seconds"], "tokens_per_s": statistics.median(speeds),
         "range": [min(speeds), max(speeds)], "kv": "" if variant.exits == "never" else kv,
