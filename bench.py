@@ -269,22 +269,20 @@ def show(rows: list[dict]) -> str:
 
 
 def plot_batching(case: dict, path: str) -> None:
-    """Draw speed-up over the best sequence batching against agreement: a curve over the slots for each variant. case:
-    a line of `bench_batching`."""
+    """Draw speed-up over the best sequence batching against agreement: each variant with the number of slots that is
+    best for it, and a bar from its slowest to its fastest round. case: a line of `bench_batching`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure, best = Figure(figsize=(9, 5), layout="constrained"), {}
     axes = figure.subplots()
-    curves: dict[str, list] = {}
-    for row in case["rows"]:
-        curves.setdefault(" · ".join(filter(None, label(row))), []).append(row)
-    for i, (name, rows) in enumerate(curves.items()):
-        axes.plot([100 * row["agreement"] for row in rows], [row["over_best"] for row in rows],
-                  "osD^v"[i // 10] + "-", color=f"C{i % 10}", markersize=5, alpha=0.7, label=name)
-        last = rows[-1]
-        axes.annotate(str(last["slots"]), (100 * last["agreement"], last["over_best"]), fontsize=7)
+    for row in sorted(case["rows"], key=lambda row: row["over_best"]):
+        best[" · ".join(filter(None, label(row)))] = row     # the fastest comes last
+    for i, (name, row) in enumerate(sorted(best.items(), key=lambda item: -item[1]["over_best"])):
+        y, x = row["over_best"], 100 * row["agreement"] + 0.2 * (i - len(best) / 2)
+        bar = [[abs(speed / row["tokens_per_s"] - 1) * y] for speed in row["range"]]
+        axes.errorbar([x], [y], bar, fmt="osD"[i // 10 % 3], color=f"C{i % 10}", label=f"{name} · {row['slots']} slots")
     axes.axhline(1, color="k", linewidth=0.8)
-    axes.set(xlabel="tokens equal to those at full depth, %; the number beside a curve's end is its slots",
+    axes.set(xlabel="tokens equal to those at full depth, % (points beside one another for legibility)",
              ylabel="tokens/s over the best sequence batching")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=7)

@@ -320,20 +320,20 @@ def test_a_checkpoint_is_served_by_its_gate_and_by_the_oracle(ckpt, capsys, tmp_
     assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_the_plot_has_a_curve_for_each_variant(tmp_path, monkeypatch):
+def test_the_plot_has_a_point_for_each_variant_at_its_best(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
-    curves, plot = {}, Axes.plot
+    points, draw = {}, Axes.errorbar
 
-    def look(axes, x, y, *args, label, **options):
-        curves[label] = list(zip(x, y, strict=True))
-        return plot(axes, x, y, *args, label=label, **options)
-    monkeypatch.setattr(Axes, "plot", look)
-    rows = [{"name": name, "exits": exits, "kv": kv, "slots": slots, "agreement": same, "over_best": speed}
-            for name, exits, kv, slots, same, speed in (
-                ("sequence", "never", "", 8, 1.0, 0.9), ("sequence", "never", "", 16, 1, 1),
-                ("depthwise+exits", "gate", "recomputed", 8, 0.9, 1.1))]
-    bench.plot_batching({"rows": rows}, str(tmp_path / "a.png"))
-    assert curves == {"sequence": [(100, 0.9), (100, 1.0)], "depthwise+exits · gate · recomputed": [(90, 1.1)]}
+    def look(axes, x, y, bar, label, **options):
+        points[label] = round(x[0]), y[0], *(round(ends[0], 2) for ends in bar)
+        return draw(axes, x, y, bar, label=label, **options)
+    monkeypatch.setattr(Axes, "errorbar", look)
+    line(tmp_path, "out", ("sequence", "never", "exact", 8, 90), ("sequence", "never", "exact", 16, 100),
+         ("depthwise+exits", "gate", "exact", 8, 110), ("depthwise+exits", "gate", "exact", 16, 80))
+    case, = read_lines(tmp_path / "serving.jsonl")
+    bench.plot_batching(case, str(tmp_path / "a.png"))
+    assert points == {"sequence · 16 slots": (50, 1.0, 0.01, 0.01),
+                      "depthwise+exits · gate · recomputed · 8 slots": (50, 1.1, 0.01, 0.01)}
 
 
 def line(folder: Path, ckpt: str | None, *rows: tuple) -> None:
