@@ -228,13 +228,18 @@ def test_the_bound_by_hand(served):
 
 def test_speed_ups_are_over_the_best_sequence_batching_and_over_that_with_equal_slots():
     def row(name, slots, speed, bound=1.0):
-        return {"name": name, "slots": slots, "tokens_per_s": speed, "bound": bound}
+        drift = (1, 2, 10)                                       # of the machine, from round to round
+        return {"name": name, "slots": slots, "tokens_per_s": speed, "bound": bound,
+                "seconds": [1000 / speed * slow for slow in drift]}
     rows = [row("decode", 8, 500), row("sequence", 8, 100), row("sequence, unmerged", 8, 120), row("depthwise", 8, 900),
             row("sequence", 16, 200), row("depthwise+exits", 16, 300, 2.0), row("depthwise+exits", 8, 60, 2.0)]
     assert bench.compare(rows) is rows[4]
-    assert [r["over_best"] for r in rows] == [2.5, 0.5, 0.6, 4.5, 1, 1.5, 0.3]
+    assert [r["over_best"] for r in rows] == pytest.approx([2.5, 0.5, 0.6, 4.5, 1, 1.5, 0.3])
     assert [r["over_sequence"] for r in rows] == pytest.approx([500 / 120, 100 / 120, 1, 7.5, 1, 1.5, 0.5])
-    assert rows[5]["of_bound"] == 0.75 and rows[6]["of_bound"] == 0.25
+    assert [rows[5]["of_bound"], rows[6]["of_bound"]] == pytest.approx([0.75, 0.25])
+    rows[5]["seconds"] = [5.0, 5.0, 1.0]                         # 1, 2 and 50 times as fast as rows[4] in these rounds
+    bench.compare(rows)
+    assert rows[5]["over_best"] == rows[5]["over_sequence"] == 2
 
 
 @torch.no_grad()
