@@ -237,7 +237,7 @@ def test_speed_ups_are_over_the_best_sequence_batching_and_over_that_with_equal_
     assert [r["over_best"] for r in rows] == pytest.approx([2.5, 0.5, 0.6, 4.5, 1, 1.5, 0.3])
     assert [r["over_sequence"] for r in rows] == pytest.approx([500 / 120, 100 / 120, 1, 7.5, 1, 1.5, 0.5])
     assert [rows[5]["of_bound"], rows[6]["of_bound"]] == pytest.approx([0.75, 0.25])
-    rows[5]["seconds"] = [5.0, 20.0, 1.0]                        # 1, 0.5 and 50 times as fast as rows[4] in these rounds
+    rows[5]["seconds"] = [5.0, 20.0, 1.0]                       # 1, 0.5 and 50 times as fast as rows[4] in these rounds
     bench.compare(rows)
     assert rows[5]["over_best"] == rows[5]["over_sequence"] == 1
 
