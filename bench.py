@@ -1,27 +1,32 @@
-"""Tokens per second of continuous depth-wise batching (engine.py) beside common ways to batch the same requests.
+"""Tokens per second of continuous depth-wise batching (engine.py) beside common ways to serve the same requests.
 
-    python bench.py --shape=small --loops=2 --ranks=0,64       # random weights, exits drawn at random
-    python bench.py --ckpt=out_exits --slots=16                # a checkpoint, with the oracle's and its gate's exits
+    python bench.py --ckpt=out_exits                           # trained exits and real prompts: the case that counts
+    python bench.py --shape=small --loops=2 --ranks=0,64       # random weights, exits drawn at random: shapes only
 
-    static                 V0   merged LoRA, all loops; new requests start when all slots are free
-    sequence               V1   the same, but a free slot takes the next request: what is commonly served today
-    sequence, unmerged     V2   as `sequence`, with the looped model as it is: all tokens are at the same loop
-    depthwise              V3   tokens are at different loops; none exits early
-    synchronous exits      V4   tokens exit early, and the batch waits for its slowest
-    depthwise+exits        V5   tokens exit early, and none waits: what the paper simulates
-    ..., head in full batches   V3h, V5h: exited tokens wait until --head_rows of them have gathered; as many more
-                                slots keep the block full
+Every variant serves the same requests with each number of slots of --slots, in turn, --rounds times:
 
-The time from the first request to the last token counts: prompts, block, exit decisions, head and scheduler.
+    transformers           its greedy `generate` of the exported model, static cache; batches of as many as slots
+    decode                 `decode` of exits.py, the same batches: each lasts until its longest text is done
+    sequence               the engine at full depth, merged LoRA: a free slot takes the next request. Common today
+    sequence, unmerged     the same with the looped model as it is: all tokens are at the same loop
+    depthwise              tokens are at different loops; none exits early
+    synchronous exits      tokens exit early, and the batch waits for its slowest
+    depthwise+exits        tokens exit early, and none waits: what the paper simulates
+    ..., head in full batches   exited tokens wait until a third of the slots do; the others keep the block busy
 
-The formulas beside it count only passes and the head. Let rho be the seconds of the head over those of a pass of the
-unmerged block (one loop, all slots), m the share of that which one loop of a merged block takes, B the number of loops
-and E the mean loops of a token. A token then costs m B + rho with sequence batching, E (1 + rho) where the head runs
-every pass (policy A), and E + rho where it runs in full batches only (policy C). So the speed-ups over `sequence` are
+The time from the first request to the last token counts: prompts, block, exit decisions, head and scheduler. The
+oracle's and drawn exits, which no rule decides, pay for the decisions of a gate, too.
 
-    every pass  (m B + rho) / (E (1 + rho))            in full batches  (m B + rho) / (E + rho)
+The baseline is the best sequence batching of the whole sweep ("over best"); "over sequence" compares at equal slots.
+Beside them is the bound of Continuous Depth Batching (arXiv 2608.09444), (F0 + r_max F_r) / (F0 + d F_r): F0 are the
+FLOPs that a token needs once (the head), F_r those of a loop (without LoRA), d its mean loops, r_max all loops. The
+bound counts neither prompts nor ghosts. With --ckpt, "same text" is the share of tokens that equal, position by
+position, those of the same request at full depth; "loss" is the mean negative log-likelihood that the full-depth model
+gives the generated tokens.
 """
 
+import importlib.util
+import math
 import re
 import statistics
 import sys
@@ -29,20 +34,40 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import torch
 
-from benchmarks.common import ShapeName, by_comma, check_at_least, check_ckpt_or_shape, load_shape, publish, synchronize
-from benchmarks.simulate import check_exits, simulate
-from benchmarks.workload import Workload, draw_forced_exits, draw_workload
+from benchmarks.common import (
+    ShapeName,
+    by_comma,
+    check_at_least,
+    check_ckpt_or_shape,
+    load_shape,
+    publish,
+    random_model,
+    synchronize,
+)
+from benchmarks.decode import decode_batch, in_transformers
+from benchmarks.simulate import check_exits
+from benchmarks.workload import (
+    Workload,
+    distinct_share,
+    draw_forced_exits,
+    draw_workload,
+    full_depth_texts,
+    same_share,
+    serve_in_batches,
+    text_loss,
+)
 from convert import unroll
 from engine import Engine, Request
-from exits import Keys, Rule, load_rule
+from exits import Gate, Keys, Rule, load_rule
 from lib.cli import UserError, parse_args, progress, script, table
 from lib.results import check_plot, check_writable
 from lib.system import pick_device
-from model import Config, RecursiveTransformer
+from model import RecursiveTransformer
 
 
 @dataclass
@@ -55,45 +80,41 @@ class BatchingConfig:
     loops: str = "2,3"                     # numbers of loops, by comma
     ranks: str = "0,16,64"                 # LoRA ranks, by comma
     text: str = "assets/books/valid.txt"   # with --ckpt: text that prompts are cut from
-    slots: int = 8                         # sequences at a time
-    requests: int = 0                      # how many are served; 0 = four for each slot
-    prompt_len: int = 32                   # mean tokens of a prompt; each has half to 1.5 times as many
+    slots: str = "8,16,24,32,64"           # sequences at a time, by comma: the sweep
+    requests: int = 0                      # how many are served; 0 = four for each slot of the largest number
+    prompt_len: int = 32                   # tokens of a prompt
     new_tokens: int = 64                   # mean new tokens of a request; each has half to 1.5 times as many
-    variants: str = ""                     # only these, by comma, with sequence and depthwise among them
+    variants: str = ""                     # only these, by comma, with sequence among them
     exits: str = ""                        # drawn, oracle, gate, by comma; not set = drawn, with --ckpt oracle,gate
     mean_loops: float = 1.25               # mean loops of a token with drawn exits
     exit_prob: float | None = None         # probability to exit after each early loop, instead of mean_loops
-    keys: str = "exact,copy"               # KV of tokens that exited, by comma: exact (recomputed), copy
+    keys: str = ""                         # KV of tokens that exited, by comma: exact (recomputed), copy; not set = all
     refill: int = 1                        # free slots that new prompts wait for, to run together
-    head_rows: int = 0                     # rows of the head in full batches; 0 = half the slots
-    rounds: int = 1                        # how often all variants serve; the median counts
-    plot: str | None = None                # draw tokens/s to this file
+    rounds: int = 5                        # how often all variants serve; the median counts
+    plot: str | None = None                # with --ckpt: draw speed-up against agreement to this file
     device: str = "auto"                   # auto, cpu, cuda
-    save: str | None = None                # also append the JSON line to this file
+    save: str | None = None                # also append a JSON line for each model to this file
 
 
 @dataclass(frozen=True)
 class Variant:
     name: str
-    head: str                                                # runs every pass, in full batches, or for all slots
-    policy: str | None                                       # whose formula applies
+    head: str = "every pass"                                 # or in full batches, for all slots; "" = no engine
+    merged: bool = False                                     # the unrolled model: one pass runs all loops
     exits: str = "never"                                     # or drawn, oracle, gate
     keys: Keys = "exact"
-    merged: bool = False                                     # the unrolled model: one pass runs all loops
-    refill: bool = True
 
 
 STAGE = ", head in full batches"
-BASELINES = [Variant("static", "every pass", None, merged=True, refill=False),
-             Variant("sequence", "every pass", "in full batches", merged=True),
-             Variant("sequence, unmerged", "for all slots", "in full batches"),
-             Variant("depthwise", "every pass", "every pass"),
-             Variant("depthwise" + STAGE, "in full batches", "in full batches")]
-EXITS = [Variant("synchronous exits", "for all slots", "in full batches"),
-         Variant("depthwise+exits", "every pass", "every pass"),
-         Variant("depthwise+exits" + STAGE, "in full batches", "in full batches")]
-NAMES = [variant.name for variant in BASELINES + EXITS]
-OLD_NAMES = dict(zip(("V0", "V1", "V2", "V3", "V3h", "V4", "V5", "V5h"), NAMES, strict=True))
+IN_BATCHES = [Variant("transformers", "", merged=True), Variant("decode", "", merged=True)]
+FULL_DEPTH = [Variant("sequence", merged=True), Variant("sequence, unmerged", "for all slots"),
+              Variant("depthwise"), Variant("depthwise" + STAGE, "in full batches")]
+EXITS = [Variant("synchronous exits", "for all slots"), Variant("depthwise+exits"),
+         Variant("depthwise+exits" + STAGE, "in full batches")]
+NAMES = [variant.name for variant in IN_BATCHES + FULL_DEPTH + EXITS]
+BASELINES = ("sequence", "sequence, unmerged")
+PARTS = ("prefill", "block", "decision", "head", "scheduler")
+KV = {"exact": "recomputed", "copy": "copied"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,18 +122,6 @@ OLD_NAMES = dict(zip(("V0", "V1", "V2", "V3", "V3h", "V4", "V5", "V5h"), NAMES, 
 
 class TimedEngine(Engine):
     """Waits for the GPU after each part of a step, so that the seconds of each part are its own."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.stats["attention_s"], attend = 0.0, self.cache.attend
-        if not self.static:                                  # in a CUDA graph it cannot be timed apart from the block
-
-            def timed_attend(*args):
-                began = time.perf_counter()
-                found = attend(*args)
-                self.stats["attention_s"] += time.perf_counter() - began
-                return found
-            self.cache.attend = timed_attend
 
     def timed(self, name: str, work: Callable) -> None:
         self.time_with_gpu(name, partial(super().timed, name, work))         # a graph cannot hold the wait
@@ -129,19 +138,16 @@ class TimedEngine(Engine):
             self.stats[name] = before + time.perf_counter() - began
 
 
-def make_engine(variant: Variant, models: dict, rules: dict, config: BatchingConfig, max_len: int,
-                timed: bool) -> Engine:
-    """models: the model by `Variant.merged`; rules: the gate by `Variant.keys`."""
-    head_rows = config.head_rows or max(1, config.slots // 2)
-    slots = config.slots + head_rows * (variant.head == "in full batches")
-    head = {"for all slots": 0, "every pass": 1, "in full batches": head_rows}[variant.head]
-    rule = rules[variant.keys] if variant.exits == "gate" else Rule()
-    refill = config.refill if variant.refill else slots
+def make_engine(variant: Variant, models: dict, rules: dict, slots: int, refill: int, max_len: int,
+                timed: bool = False) -> Engine:
+    """An engine with `slots` slots in all. models: by `Variant.merged`; rules: by (`Variant.exits`, `Variant.keys`)."""
+    head = {"for all slots": 0, "every pass": 1, "in full batches": max(1, slots // 3)}[variant.head]
+    rule = rules[variant.exits, variant.keys]
     return (TimedEngine if timed else Engine)(models[variant.merged], slots, max_len, rule, variant.keys, head,
-                                              refill=refill)
+                                              refill=min(refill, slots))
 
 
-def serve(engine: Engine, work: Workload, forced_exits: list | None) -> tuple[float, list[Request]]:
+def serve_by_engine(engine: Engine, work: Workload, forced_exits: list | None) -> tuple[float, list[Request]]:
     """(seconds until all requests are done, the requests). A short request comes first, for compilation and CUDA
     graphs, and is not counted."""
     engine.generate([work.prompts[0]], min(3, work.lengths[0]))
@@ -160,142 +166,131 @@ def serve(engine: Engine, work: Workload, forced_exits: list | None) -> tuple[fl
     return seconds, requests
 
 
-def run_variants(variants: list[Variant], models: dict, rules: dict, work: Workload,
+def run_variants(variants: list[Variant], models: dict, rules: dict, generators: dict[str, Callable], work: Workload,
                  config: BatchingConfig) -> list[dict]:
-    """Seconds, requests and the engine's statistics of each variant. They take turns, --rounds times. On a GPU timing
-    the parts slows the whole down, so they are timed in one more turn."""
-    cuda = models[False].embed.weight.is_cuda
-    found = [{"seconds": [], "stats": []} for _ in variants]
-    turns = [(v, into, turn) for turn in range(config.rounds + cuda) for v, into in zip(variants, found, strict=True)]
-    for variant, into, turn in progress(turns, desc="serving", unit="run"):
-        timed = not cuda or turn == config.rounds
-        engine = make_engine(variant, models, rules, config, work.max_len, timed)
-        seconds, into["requests"] = serve(engine, work, work.forced_exits.get(variant.exits))
-        if turn < config.rounds:
+    """Seconds, texts, exits and the engine's statistics of each variant with each number of slots. All take turns,
+    --rounds times. On a GPU timing the parts slows the whole down, so they are timed in one more turn."""
+    device = models[False].embed.weight.device
+    cuda, n_loop = device.type == "cuda", models[False].config.n_loop
+    found = [{"variant": v, "slots": slots, "seconds": [], "stats": []} for slots in by_comma("slots", config.slots)
+             for v in variants]
+    turns = [(into, turn) for turn in range(config.rounds + cuda) for into in found]
+    for into, turn in progress(turns, desc="serving", unit="run"):
+        v, extra = into["variant"], turn == config.rounds
+        if v.name in generators:
+            if not extra:
+                seconds, into["texts"] = serve_in_batches(generators[v.name], work, into["slots"], device)
+                into["seconds"].append(seconds)
+            continue
+        engine = make_engine(v, models, rules, into["slots"], config.refill, work.max_len, extra)
+        seconds, requests = serve_by_engine(engine, work, work.forced_exits.get(v.exits))
+        into["texts"] = [r.tokens for r in requests]
+        if not v.merged:                                     # the prompt yields the first token, after all loops
+            into["exited"] = np.bincount([loop for r in requests for loop in r.loops[1:]], minlength=n_loop).tolist()
+        if not extra:
             into["seconds"].append(seconds)
-        if timed:
+        if extra or not cuda:
             into["stats"].append({"all_s": seconds} | engine.stats)
-        into["slots"] = engine.slots
         del engine                                           # frees its cache before the next one allocates its own
-    for into in found:                                       # the mean over the turns
-        into["stats"] = {k: sum(s[k] for s in into["stats"]) / len(into["stats"]) for k in into["stats"][0]}
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Results, beside the formulas and the simulation
+# Results
 
-def speed_up(policy: str, n_loop: int, mean_loops: float, rho: float, merged: float = 1.0) -> float:
-    """Over `sequence`, by the formulas at the top of the file.
-
-    >>> speed_up("every pass", 2, 1.25, 0.5), speed_up("in full batches", 2, 1.25, 0.5)
-    (1.3333333333333333, 1.4285714285714286)
-    """
-    token = {"every pass": mean_loops * (1 + rho), "in full batches": mean_loops + rho}[policy]
-    return (merged * n_loop + rho) / token
+def speed_bound(model: RecursiveTransformer, mean_loops: float, context: float) -> float:
+    """(F0 + r_max F_r) / (F0 + d F_r), see the top of the file, in FLOPs of a token with so many tokens before it."""
+    once, n_loop = 2 * model.head_weight.numel(), model.config.n_loop
+    loop = (model.flops(round(2 * context) - 1) - once) / n_loop             # `flops` counts half of the attention
+    return (once + n_loop * loop) / (once + mean_loops * loop)
 
 
-def mean_deepest(exit_share: list[float], slots: int) -> float:
-    """Mean loops of the deepest of so many tokens, which all of them run if they wait for one another. exit_share: of
-    tokens that exit after each loop."""
-    before = np.cumsum([0.0, *exit_share[:-1]])              # share that exited before each loop
-    return float(sum(1 - before**slots))
+def summarise(found: dict, model: RecursiveTransformer, work: Workload, known: dict | None) -> dict:
+    """The results of one variant with one number of slots. known: of `text_loss`; None with random weights, whose texts
+    show nothing."""
+    variant, n_loop, tokens = found["variant"], model.config.n_loop, sum(work.lengths)
+    exited = np.array(found.get("exited", [0] * (n_loop - 1) + [1]))
+    mean_loops = float(exited @ np.arange(1, n_loop + 1) / exited.sum())
+    speeds = [tokens / seconds for seconds in found["seconds"]]
+    kv = "shared" if shares_kv(model) else KV.get(variant.keys, variant.keys)
+    row = asdict(variant) | {
+        "slots": found["slots"], "seconds": found["seconds"], "tokens_per_s": statistics.median(speeds),
+        "range": [min(speeds), max(speeds)], "kv": "" if variant.exits == "never" else kv,
+        "mean_loops": mean_loops, "exits_by_loop": (exited / exited.sum()).tolist(),
+        "bound": speed_bound(model, mean_loops, len(work.prompts[0]) + statistics.mean(work.lengths) / 2),
+        "agreement": None if known is None else same_share(found["texts"], work.full_depth),
+        "loss": None if known is None else text_loss(model, work.prompts, found["texts"], known),
+        "ghosts": None, "time": None, "stats": None}
+    if found["stats"]:
+        stats = {k: statistics.mean(s[k] for s in found["stats"]) for k in found["stats"][0]}
+        parts = {name: stats[name + "_s"] / stats["all_s"] for name in PARTS[:-1]}
+        row |= {"ghosts": stats["ghost_rows"] / max(1, stats["rows"]), "stats": stats,
+                "time": parts | {"scheduler": 1 - sum(parts.values())}}
+    return row
 
 
-def summarise(variant: Variant, found: dict, full_depth: list[list[int]], n_loop: int, slots: int) -> dict:
-    """The results of one variant. full_depth: the texts without early exits."""
-    requests, stats = found["requests"], found["stats"]
-    tokens = sum(len(r.tokens) for r in requests)
-    later = np.array([loop for r in requests for loop in r.loops[1:]])       # the prompt yields the first token
-    exit_share = np.eye(n_loop)[-1] if variant.merged else np.bincount(later, minlength=n_loop) / len(later)
-    equal = sum(a == b for r, text in zip(requests, full_depth, strict=True)
-                for a, b in zip(r.tokens, text, strict=True))
-    time_share = {name: stats[name + "_s"] / stats["all_s"] for name in
-                  ("prefill", "block", "decision", "head", "attention")}
-    counted = sum(share for name, share in time_share.items() if name != "attention")    # attention is in the block
-    return asdict(variant) | {
-        "slots": found["slots"], "tokens": tokens, "seconds": found["seconds"],
-        "tokens_per_s": tokens / statistics.median(found["seconds"]), "left_at": exit_share.tolist(),
-        "mean_loops": float(exit_share @ np.arange(1, n_loop + 1)), "agreement": equal / tokens,
-        "occupancy": float((later + 1).sum() / stats["passes"] / slots),     # merged tokens take one pass, at loop 0
-        "ghosts": stats["ghost_rows"] / max(1, stats["rows"]), "time": time_share | {"scheduler": 1 - counted},
-        "stats": stats}
+def shares_kv(model: RecursiveTransformer) -> bool:
+    """True if all loops read the keys and values of the first, so that a token that exits leaves none missing."""
+    return getattr(model.config, "kv", "own") == "first_loop"
 
 
-def compare(rows: list[dict], found: list[dict], n_loop: int, slots: int) -> dict:
-    """Add to each row its speed-up over `sequence`, the formula's, and the simulated tokens/s; returns the times that
-    these are computed from."""
-    sequence, depthwise = (next(row for row in rows if row["name"] == name) for name in ("sequence", "depthwise"))
-    pass_s, merged_s = (row["stats"]["block_s"] / row["stats"]["passes"] for row in (depthwise, sequence))
-    head_s = sequence["stats"]["head_s"] / sequence["stats"]["head_runs"]    # for all slots
-    rho, merged = head_s / pass_s, merged_s / n_loop / pass_s
-    for row, into in zip(rows, found, strict=True):
-        synchronous = row["name"] == "synchronous exits"
-        mean_loops = mean_deepest(row["left_at"], slots) if synchronous else row["mean_loops"]
-        row["formulas"] = {policy: speed_up(policy, n_loop, mean_loops, rho, merged)
-                           for policy in ("every pass", "in full batches")}
-        row["formula"] = 1.0 if row is sequence else row["formulas"].get(row["policy"])
-        row["of_v1"] = row["tokens_per_s"] / sequence["tokens_per_s"]
-        row["of_formula"] = row["formula"] and row["of_v1"] / row["formula"]
-        if row["head"] != "in full batches":                 # the simulation has no waiting for the head
-            row |= simulate_row(row, into["requests"], slots, merged_s if row["merged"] else pass_s)
-    return {"pass_s": pass_s, "merged_pass_s": merged_s, "head_s": head_s, "rho": rho, "merged": merged}
+def compare(rows: list[dict]) -> dict:
+    """Add to each row its speed-up over the best sequence batching of all rows and of those with as many slots, and the
+    share of the bound that the latter reaches. Returns the best. Rounds are compared one by one, since the machine's
+    speed may drift, and the median of their ratios counts."""
+    def speed_up(row: dict, baseline: dict) -> float:
+        return statistics.median(b / s for s, b in zip(row["seconds"], baseline["seconds"], strict=True))
 
-
-def simulate_row(row: dict, requests: list[Request], slots: int, pass_s: float) -> dict:
-    """Simulated tokens/s of the row's requests, without and with the head and the prompts."""
-    # A token that exits after loop l ran l + 1 passes. While a prompt, whose head yields the first token, is run, its
-    # slot sits out one pass.
-    work = [np.array([1, *(loop + 1 for loop in r.loops[1:])]) for r in requests]
-    schedule = {"static": "static"}.get(row["name"], "synchronous" if row["head"] == "for all slots" else "depth-wise")
-    head_s = row["stats"]["head_s"] / row["stats"]["passes"]
-    return {"simulated": simulate(work, slots, pass_s, schedule),
-            "simulated_all": simulate(work, slots, pass_s, schedule, head_s, row["stats"]["prefill_s"])}
+    def fastest(baselines: list[dict]) -> dict:              # the one that no other beats
+        return max(baselines, key=lambda row: min(speed_up(row, other) for other in baselines))
+    at_full_depth = [row for row in rows if row["name"] in BASELINES]
+    best = fastest(at_full_depth)
+    for row in rows:
+        equal = fastest([r for r in at_full_depth if r["slots"] == row["slots"]])
+        row["over_best"], row["over_sequence"] = speed_up(row, best), speed_up(row, equal)
+        row["of_bound"] = row["over_sequence"] / row["bound"]
+    return best
 
 
 def label(row: dict) -> list[str]:
-    """[variant, exits, KV] of a row, also of one that was saved under an old name."""
-    kind = [row["exits"], {"exact": "recomputed", "copy": "copied"}[row["keys"]]]
-    return [OLD_NAMES.get(row["name"], row["name"]), *(kind if row["exits"] != "never" else ["", ""])]
+    """[variant, exits, KV] of a row."""
+    return [row["name"], row["exits"].replace("never", ""), row["kv"]]
 
 
-def show(rows: list[dict], times: dict) -> str:
-    """A table of speeds and one of where the time went."""
+def show(rows: list[dict]) -> str:
+    """A table with a line for each variant and number of slots."""
     def cell(number, form=".2f"):
         return "" if number is None else format(number, form)
-    lines = [["variant", "exits", "KV", "slots", "tok/s", "over sequence", "formula", "of formula", "mean loops",
-              "exits by loop", "same text"]]
-    split = [["variant", "exits", "KV", "prompts", "block", "attention", "decision", "head", "rest", "rows/slot",
-              "ghosts", "simulated", "with all", "measured"]]
+    lines = [["slots", "variant", "exits", "KV", "tok/s", "min - max", "over best", "over sequence", "bound",
+              "of bound", "loops", "same text", "loss", "ghosts", "prompts / block / decision / head / rest"]]
     for row in rows:
-        lines.append([*label(row), row["slots"], f"{row['tokens_per_s']:,.0f}", cell(row["of_v1"]),
-                      cell(row["formula"]), cell(row["of_formula"]), cell(row["mean_loops"]),
-                      " ".join(f"{share:.0%}" for share in row["left_at"]), f"{row['agreement']:.1%}"])
-        split.append([*label(row), *(f"{row['time'][part]:.1%}" for part in
-                      ("prefill", "block", "attention", "decision", "head", "scheduler")), cell(row["occupancy"]),
-                      f"{row['ghosts']:.0%}", *(cell(row.get(k), ",.0f") for k in ("simulated", "simulated_all")),
-                      f"{row['tokens_per_s']:,.0f}"])
-    return (f"{table(lines)}\n\nrho {times['rho']:.3f}: the head takes {1e3 * times['head_s']:.3f} ms, a pass "
-            f"{1e3 * times['pass_s']:.3f} ms; one loop of a merged block takes {times['merged']:.2f} of a pass\n\n"
-            f"{table(split)}")
+        parts = row["time"] or {}
+        lines.append([
+            row["slots"], *label(row), f"{row['tokens_per_s']:,.0f}", " - ".join(f"{s:,.0f}" for s in row["range"]),
+            *(cell(row[k]) for k in ("over_best", "over_sequence", "bound", "of_bound", "mean_loops")),
+            cell(row["agreement"], ".1%"), cell(row["loss"], ".3f"), cell(row["ghosts"], ".0%"),
+            " / ".join(f"{100 * parts[name]:.0f}" for name in PARTS if name in parts) + " %" * bool(parts)])
+    return table(lines)
 
 
-def plot_batching(numbers: dict, path: str) -> None:
-    """Draw tokens/s by variant, a panel for each model, with the formula's as a mark. numbers: of `bench_batching`."""
+def plot_batching(case: dict, path: str) -> None:
+    """Draw speed-up over the best sequence batching against agreement: each variant with the number of slots that is
+    best for it, and a bar from its slowest to its fastest round. case: a line of `bench_batching`."""
     from matplotlib.figure import Figure
 
-    cases = numbers["cases"]
-    figure = Figure(figsize=(7, 0.8 + 0.28 * sum(len(case["rows"]) + 2 for case in cases)), layout="constrained")
-    panels = figure.subplots(len(cases), squeeze=False)[:, 0]
-    for case, axes in zip(cases, panels, strict=True):
-        rows, c = case["rows"][::-1], case["model"]
-        names = [" ".join(filter(None, label(row))) for row in rows]
-        sequence = next(row["tokens_per_s"] for row, name in zip(rows, names, strict=True) if name == "sequence")
-        axes.barh(names, [row["tokens_per_s"] for row in rows], color="C0")
-        marks = [(row["formula"] * sequence, name) for row, name in zip(rows, names, strict=True) if row["formula"]]
-        axes.plot(*zip(*marks, strict=True), "k|", markersize=12, label="formula")
-        axes.set(xlabel="tokens/s", title=f"{c['n_loop']} loops, rank {c['rank']}")
-        axes.legend()
+    figure, best = Figure(figsize=(9, 5), layout="constrained"), {}
+    axes = figure.subplots()
+    for row in sorted(case["rows"], key=lambda row: row["over_best"]):
+        best[" · ".join(filter(None, label(row)))] = row     # the fastest comes last
+    for i, (name, row) in enumerate(sorted(best.items(), key=lambda item: -item[1]["over_best"])):
+        y, x = row["over_best"], 100 * row["agreement"] + 0.2 * (i - len(best) / 2)
+        bar = [[abs(speed / row["tokens_per_s"] - 1) * y] for speed in row["range"]]
+        axes.errorbar([x], [y], bar, fmt="osD"[i // 10 % 3], color=f"C{i % 10}", label=f"{name} · {row['slots']} slots")
+    axes.axhline(1, color="k", linewidth=0.8)
+    axes.set(xlabel="tokens equal to those at full depth, % (points beside one another for legibility)",
+             ylabel="tokens/s over the best sequence batching")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)
 
 
@@ -304,91 +299,117 @@ def plot_batching(numbers: dict, path: str) -> None:
 
 def variant_names(config: BatchingConfig) -> list[str]:
     """The names in --variants, or all. A comma with a space behind it is part of a name."""
-    names = re.split(r",(?! )", config.variants) if config.variants else NAMES
-    return [OLD_NAMES.get(name, name) for name in names]
+    return re.split(r",(?! )", config.variants) if config.variants else NAMES
 
 
 def check_workload(config: BatchingConfig, n_loop: int, n_ctx: int, known: list[str]) -> None:
     """Raise UserError for what cannot be measured on a model. known: the kinds of exits that it has."""
+    by_comma("slots", config.slots, positive=True)
     if config.new_tokens < 3:
         raise UserError(f"--new_tokens={config.new_tokens}: a request's first token is the prompt's, and lengths are "
                         "drawn from half of this on; use 3 or more")
-    if not 1 <= config.refill <= config.slots:
-        raise UserError(f"--refill={config.refill} must be 1 to {config.slots}, the --slots")
-    if config.head_rows > config.slots:
-        raise UserError(f"--head_rows={config.head_rows} must be at most {config.slots}, the --slots")
     if n_loop < 2:
         raise UserError(f"{n_loop} loop: rows cannot be at different ones; use --loops=2 or more, or a --ckpt that "
                         "convert.py made with as many")
     if not 1 <= config.mean_loops <= n_loop:
         raise UserError(f"--mean_loops={config.mean_loops} of {n_loop} loops; use 1 to {n_loop}")
-    for name, allowed in (("exits", known), ("keys", ["exact", "copy"])):
+    for name, allowed in (("exits", known), ("keys", get_args(Keys))):
         for word in getattr(config, name).split(",") if getattr(config, name) else ():
             if word not in allowed:
                 raise UserError(f"--{name}={word} is not available here; use {', '.join(allowed)}, several by comma"
-                                + (" (gate needs --ckpt)" if word == "gate" else ""))
-    if not {"sequence", "depthwise"} <= set(variant_names(config)) <= set(NAMES):
-        raise UserError(f"--variants={config.variants}: give sequence and depthwise, which the others are compared "
-                        f"with, and any of {'; '.join(NAMES)}; by comma, or their letters {','.join(OLD_NAMES)}")
-    longest = config.prompt_len * 3 // 2 + config.new_tokens * 3 // 2
+                                + (" (oracle and gate need --ckpt)" if name == "exits" else ""))
+    if not {"sequence"} <= set(variant_names(config)) <= set(NAMES):
+        raise UserError(f"--variants={config.variants}: give sequence, which the others are compared with, and any of "
+                        f"{'; '.join(NAMES)}; by comma")
+    longest = config.prompt_len + config.new_tokens * 3 // 2
     if longest > n_ctx:
         raise UserError(f"--prompt_len={config.prompt_len} and --new_tokens={config.new_tokens} come to as many as "
-                        f"{longest} tokens, half as long again, and the model's context is {n_ctx}: give less")
+                        f"{longest} tokens, the new ones half as many again, and the model's context is {n_ctx}: give "
+                        "less")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The benchmark
 
-def random_model(shape: Config, device: torch.device, dtype: torch.dtype) -> RecursiveTransformer:
-    """Random weights, B of LoRA (which starts at zero) included."""
-    torch.manual_seed(0)
-    with device:
-        model = RecursiveTransformer(shape).to(dtype)
-    for name, p in model.named_parameters():
-        if "lora_b" in name:
-            torch.nn.init.normal_(p, std=0.02)
-    return model.eval().requires_grad_(False)
+def make_rules(model: RecursiveTransformer, kinds: list[str], keys: list[str], ckpt: str | None) -> dict:
+    """The rule of each (exits, keys). Forced exits override the gate that the oracle's and drawn ones are given: it
+    only costs what a decision does."""
+    c = model.config
+    any_gate = Gate(c.n_loop - 1, c.n_embd, draw=torch.Generator().manual_seed(0)).to(model.embed.weight.device)
+    cost = Rule("gate", math.inf, gate=any_gate)
+    return {("never", "exact"): Rule()} | {
+        (kind, k): load_rule(ckpt, model, "gate", keys=k) if kind == "gate" else cost for kind in kinds for k in keys}
+
+
+def full_depth_models(model: RecursiveTransformer, names: list[str]) -> tuple[dict, dict[str, Callable]]:
+    """({merged: model}, {name: generate} of the variants without an engine). A model that cannot be unrolled has no
+    merged one, and no `generate` of transformers."""
+    models, generators = {False: model}, {}
+    try:
+        models[True] = unroll(model)
+        if "transformers" in names and importlib.util.find_spec("transformers"):
+            generators["transformers"] = partial(in_transformers(model, "sdpa"), compiled=False)
+        elif "transformers" in names:
+            print("transformers is not installed: nothing to compare with", file=sys.stderr)
+    except UserError as e:
+        print(f"not everything can be compared with: {e}", file=sys.stderr)
+    return models, generators | {"decode": partial(decode_batch, models.get(True, model))}
 
 
 @torch.no_grad()
 def measure(model: RecursiveTransformer, config: BatchingConfig) -> dict:
     """The results of all variants on one model."""
-    c, keys, names = model.config, config.keys.split(","), variant_names(config)
+    c, names, sweep = model.config, variant_names(config), by_comma("slots", config.slots)
+    keys = (config.keys or ("exact" if shares_kv(model) else "exact,copy")).split(",")
     kinds = (config.exits or ("oracle,gate" if config.ckpt else "drawn")).split(",")
     kinds = kinds if any(v.name in names for v in EXITS) else []
-    rules = {k: load_rule(config.ckpt, model, "gate", keys=k) for k in keys} if "gate" in kinds else {}
-    models, work = {False: model, True: unroll(model)}, draw_workload(config, model)
-    for kind in kinds:
-        if kind != "gate":
-            work.forced_exits[kind] = draw_forced_exits(kind, model, work, config)
-    variants = BASELINES + [replace(v, exits=kind, keys=k) for kind in kinds for k in keys for v in EXITS]
-    variants = [v for v in variants if v.name in names]
-    found = run_variants(variants, models, rules, work, config)
-    depthwise = next(f for v, f in zip(variants, found, strict=True) if v.name == "depthwise")
-    full_depth = [r.tokens for r in depthwise["requests"]]
-    rows = [summarise(v, f, full_depth, c.n_loop, config.slots) for v, f in zip(variants, found, strict=True)]
-    times = compare(rows, found, c.n_loop, config.slots)
+    rules, (models, generators) = make_rules(model, kinds, keys, config.ckpt), full_depth_models(model, names)
+    work = draw_workload(config, model, config.requests or 4 * max(sweep))
+    work.full_depth = full_depth_texts(model, work, max(sweep)) if config.ckpt else []
+    work.forced_exits = {kind: draw_forced_exits(kind, model, work, config) for kind in kinds if kind != "gate"}
+    variants = [v for v in IN_BATCHES if v.name in generators] + [v for v in FULL_DEPTH if v.merged in models]
+    variants += [replace(v, exits=kind, keys=k) for kind in kinds for k in keys for v in EXITS]
+    names = names if True in models else [*names, "sequence, unmerged"]      # a baseline in any case
+    found = run_variants([v for v in variants if v.name in names], models, rules, generators, work, config)
+    known = {} if config.ckpt else None
+    rows = [summarise(f, model, work, known) for f in found]
+    best = compare(rows)
     print(f"{c.n_loop} loops of {c.n_unique} layers, C = {c.n_embd}, rank {c.rank}, vocabulary size {c.vocab_size:,}; "
-          f"{len(work.prompts)} requests, {config.slots} slots of {work.max_len}\n\n{show(rows, times)}\n")
-    return {"model": asdict(c), "requests": len(work.prompts), "max_len": work.max_len, "times": times, "rows": rows}
+          f"{len(work.prompts)} requests: prompts of {config.prompt_len}, {config.new_tokens} new tokens on average; "
+          f"{config.rounds} rounds\n\n{show(rows)}\n\nbest sequence batching: {best['name']}, {best['slots']} slots, "
+          f"{best['tokens_per_s']:,.0f} tok/s")
+    quality = {}
+    if config.ckpt:
+        quality = {"full_depth_loss": text_loss(model, work.prompts, work.full_depth, known),
+                   "distinct": distinct_share(work.full_depth)}
+        print(f"texts at full depth: loss {quality['full_depth_loss']:.3f}, {quality['distinct']:.0%} of a text's "
+              "tokens are distinct")
+    else:
+        print("random weights: their greedy texts repeat themselves, so none is compared")
+    return {"model": asdict(c), "requests": len(work.prompts), "max_len": work.max_len, "best": best["slots"],
+            "rows": rows} | quality
 
 
-def bench_batching(config: BatchingConfig) -> dict:
-    """Tokens/s of all variants, on the checkpoint or on random weights for each number of loops and rank."""
+def bench_batching(config: BatchingConfig) -> list[dict]:
+    """Measure and publish all variants, on the checkpoint or on random weights for each number of loops and rank."""
     device = pick_device(config.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if config.ckpt:
         model = RecursiveTransformer.load(config.ckpt, dtype=dtype).to(device)
         check_workload(config, model.config.n_loop, model.config.n_ctx, ["drawn", "oracle", "gate"])
-        cases = [measure(model, config)]
+        models = [model]
     else:
         shape = load_shape(config.shape, config.donor, config.layers, config.vocab)
         shapes = [replace(shape, n_loop=n, rank=r) for n in by_comma("loops", config.loops)
                   for r in by_comma("ranks", config.ranks)]
         for one in shapes:
-            check_workload(config, one.n_loop, one.n_ctx, ["drawn", "oracle"])
-        cases = [measure(random_model(one, device, dtype), config) for one in shapes]
-    return {"dtype": str(dtype).removeprefix("torch."), "device": device.type, "cases": cases}
+            check_workload(config, one.n_loop, one.n_ctx, ["drawn"])
+        models = (random_model(one, device, dtype) for one in shapes)
+    cases = []
+    for model in models:
+        cases.append({"dtype": str(dtype).removeprefix("torch."), "device": device.type} | measure(model, config))
+        publish("serving", config, cases[-1])
+    return cases
 
 
 MOVED = {"batching": "", "convert": "conversion", "svd": "conversion --measure=svd",
@@ -409,16 +430,17 @@ def check_moved(argv: list[str]) -> None:
 def main(argv=None):
     check_moved(sys.argv[1:] if argv is None else argv)
     config = parse_args(BatchingConfig, argv)
-    check_at_least(config, 1, "slots", "prompt_len", "new_tokens", "rounds")
-    check_at_least(config, 0, "requests", "head_rows")
+    check_at_least(config, 1, "prompt_len", "new_tokens", "rounds", "refill")
+    check_at_least(config, 0, "requests")
     check_exits(config)
     check_ckpt_or_shape(config)
     check_writable("save", config.save)
     check_plot(config.plot)
-    numbers = bench_batching(config)
-    publish("batching", config, numbers)
+    if config.plot and not config.ckpt:
+        raise UserError("--plot shows speed-up against agreement, and texts of random weights show none: give --ckpt")
+    cases = bench_batching(config)
     if config.plot:
-        plot_batching(numbers, config.plot)
+        plot_batching(cases[0], config.plot)
 
 
 if __name__ == "__main__":

@@ -160,6 +160,10 @@ def load_rule(folder, model: RecursiveTransformer, name: RuleName, threshold: fl
             raise UserError(f"{folder} has no calibrated threshold of {name} for --keys={keys}: run "
                             f"python -m evaluation.thresholds --ckpt={folder} --keys={keys} --agreement=0.98, or give "
                             "--threshold (0 to 1)")
+        served, dtype = model.embed.weight.dtype, read_thresholds(folder)[keys].get("dtype")
+        if dtype and dtype != str(served):                   # scores near the threshold round to either side
+            print(f"the thresholds of {folder} were calibrated in {dtype} and are used in {served}: the agreement of "
+                  f"{read_thresholds(folder)[keys]['agreement']} is not ensured", file=sys.stderr)
     if not (0 <= threshold <= 1 or threshold == math.inf):
         raise UserError(f"--threshold={threshold} is out of range: scores are between 0 and 1 (inf = never)")
     return Rule(name, threshold, gate=gate)

@@ -16,7 +16,7 @@ from lib.cli import UserError, progress
 from lib.donors import find_donor
 from lib.results import append_line, check_writable, json_line
 from lib.system import peak_flops, peak_memory, pick_device, run_info
-from model import Config
+from model import Config, RecursiveTransformer
 from train import donor_config
 
 ShapeName = Literal["donor", "small", "gemma-2b", "tinyllama", "pythia-1b", "smollm2"]
@@ -48,6 +48,17 @@ def load_shape(name: ShapeName, donor: str, layers: int = 0, vocab: int = 0) -> 
     if vocab < 0:
         raise UserError(f"--vocab={vocab} must be 0 or more, the vocabulary size; 0 = the shape's")
     return replace(shape, n_layer=layers or shape.n_layer, n_loop=1, rank=0, vocab_size=vocab or shape.vocab_size)
+
+
+def random_model(shape: Config, device: torch.device, dtype: torch.dtype) -> RecursiveTransformer:
+    """Random weights, B of LoRA (which starts at zero) included."""
+    torch.manual_seed(0)
+    with device:
+        model = RecursiveTransformer(shape).to(dtype)
+    for name, p in model.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(p, std=0.02)
+    return model.eval().requires_grad_(False)
 
 
 def by_comma(name: str, text: str, positive: bool = False) -> list[int]:

@@ -58,6 +58,11 @@ def bytes_per_step(model: RecursiveTransformer, rows: int, context: int) -> int:
     return (model.num_params()["run_block"] + model.head_weight.numel() + cache) * item_size
 
 
+def decode_batch(model: RecursiveTransformer, idx: Tensor, n: int) -> list[list[int]]:
+    """The greedy texts of n tokens after the prompts idx (B, T), by `decode` (exits.py)."""
+    return torch.stack([token for token, _ in decode(model, idx, n)], 1).tolist()
+
+
 def in_transformers(model: RecursiveTransformer, attention: str) -> Callable:
     """generate(idx, n) of the same weights in transformers: greedy, with a static cache, without an end token."""
     from transformers import AutoModelForCausalLM
@@ -99,7 +104,7 @@ def time_decoding(model: RecursiveTransformer, theirs: dict[str, Callable], batc
     engine = Engine(model, batch, config.prompt_len + n)
 
     def plain():
-        texts["decode"] = torch.stack([token for token, _ in decode(model, idx, n)], 1).tolist()
+        texts["decode"] = decode_batch(model, idx, n)
 
     def by_engine():
         texts["engine"] = [request.tokens for request in engine.generate(idx.tolist(), n)]

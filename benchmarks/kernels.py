@@ -1,8 +1,12 @@
 """Time of kernels.py's linear layers and attention for rows at different loops, implementation by implementation.
 
     python -m benchmarks.kernels --shape=gemma-2b --loops=2 --ranks=0,64,512
+
+In a model every layer's weights come from memory, and a CUDA graph launches the kernels. So consecutive calls read
+different weights, together more than caches hold, and on a GPU one graph makes them all: no launch from Python counts.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -22,6 +26,9 @@ from lib.cli import parse_args, progress, script, table
 from lib.system import pick_device
 from model import Config
 
+CACHE = 2**28       # bytes: five times the L2 cache of an H100
+CALLS = 16          # at least so many in a CUDA graph, whose launch takes microseconds, too
+
 
 @dataclass
 class KernelsConfig:
@@ -31,14 +38,14 @@ class KernelsConfig:
     ranks: str = "0,16,64"                 # LoRA ranks, by comma
     rows: str = "1,16"                     # rows in a pass, by comma
     seq_len: int = 256                     # tokens in the context of each row
-    steps: int = 5                         # timed calls of each implementation, after two for warm-up
+    steps: int = 5                         # how often the calls of each implementation are timed, after two for warm-up
     device: str = "auto"                   # auto, cpu, cuda
     save: str | None = None                # also append the JSON line to this file
 
 
 def linear_works(c: Config, rows: int, name: str, d_in: int, d_out: int, device, dtype) -> dict:
-    """{operation: ({implementation: function}, bytes that it must move)} of one linear layer, row m at loop m % n_loop.
-    """
+    """{operation: ({implementation: function}, bytes that it must move)} of one linear layer, row m at loop m % n_loop,
+    with weights of its own."""
     rank, item_size = min(c.rank, d_in, d_out), torch.empty(0, dtype=dtype).element_size()
     with device:
         x, w = torch.randn(rows, d_in, dtype=dtype) / d_in**0.5, torch.randn(d_out, d_in, dtype=dtype)
@@ -67,6 +74,41 @@ def attention_works(c: Config, rows: int, context: int, device, dtype) -> dict:
     return {"decode_attention": (works, q.element_size() * (2 * q.numel() + 2 * k.numel() // c.n_loop))}
 
 
+def rotate(make_works: Callable[[], dict], most: int = 64) -> dict:
+    """As make_works() -> {operation: ({implementation: function}, bytes)}, but with lists of functions, each with
+    tensors of its own: as many as together exceed CACHE, but at most `most`."""
+    first = make_works()
+    found = {operation: ({name: [work] for name, work in works.items()}, moved)
+             for operation, (works, moved) in first.items()}
+    copies = {operation: min(most, -(-CACHE // moved)) for operation, (_, moved) in first.items()}
+    for i in range(1, max(copies.values())):
+        for operation, (works, _) in make_works().items():
+            for name in works if i < copies[operation] else ():
+                found[operation][0][name].append(works[name])
+    return found
+
+
+def call_all(works: list[Callable], device: torch.device) -> Callable[[], None]:
+    """A function that calls all of `works`, in turn: on a GPU one CUDA graph of these calls."""
+    def call():
+        for work in works:
+            work()
+    if device.type != "cuda":
+        return call
+    call()                                                   # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def time_calls(works: dict[str, list[Callable]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median microseconds of one call of each implementation, timed CALLS or more at a time."""
+    many = {name: calls * -(-CALLS // len(calls)) for name, calls in works.items()}
+    micro = time_in_turn({name: call_all(calls, device) for name, calls in many.items()}, rounds, device)
+    return {name: micro[name] / len(calls) for name, calls in many.items()}
+
+
 @torch.no_grad()
 def bench_kernels(config: KernelsConfig) -> dict:
     """Microseconds of every implementation of the linear layers and the attention of one layer, for rows at different
@@ -81,11 +123,11 @@ def bench_kernels(config: KernelsConfig) -> dict:
         C, H = c.n_embd, c.n_head * c.head_dim
         found = {}
         for name, d_in, d_out in (("q", C, H), ("up", C, c.n_hidden), ("down", c.n_hidden, C)):
-            found |= linear_works(c, rows, name, d_in, d_out, device, dtype)
+            found |= rotate(partial(linear_works, c, rows, name, d_in, d_out, device, dtype))
         if c.rank == cases[0][0].rank:                       # attention does not depend on the rank
-            found |= attention_works(c, rows, config.seq_len, device, dtype)
+            found |= rotate(partial(attention_works, c, rows, config.seq_len, device, dtype))
         for name, (works, moved) in found.items():
-            micro = time_in_turn(works, config.steps, device)
+            micro = time_calls(works, config.steps, device)
             results.append({"work": name, "loops": c.n_loop, "rank": c.rank, "rows": rows, "bytes": moved,
                             "floor_us": 1e6 * moved / bandwidth, "us": micro})
     names = list(dict.fromkeys(name for row in results for name in row["us"]))

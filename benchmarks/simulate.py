@@ -1,8 +1,8 @@
 """Simulates depth-wise batching as the paper does (App. K): slots, a queue and a clock, but no model.
 
 Given are the seconds of a pass and the number of passes that each token takes. A slot whose request is done takes the
-next one from the queue; the speed is all tokens by the seconds until all requests are done. As in the paper only the
-block's passes count, unless the seconds of the head and of the prompts are given as well.
+next one from the queue; the speed is all tokens by the seconds until all requests are done. As in the paper nothing
+but the block's passes counts. It shows that the published speeds follow from the published times; bench.py measures.
 
     python -m benchmarks.simulate                                # the paper's times of a pass (Table K.1)
     python -m benchmarks.simulate --times=FILE --mean_loops=1.5
@@ -11,7 +11,6 @@ block's passes count, unless the seconds of the head and of the prompts are give
 import heapq
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -27,9 +26,6 @@ class SimulateConfig:
     exit_prob: float | None = None         # probability to exit after each early loop, instead of mean_loops
     times: str | None = None               # JSON file with times of a pass; not set = the paper's
     save: str | None = None                # also append the JSON line to this file
-
-
-Schedule = Literal["depth-wise", "synchronous", "static"]
 
 
 @dataclass
@@ -91,33 +87,18 @@ def draw_exits(lengths: list[int], n_loop: int, exit_prob: float, seed: int) -> 
     return np.split(np.cumprod(stay, axis=1).sum(1), np.cumsum(lengths)[:-1])
 
 
-def count_passes(work: list[np.ndarray], slots: int, schedule: Schedule) -> int:
-    """Passes until all requests are done. work: for each request, the number of passes of each token.
-
-    depth-wise: a token starts when the one before it is done. synchronous: when the current tokens of all slots are
-    done. static: as depth-wise, but new requests start when those of all slots are done.
-    """
-    if schedule == "static":
-        return sum(int(max(tokens.sum() for tokens in work[i:i + slots])) for i in range(0, len(work), slots))
-    if schedule == "depth-wise":                             # the next request goes to the slot that is free first
-        free_at = [0] * slots
-        for tokens in work:
-            heapq.heapreplace(free_at, free_at[0] + int(tokens.sum()))
-        return max(free_at)
-    waiting, running, passes = list(reversed(work)), [], 0   # running: (tokens, index of the current one)
-    while waiting or running:
-        while waiting and len(running) < slots:
-            running.append((waiting.pop(), 0))
-        passes += int(max(tokens[i] for tokens, i in running))
-        running = [(tokens, i + 1) for tokens, i in running if i + 1 < len(tokens)]
-    return passes
+def count_passes(work: list[np.ndarray], slots: int) -> int:
+    """Passes until all requests are done. work: for each request, the number of passes of each token. The next request
+    takes the slot that is free first, and a token starts when the one before it is done."""
+    free_at = [0] * slots
+    for tokens in work:
+        heapq.heapreplace(free_at, free_at[0] + int(tokens.sum()))
+    return max(free_at)
 
 
-def simulate(work: list[np.ndarray], slots: int, pass_s: float, schedule: Schedule = "depth-wise",
-             head_s: float = 0.0, prefill_s: float = 0.0) -> float:
-    """Tokens/s. head_s: seconds of the head in each pass; prefill_s: seconds of all prompts together."""
-    seconds = count_passes(work, slots, schedule) * (pass_s + head_s) + prefill_s
-    return sum(map(len, work)) / seconds
+def simulate(work: list[np.ndarray], slots: int, pass_s: float) -> float:
+    """Tokens/s, if a pass takes `pass_s` seconds."""
+    return sum(map(len, work)) / (count_passes(work, slots) * pass_s)
 
 
 def read_times(path: str) -> list[Times]:

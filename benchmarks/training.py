@@ -1,11 +1,12 @@
 """Speed and peak memory of a training step, beside transformers and beside the loss from whole logits.
 
     python -m benchmarks.training --loops=2 --ranks=0,64
-    python -m benchmarks.training --shape=gemma-2b --compile
+    python -m benchmarks.training --shape=gemma-2b --seq_len=2048 --micro_batch=1 --compile     # fits 80 GB
 """
 
 import importlib.util
 import itertools
+import sys
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -133,10 +134,37 @@ def make_cases(config: TrainingConfig, shape: Config) -> list[dict]:
     return cases
 
 
+def baseline_gib(shape: Config, tokens: int, distill: bool) -> float:
+    """GiB, by arithmetic, of a bf16 training step of the full-size model with so many tokens and its logits whole: what
+    transformers takes, and our naive loss.
+
+    Bytes per weight: 16 in fp32 (weight, gradient, AdamW's two), 2 for autocast's copy, 2 for the teacher. Per token:
+    8 for each hidden unit and 31 for each channel of a layer (193,576 a layer were counted at Gemma 2B's shape), and
+    14 for each entry of the vocabulary, with distillation 36 (results/loss.jsonl: 12 and 32, all in fp32). So Gemma 2B
+    with distillation takes 71 GiB for 2,048 tokens and 144 for 8,192.
+    """
+    with torch.device("meta"):
+        weights = RecursiveTransformer(shape).num_params()["stored"]
+    per_token = shape.n_layer * (8 * shape.n_hidden + 31 * shape.n_embd) + shape.vocab_size * (36 if distill else 14)
+    return (weights * (20 if distill else 18) + tokens * per_token) / 2**30
+
+
+def warn_of_memory(config: TrainingConfig, shape: Config, memory_gib: float) -> None:
+    """Say, before minutes of work, that the baselines will not fit, and what would."""
+    sequences = [n for n in range(1, config.micro_batch + 1)
+                 if baseline_gib(shape, n * config.seq_len, distill=True) < memory_gib]
+    if config.micro_batch not in sequences:
+        need = baseline_gib(shape, config.micro_batch * config.seq_len, distill=True)
+        print(f"the baselines with distillation take about {need:.0f} GiB of the GPU's {memory_gib:.0f} and will be "
+              f"out of memory; use --micro_batch={max(sequences, default=1)}, or a shorter --seq_len", file=sys.stderr)
+
+
 def bench_training(config: TrainingConfig) -> dict:
     """Tokens/s, MFU and peak memory of a training step, case by case."""
     shape = load_shape(config.shape, config.donor, config.layers, config.vocab)
-    tokens, cases = config.micro_batch * config.seq_len, make_cases(config, shape)
+    tokens, cases, device = config.micro_batch * config.seq_len, make_cases(config, shape), pick_device(config.device)
+    if device.type == "cuda":
+        warn_of_memory(config, shape, torch.cuda.get_device_properties(device).total_memory / 2**30)
     measure_in_turn(measure_training, cases, config, shape)
     lines, first = [["code", "loops", "rank", "distill", "compile", "tok/s", "of first", "mfu", "peak memory"]], {}
     for case in cases:

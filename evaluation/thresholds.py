@@ -205,7 +205,8 @@ def main(argv=None) -> None:
         raise UserError(f"no rule reaches an agreement of {config.agreement} with --keys={config.keys}, even at the "
                         "strictest threshold, where 2 % of the scores let a token exit; ask for a lower --agreement, "
                         "give more --tokens, or train the exits (--exit_loss)")
-    found = {"agreement": config.agreement, "confidence": config.confidence, "thresholds": thresholds}
+    found = {"agreement": config.agreement, "confidence": config.confidence, "dtype": str(model.embed.weight.dtype),
+             "thresholds": thresholds}
     text = json.dumps(read_thresholds(folder) | {config.keys: found}, indent=1) + "\n"
     write_beside(folder, THRESHOLDS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     if config.save:

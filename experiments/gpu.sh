@@ -19,8 +19,8 @@ run python -m benchmarks.training --shape=smollm2 --seq_len=1024 --micro_batch=1
     --save=results/train.jsonl
 run python -m benchmarks.kernels --shape=gemma-2b --loops=2 --ranks=0,64,512 --rows=1,16,64,128 --seq_len=512 \
     --steps=20 --save=results/kernels.jsonl
-run python bench.py --shape=gemma-2b --loops=2 --ranks=0,64 --slots=64 --mean_loops=1.24 --prompt_len=64 \
-    --new_tokens=256 --rounds=3 --save=results/batching.jsonl
+run python bench.py --shape=gemma-2b --loops=2 --ranks=0,64 --slots=16,64 --mean_loops=1.24 --prompt_len=64 \
+    --new_tokens=256 --rounds=3 --save=results/serving.jsonl
 
 # The matrix.
 [ -d out_books/valid ] && [ ! -e out_books/resume.state ] ||

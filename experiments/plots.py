@@ -7,10 +7,9 @@ from pathlib import Path
 from bench import plot_batching
 from experiments.claims import Measured
 from experiments.evidence import matrix_lines
-from experiments.tables import read_starts
+from experiments.tables import batching_case, read_starts
 from experiments.verdicts import mean_loss
 from lib.cli import UserError, print0
-from lib.results import read_lines
 
 # Curve -> the arms on it, from small to large
 CURVES = {"toy": {"tied, then average + SVD by rank": ["stepwise", "average-r6", "average-r24", "average-r48"],
@@ -71,4 +70,4 @@ def save_plots(results: Path) -> None:
     for study in CURVES:
         save(f"frontier_{study}", lambda figure, _, study=study: plot_frontier(figure.subplots(), results, study))
     save("calibrated", lambda figure, _: plot_starts(figure.subplots(), results))
-    save("batching", lambda _, path: plot_batching(read_lines(results / "batching.jsonl")[0], str(path)))
+    save("batching", lambda _, path: plot_batching(batching_case(results, trained=True), str(path)))

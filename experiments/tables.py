@@ -4,6 +4,7 @@ import math
 import statistics
 import textwrap
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -90,31 +91,38 @@ def stepwise_table(results: Path) -> str:
                       f"{won_back:.0%} of what conversion cost is won back", "```"])
 
 
-# Of the batching benchmark: name in results/batching.jsonl -> the variant, and when the head runs.
-VARIANTS = {"V0": ("static", "every pass"), "V1": ("sequence", "every pass"),
-            "V2": ("sequence, not merged", "on the whole batch"), "V3": ("depthwise", "every pass"),
-            "V3h": ("depthwise", "on full batches"), "V4": ("synchronous exits", "on the whole batch"),
-            "V5": ("depthwise+exits", "every pass"), "V5h": ("depthwise+exits", "on full batches")}
-KV = {"exact": "recomputed", "copy": "copied"}
+
+def batching_case(results: Path, trained: bool) -> dict:
+    """The newest line of serving.jsonl of a checkpoint with trained exits, or of random weights."""
+    for line in reversed(read_lines(results / "serving.jsonl")):
+        if bool(line["settings"]["ckpt"]) == trained:
+            return line
+    raise LookupError(f"no line of {'trained exits' if trained else 'random weights'} in serving.jsonl")
 
 
-def batching_rows(results: Path, line: int) -> list[dict]:
-    """The rows of that line of batching.jsonl: 0 has random weights, 1 the shipped donor."""
-    case, = read_lines(results / "batching.jsonl")[line]["cases"]
-    return case["rows"]
+def best_rows(case: dict) -> list[list[dict]]:
+    """For each variant of a case its rows, one for each number of slots, the fastest first."""
+    by_variant: dict[tuple, list[dict]] = {}
+    for row in case["rows"]:
+        by_variant.setdefault((row["name"], row["exits"], row["keys"]), []).append(row)
+    return [sorted(rows, key=lambda row: -row["over_best"]) for rows in by_variant.values()]
 
 
 def batching_table(results: Path) -> str:
-    """Speed-up over sequence batching, measured and by the formula."""
-    rows = [["variant", "head runs", "slots", "KV", "C = 1024", "formula", "shipped donor", "formula", "same text"]]
-    for name, keys in (("V1", None), ("V3", None), ("V3h", None),
-                       ("V4", "exact"), ("V5", "exact"), ("V5h", "exact"), ("V5h", "copy")):
-        random, donor = (
-            find(batching_rows(results, line), name=name, **({"exits": exits, "keys": keys} if keys else {}))
-            for line, exits in ((0, "drawn"), (1, "oracle")))
-        rows.append([*VARIANTS[name], str(random["slots"]), KV.get(keys, ""),
-                     *(f"{row[key]:.2f}" for row in (random, donor) for key in ("of_v1", "formula")),
-                     f"{donor['agreement']:.2f}"])
+    """Each way to serve the model with trained exits, with the number of slots that is best for it. Of the variants of
+    sequence and of depth-wise batching only the fastest; of the oracle, a limit, what keeps the text."""
+    shown: dict[tuple, dict] = {}
+    case = batching_case(results, trained=True)
+    for row, *_ in best_rows(case):
+        group = row["name"].split(",")[0], row["exits"], row["keys"]
+        left_out = row["name"] == "synchronous exits" or (row["exits"], row["keys"]) == ("oracle", "copy")
+        if not left_out and row["over_best"] > shown.get(group, {"over_best": 0})["over_best"]:
+            shown[group] = row
+    rows = [["variant", "exits", "slots", "KV", "mean loops", "tok/s over the best sequence batching",
+             "over sequence at equal slots", "bound", "same text", "loss of text"]]
+    rows += [[row["name"], row["exits"].replace("never", ""), str(row["slots"]), row["kv"], f"{row['mean_loops']:.2f}",
+              f"{row['over_best']:.2f}", f"{row['over_sequence']:.2f}", f"{row['bound']:.2f}",
+              f"{row['agreement']:.2f}", f"{row['loss']:.2f}"] for row in shown.values()]
     return markdown(rows)
 
 
@@ -207,21 +215,36 @@ def read_table(results: Path) -> str:
 # docs/batching.md, docs/scale.md
 
 def batching_details_table(results: Path) -> str:
-    """Every row of the batching benchmark."""
-    parts = []
-    for line, title in ((0, "C = 1024, random weights, exits drawn with a mean of 1.26 loops"),
-                        (1, "shipped donor with trained exits")):
-        rows = [["variant", "letter", "exits", "KV", "slots", "tok/s", "speed-up over sequence", "formula",
-                 "mean loops", "ghost rows", "same text"]]
-        for row in batching_rows(results, line):
-            kv = "" if row["exits"] == "never" else KV[row["keys"]]
-            rows.append([
-                VARIANTS[row["name"]][0], row["name"], row["exits"], kv,
-                str(row["slots"]), f"{row['tokens_per_s']:.0f}", f"{row['of_v1']:.2f}",
-                "" if row["formula"] is None else f"{row['formula']:.2f}", f"{row['mean_loops']:.2f}",
-                percent(row["ghosts"]), "" if line == 0 else f"{row['agreement']:.2f}"])
-        parts.append(f"**{title}**\n\n{markdown(rows)}")
+    """Every row of the batching benchmark, with trained exits and, where it was run, with random weights."""
+    parts = [batching_details(batching_case(results, trained=True))]
+    with suppress(LookupError):
+        parts.append(batching_details(batching_case(results, trained=False)))
     return "\n\n".join(parts)
+
+
+def batching_details(case: dict) -> str:
+    """A row for each variant: its speed by number of slots, and the rest with the number that is fastest."""
+    c, asked, trained = case["model"], case["settings"], bool(case["settings"]["ckpt"])
+    about = (f"**{c['n_loop']} loops of {c['n_layer'] // c['n_loop']} layers, C = {c['n_embd']}, rank {c['rank']}, "
+             f"{'trained exits' if trained else 'random weights'}**: {case['requests']} requests, prompts of "
+             f"{asked['prompt_len']} tokens, {asked['new_tokens']} new ones on average, {asked['rounds']} rounds")
+    if trained:
+        about += (f"; texts at full depth have a loss of {case['full_depth_loss']:.3f}, and "
+                  f"{percent(case['distinct'])} of a text's tokens are distinct")
+    sweep = sorted({row["slots"] for row in case["rows"]})
+    rows = [["variant", "exits", "KV", "mean loops", *(f"tok/s, {slots} slots" for slots in sweep), "over the best",
+             "bound", "of the bound", *(["same text", "loss of text"] if trained else []), "ghost rows",
+             "prompts / block / decision / head / rest, %"]]
+    for best, *others in best_rows(case):
+        speeds = {row["slots"]: f"{row['tokens_per_s']:,.0f} ({row['range'][0]:,.0f} to {row['range'][1]:,.0f})"
+                  for row in (best, *others)}
+        text = [f"{best['agreement']:.2f}", f"{best['loss']:.3f}"] if trained else []
+        engine = ["", ""] if best["time"] is None else [
+            percent(best["ghosts"]), " / ".join(f"{100 * share:.0f}" for share in best["time"].values())]
+        rows.append([best["name"], best["exits"].replace("never", ""), best["kv"], f"{best['mean_loops']:.2f}",
+                     *(speeds.get(slots, "") for slots in sweep), f"{best['over_best']:.2f}", f"{best['bound']:.2f}",
+                     percent(best["of_bound"]), *text, *engine])
+    return f"{wrap(about + ':')}\n\n{markdown(rows)}"
 
 
 def scale_table(results: Path) -> str:

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,6 +20,13 @@ from lib.cli import UserError, is_main, print0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and devices
+
+# How long the processes wait for one another, which NCCL ends after 10 minutes if not told otherwise: the first process
+# alone saves and checks checkpoints. Gemma 2B's is 10 GB of weights and 20 GB of AdamW's state; at 50 MB/s, a slow
+# network disk, that is 10 minutes, and the checksums read a third of it again. torchrun ends the others at once if one
+# of them dies, so only one that hangs is noticed late.
+FIRST_PROCESS = timedelta(hours=2)
+
 
 @dataclass
 class Processes:
@@ -51,7 +59,7 @@ def start_processes(device: str = "auto") -> Processes:
             raise UserError(f"the {world} processes cannot meet ({str(e).splitlines()[0]}); start them with torchrun, "
                             "or give them a free MASTER_PORT") from None
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                                device_id=chosen if chosen.type == "cuda" else None)
+                                timeout=FIRST_PROCESS, device_id=chosen if chosen.type == "cuda" else None)
         if chosen.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's default
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     return Processes(rank, world, chosen)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,19 @@ def test_training_is_measured_case_by_case(donor, monkeypatch, run):
     want = RecursiveTransformer(replace(CONFIG, n_layer=4)).flops(16)
     assert [r["flops_per_token"] for r in rows] == 5 * [3 * want] + 5 * [4 * want]
     assert all(r["mfu"] == pytest.approx(r["tokens_per_s"] * r["flops_per_token"] / 1e9) for r in rows)
+
+
+def test_the_baselines_memory_by_arithmetic_and_what_fits(capsys):
+    gemma = common.SHAPES["gemma-2b"]
+    weights, layer = 2_506_172_416, 193_576                      # bytes per token, counted in saved_tensors_hooks
+    want = 20 * weights + 2048 * (18 * layer + 36 * 256_000)
+    assert training.baseline_gib(gemma, 2048, True) == pytest.approx(want / 2**30, rel=0.01)
+    assert training.baseline_gib(gemma, 2048, True) < 79 < training.baseline_gib(gemma, 8192, False) < 130
+    config = training.TrainingConfig(seq_len=2048, micro_batch=4)
+    training.warn_of_memory(config, gemma, 79.0)
+    assert "about 144 GiB of the GPU's 79" in (said := capsys.readouterr().err) and "use --micro_batch=1," in said
+    training.warn_of_memory(replace(config, micro_batch=1), gemma, 79.0)
+    assert not capsys.readouterr().err
 
 
 def test_tokenising_is_measured_beside_the_tokenizer_alone(run, tmp_path):
@@ -151,14 +165,10 @@ def test_a_case_without_the_memory_says_so_and_the_others_go_on(donor, monkeypat
 
 def test_a_small_queue_by_hand():
     work = [np.array(passes) for passes in ([1, 2], [2, 2, 1], [1, 1], [2])]
-    assert count_passes(work, 1, "depth-wise") == 12             # one after the other
+    assert count_passes(work, 1) == 12                           # one after the other
     # two slots: 3 then [1, 1] until 5; 5 then [2] until 7
-    assert count_passes(work, 2, "depth-wise") == 7
-    assert count_passes(work, 2, "static") == 5 + 2
-    # steps: (1, 2), (2, 2), then ([1 1], 1), ([1 1]'s second, [2])
-    assert count_passes(work, 2, "synchronous") == 2 + 2 + 1 + 2
+    assert count_passes(work, 2) == 7
     assert simulate.simulate(work, 2, 0.5) == pytest.approx(8 / 3.5)
-    assert simulate.simulate(work, 2, 0.5, head_s=0.25, prefill_s=2.0) == pytest.approx(8 / (7 * 0.75 + 2))
 
 
 def test_draws_have_the_mean_that_was_asked_for():
@@ -254,6 +264,50 @@ def test_every_implementation_does_the_same_and_moves_what_it_must():
     assert [moved for _, moved in found.values()] == [4 * lora, 4 * (lora + 32 * 40), 4 * 2 * (2 * 40 + 2 * 5 * 2 * 10)]
 
 
+def test_consecutive_calls_read_other_weights_that_no_cache_holds(monkeypatch):
+    c = Config(**SMALL | ARCHS["llama"] | {"n_loop": 2, "rank": 2})
+    make = lambda: kernels.linear_works(c, 2, "up", 32, 40, torch.device("cpu"), torch.float32)     # noqa: E731
+    lora, linear = (moved for _, moved in make().values())
+    monkeypatch.setattr(kernels, "CACHE", 2 * linear - 1)        # two linear layers exceed it, and so many LoRAs
+    for (works, moved), n in zip(kernels.rotate(make).values(), (-(-(2 * linear - 1) // lora), 2), strict=True):
+        assert (n - 1) * moved < kernels.CACHE <= n * moved
+        for calls in works.values():
+            assert len(calls) == n
+            weights = [{t.data_ptr() for t in call.args if isinstance(t, torch.Tensor)} for call in calls]
+            assert len(set.union(*weights)) == sum(map(len, weights))
+    assert len(kernels.rotate(make, most=3)["lora_rows up"][0]["spec"]) == 3
+
+
+def test_a_call_is_a_share_of_all_that_are_timed(monkeypatch):
+    called, order = [], []
+    def in_turn(works, rounds, device):
+        for work in works.values():
+            work()
+        return dict.fromkeys(works, 36.0)
+    monkeypatch.setattr(kernels, "time_in_turn", in_turn)
+    works = {"a": [lambda i=i: called.append(i) for i in range(3)], "b": [lambda: order.append(0)] * 20}
+    assert kernels.time_calls(works, 1, torch.device("cpu")) == {"a": 2.0, "b": 1.8}
+    assert called == 6 * [0, 1, 2] and len(order) == 20          # 18 and 20 calls: 16 or more
+
+
+def test_on_a_gpu_one_graph_makes_all_calls(monkeypatch):
+    events = []
+    class Graph:
+        def replay(self):
+            events.append("replay")
+    @contextmanager
+    def recording(graph):
+        events.append("begin")
+        yield
+        events.append("end")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    call = kernels.call_all([lambda: events.append(1), lambda: events.append(2)], torch.device("cuda"))
+    assert events == [1, 2, "begin", 1, 2, "end"]                # compiled first, then recorded
+    call()
+    assert events[6:] == ["replay"]
+
+
 def test_kernels_are_measured_one_by_one(donor, run):
     rows = run(kernels, donor, "--rows=1,2", "--loops=2", "--ranks=0,2", "--steps=1", "--seq_len=8",
                "--device=cpu")["rows"]
@@ -329,7 +383,7 @@ def test_a_measurement_comes_back_from_its_process():
 @pytest.fixture
 def no_measuring(monkeypatch):
     for module in (common, decision, decode, kernels):
-        for name in {"run_in_subprocess", "time_in_turn"} & vars(module).keys():
+        for name in {"run_in_subprocess", "time_in_turn", "time_calls"} & vars(module).keys():
             monkeypatch.setattr(module, name, lambda *_: pytest.fail("began to measure"))
 
 

@@ -690,6 +690,7 @@ def test_a_gate_and_thresholds_are_added_to_the_checkpoint(looped, prepared):
     assert after.keys() - before.keys() == {GATE_FILE, THRESHOLDS_FILE}
     model, found = RecursiveTransformer.load(prepared), json.loads(after[THRESHOLDS_FILE])
     assert list(found) == ["exact"] and (found["exact"]["agreement"], found["exact"]["confidence"]) == (0.5, 0.95)
+    assert found["exact"]["dtype"] == "torch.float32"
     calibrated = found["exact"]["thresholds"]
     assert calibrated and all(load_rule(prepared, model, name).threshold == at for name, at in calibrated.items())
     gate = load_rule(prepared, model, "gate", 0.5).gate

@@ -240,6 +240,16 @@ def test_processes_that_cannot_meet_are_told_so(monkeypatch):
         start_processes("cpu")
 
 
+def test_processes_wait_while_the_first_one_saves_a_large_model(monkeypatch):
+    given = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(system.dist, "rendezvous", lambda *_: iter([(system.dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(system.dist, "init_process_group", lambda *_, **options: given.update(options))
+    start_processes("cpu")
+    gemma_2b = 12 * 2.5e9 + 4 * 2.5e9                            # weights and AdamW's state; the weights for their CRC
+    assert given["timeout"].total_seconds() > 4 * gemma_2b / 50e6 > 3000
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_is_asked_for_by_a_signal_and_given_back(number):
     before = signal.signal(number, signal.SIG_DFL)

@@ -211,7 +211,7 @@ def test_points_of_the_frontier(tmp_path):
 KEPT = {  # file -> the tables that cannot be made without its lines
     "matrix": {"sizes", "verdicts", "arms", "conclusions", "gap", "signs", "rates", "smollm2", "exits", "saved"},
     "exits_calibrated": {"calibrated"}, "calibrated": {"start", "read"}, "stepwise": {"stepwise"},
-    "batching": {"batching", "batching_details"}, "decode": {"decode"}, "loss": {"scale"}, "train": {"scale"},
+    "serving": {"batching", "batching_details"}, "decode": {"decode"}, "loss": {"scale"}, "train": {"scale"},
     "lora": {"scale"}, "convert": {"scale"}}
 
 
@@ -228,7 +228,7 @@ def test_missing_empty_and_torn_results_keep_only_the_tables_that_need_them(tmp_
         text = fill(page, "".join(f"<!-- {table} -->\nold\n<!-- /{table} -->\n" for table in tables), tmp_path)
         kept |= set(re.findall(r"<!-- (\w+) -->\nold\n", text))
     assert kept == KEPT[name]
-    if name in ("matrix", "calibrated", "batching"):
+    if name in ("matrix", "calibrated", "serving"):
         monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
         report.main([f"--results={tmp_path}", "--plots"])
 
@@ -257,7 +257,7 @@ def test_no_page_has_markers_of_a_table_that_is_not_made():
 
 def test_other_results_change_every_table(tmp_path):
     for path in (ROOT / "results").glob("*.jsonl"):
-        other = re.sub(r'((?:loss": \[?|"loops": |"of_v1": |"final": )(?=\d\.)|tokens_per_s": )\d', r"\g<1>7",
+        other = re.sub(r'((?:loss": \[?|"loops": |"over_best": |"final": )(?=\d\.)|tokens_per_s": )\d', r"\g<1>7",
                        path.read_text())
         if path.name == "calibrated.jsonl":
             other = re.sub(r", \d(?=\.\d+\])", ", 7", other)           # the last loop's

@@ -218,6 +218,22 @@ def test_rules_are_loaded_with_their_thresholds(ckpt, model):
     assert load_rule(ckpt, model, "never") == load_rule(ckpt, tiny("llama"), "never") == Rule()
 
 
+def test_thresholds_of_another_dtype_are_used_with_a_warning(ckpt, model, capsys):
+    found = json.loads((ckpt / THRESHOLDS_FILE).read_text())
+    for dtype, warned in ((torch.float32, False), (torch.bfloat16, True)):
+        served = model.to(dtype)
+        found["exact"]["dtype"] = "torch.float32"
+        (ckpt / THRESHOLDS_FILE).write_text(json.dumps(found))
+        assert load_rule(ckpt, served, "gate").threshold == 0.625
+        err = capsys.readouterr().err
+        assert ("calibrated in torch.float32 and are used in torch.bfloat16: the agreement of 0.9" in err) == warned
+        load_rule(ckpt, served, "gate", 0.5)                     # a threshold of one's own promises nothing
+        del found["exact"]["dtype"]                              # nor do those of earlier versions say their dtype
+        (ckpt / THRESHOLDS_FILE).write_text(json.dumps(found))
+        load_rule(ckpt, served, "gate")
+        assert not capsys.readouterr().err
+
+
 def test_saving_other_weights_drops_gate_and_thresholds(ckpt):
     tiny("llama", seed=1, n_loop=3).save(ckpt)
     assert sorted(p.name for p in ckpt.iterdir()) == ["config.json", "model.safetensors"]
