@@ -85,7 +85,7 @@ STUDIES = {
         ranks=(6, 24, 48), checked=("stepwise", "average-r24", "low-rank-24", "average-r48")),
     # The direction only: few tokens, one seed, distilled. Two hours of two cores.
     "smollm2": Study(
-        donor="HuggingFaceTB/SmolLM2-135M", data="assets/books/train", valid="assets/books/valid.txt", windows=16,
+        donor="HuggingFaceTB/SmolLM2-135M", data="assets/books/train", valid="assets/books/valid.txt", windows=8,
         flags="--micro_batch=4 --eval_tokens=4096 --eval_every=32 --save_every=16", seq_len=256, batch_tokens=1024,
         seeds=(0,), tokens=131_072, exit_tokens=0, rate_tokens=16_384, exit_rate_tokens=0,
         grid=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3), first=(5e-4, 1e-3), ranks=(64,),
