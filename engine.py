@@ -172,7 +172,7 @@ class Engine:
             slots, head, refill, max_len = (whole(n) for n in (slots, head, refill, max_len))
         except TypeError as e:
             raise UserError(f"slots, head, refill and max_len must be whole numbers: {e}") from None
-        check_keys(keys)
+        check_keys(keys, c)
         if slots < 1 or not 0 <= head <= slots or not 1 <= refill <= slots or not 2 <= max_len <= c.n_ctx:
             raise UserError(f"slots={slots}, head={head}, refill={refill}, max_len={max_len}: use slots from 1, "
                             "head from 0 to slots, refill from 1 to slots, and max_len from 2 to the model's "
