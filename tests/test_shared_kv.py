@@ -7,14 +7,21 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import ARCHS, SMALL, close, each_arch, last, randomise, tokens
+from test_model import ARCHS, SMALL, close, each_arch, last, randomise, tiny, tokens
+from tiny import assert_same_weights, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import convert
+import train
+from calibrate import absorb_norms, norm_scale, to_calibrated
+from convert import load_full, to_hf, to_recursive, unroll
 from engine import Engine
 from exits import Rule, apply_rule, collect_exit_stats, decode, oracle_exits, run_exits
+from lib.checkpoint import check_donor, resumed_settings
 from lib.cli import UserError
-from model import Config, KVCache, RecursiveTransformer
+from lib.tokenizer import Tokenizer
+from model import Config, FirstLoopKV, KVCache, RecursiveTransformer
 
 each_shape = pytest.mark.parametrize("n_loop, rank, vectors", [(2, 0, "tied"), (2, 3, "tied"), (3, 2, "per_loop"),
                                                                (3, 0, "per_loop")])
@@ -289,3 +296,140 @@ def test_copies_are_refused():
                 lambda: Engine(model, slots=2, keys="copy")):
         with pytest.raises(UserError, match="kv=first_loop.*use keys='exact'"):
             use()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversion
+
+def donor_with_shared_keys(full, n_loop, idx):
+    """The last states of a full-size model whose layers read the keys and values that their first loop computed."""
+    n = full.config.n_layer // n_loop
+    kv, x = FirstLoopKV(replace(full.config, n_layer=n), idx.size(1), idx.device), full.first_state(idx)
+    shape, x = x.shape, x.flatten(0, 1)
+    for depth, layer in enumerate(full.layers):
+        x = layer(x, kv.rope, depth // n, depth % n, kv)
+    return x.view(shape)
+
+
+@each_arch
+@pytest.mark.parametrize("n_loop", [2, 3])
+@torch.no_grad()
+def test_full_rank_is_the_donor_with_shared_keys(arch, n_loop):
+    """Also the calibrated one; GPT-NeoX has biases, and needs them per loop."""
+    full, idx = tiny(arch).double(), tokens(2, 9)
+    want = full.logits(donor_with_shared_keys(full, n_loop, idx))
+    model = to_recursive(full, n_loop, "average", 1000, vectors="per_loop", kv="first_loop")
+    assert model.config.kv == "first_loop" and model.layers[0].attn.k.lora_a.shape[0] == 1
+    close(last(model, idx), want, 2e-4)                                  # the SVD is in fp32
+    vectors = "per_loop" if arch == "gpt_neox" else "tied"
+    model = to_calibrated(full, list(tokens(12, 60).split(4)), n_loop, 1000, vectors, kv="first_loop")
+    close(last(model, idx), want, 1e-9)
+    assert (last(full, idx) - want).abs().max() > 0.1                    # the donor itself computes something else
+
+
+@each_arch
+@pytest.mark.parametrize("vectors", ["tied", "per_loop"])
+@torch.no_grad()
+def test_keys_start_as_the_other_layers_with_the_lora_of_the_first_loop(arch, vectors):
+    full = tiny(arch, seed=1)
+    own = to_recursive(full, 3, "average", 2, vectors=vectors)
+    model = to_recursive(full, 3, "average", 2, vectors=vectors, kv="first_loop")
+    want, rest = own.state_dict(), model.state_dict()
+    for name, w in rest.items():
+        stacked = ".attn.k." in name or ".attn.v." in name
+        stacked &= "lora_" in name or ("bias" in name and vectors == "per_loop")
+        assert torch.equal(w, want[name][:1] if stacked else want[name]), name
+    assert want.keys() == rest.keys()
+
+
+@pytest.mark.parametrize("vectors", ["tied", "per_loop"])
+@torch.no_grad()
+def test_calibrated_keys_are_the_donors_and_their_lora_can_learn(vectors):
+    full = tiny("llama")
+    model = to_calibrated(full, list(tokens(12, 60).split(4)), 2, 3, vectors, kv="first_loop")
+    for i, layer in enumerate(model.layers):
+        donor, scale = absorb_norms(full.layers[i]), norm_scale(layer.norm1).view(-1, SMALL["n_embd"])[0]
+        for kind in ("k", "v"):
+            linear = layer.attn.get_submodule(kind)
+            close(linear.weight * scale, donor.attn.get_submodule(kind).weight, 1e-5)
+            assert not linear.lora_b.any() and linear.lora_a.std() > 0.5 / SMALL["n_embd"]**0.5
+
+
+@torch.no_grad()
+def test_no_full_size_form(tmp_path):
+    model = shared("llama")
+    for export in (lambda: unroll(model), lambda: to_hf(model, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"kv=first_loop.*own input.*convert the donor with --kv=own"):
+            export()
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command lines
+
+def test_convert(home, tmp_path):
+    convert.main([f"--donor={home}/donor", f"--out={tmp_path}/out", "--init=average", "--rank=2", "--kv=first_loop"])
+    want = to_recursive(load_full(home / "donor"), 2, "average", 2, kv="first_loop")
+    have = RecursiveTransformer.load(tmp_path / "out")
+    assert have.config == want.config and have.config.kv == "first_loop"
+    assert all(torch.equal(w, have.state_dict()[name]) for name, w in want.state_dict().items())
+    with pytest.raises(UserError, match="--kv=first_loop has no effect, since --unroll only exports"):
+        convert.main([f"--donor={tmp_path}/out", f"--out={tmp_path}/full", "--unroll", "--kv=first_loop"])
+    with pytest.raises(UserError, match="no full-size form"):
+        convert.main([f"--donor={tmp_path}/out", f"--out={tmp_path}/full", "--unroll"])
+
+
+@pytest.mark.parametrize("init", ["stepwise", "calibrated"])
+def test_train(init, home, tmp_path):
+    """The loss falls, memory may be saved, and the result decodes."""
+    more = ["--rank=2", "--kv=first_loop", "--exit_loss=weighted", f"--init={init}"]
+    log = run(home, tmp_path / "out", *more)
+    assert log[-1]["full_val_loss"] < log[0]["full_val_loss"]
+    run(home, tmp_path / "checkpointed", *more, "--checkpointing")
+    assert_same_weights(tmp_path / "out", tmp_path / "checkpointed")
+    model = RecursiveTransformer.load(tmp_path / "out")
+    assert model.config.kv == "first_loop" and model.layers[0].attn.v.lora_a.shape[0] == 1
+    assert len(list(decode(model, torch.tensor([[1, 2, 3]]), 5, Rule("fixed")))) == 5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_in_ddp(checkpointing, tmp_path):
+    """Each weight is used in every loop, and is ready once."""
+    model, idx = shared("llama", 3, rank=2), tokens(2, 7)
+    objective = train.Objective(model, train.TrainConfig(exit_loss="weighted", distill="none"))
+
+    def gradients(objective):
+        objective(idx, idx.roll(-1, 1), None)[0].backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        return found
+
+    want = gradients(objective)
+    model.checkpointing = checkpointing
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        have = gradients(torch.nn.parallel.DistributedDataParallel(objective))
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, grad in want.items():
+        close(have[name], grad, 1e-12)
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--loops=1", "--kv=first_loop"], "kv=first_loop lets later loops read"),
+    (["--init=scratch", "--kv=first_loop"], "--kv=first_loop says how a donor is converted")])
+def test_training_settings_that_do_not_fit(home, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        run(home, tmp_path / "out", *more)
+
+
+def test_a_run_from_before_the_setting_is_resumed(home, tmp_path):
+    more = ["--tokens=512"]
+    run(home, tmp_path / "out", *more)
+    state = torch.load(tmp_path / "out/train.pt")
+    assert state["args"].pop("kv") == state["history"]["donor_config"].pop("kv") == "own"
+    assert resumed_settings([f"--out={tmp_path}/out"], train.TrainConfig(), state).kv == "own"
+    config = RecursiveTransformer.load(tmp_path / "out").config
+    donor = replace(config, n_loop=1)
+    check_donor(train.TrainConfig(), state["history"], donor.architecture(),
+                Tokenizer.load(home / "donor", donor.vocab_size))
