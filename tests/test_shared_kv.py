@@ -17,10 +17,11 @@ import train
 from calibrate import absorb_norms, norm_scale, to_calibrated
 from convert import load_full, to_hf, to_recursive, unroll
 from engine import Engine
+from evaluation import perplexity
 from exits import Rule, apply_rule, collect_exit_stats, decode, oracle_exits, run_exits
 from lib.checkpoint import check_donor, resumed_settings
 from lib.cli import UserError
-from lib.tokenizer import Tokenizer
+from lib.tokenizer import Tokenizer, copy_tokenizer
 from model import Config, FirstLoopKV, KVCache, RecursiveTransformer
 
 each_shape = pytest.mark.parametrize("n_loop, rank, vectors", [(2, 0, "tied"), (2, 3, "tied"), (3, 2, "per_loop"),
@@ -377,6 +378,16 @@ def test_convert(home, tmp_path):
         convert.main([f"--donor={tmp_path}/out", f"--out={tmp_path}/full", "--unroll", "--kv=first_loop"])
     with pytest.raises(UserError, match="no full-size form"):
         convert.main([f"--donor={tmp_path}/out", f"--out={tmp_path}/full", "--unroll"])
+
+
+def test_evaluation_by_default_leaves_copies_out(home, tmp_path, capsys):
+    to_recursive(load_full(home / "donor"), 2, kv="first_loop").save(tmp_path)
+    copy_tokenizer(home / "donor", tmp_path)
+    flags = [f"--ckpt={tmp_path}", f"--text={home}/valid.txt", "--tokens=512", "--seq_len=32", "--rules=max_prob"]
+    perplexity.main(flags)
+    assert {row["keys"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]} == {"exact"}
+    with pytest.raises(UserError, match="kv=first_loop.*use keys='exact'"):
+        perplexity.main([*flags, "--keys=copy"])
 
 
 @pytest.mark.parametrize("init", ["stepwise", "calibrated"])
