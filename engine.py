@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from exits import NOT_FINITE, Keys, Rule, check_keys, end_ids, greedy, whole
 from kernels import decode_attention
@@ -55,29 +55,62 @@ class Request:
 
 
 class SlotCache:
-    """Keys and values of every slot's sequence: k, v (n_unique, slots + 1, n_loop, max_len, K, D).
+    """Keys and values of every slot's sequence: k, v (n_unique, slots + 1, n_loop, max_len, K, D), views of what is
+    stored as (n_unique, n_loop, slots + 1, K, max_len, D): a layer's places, loop by loop, each with a slot's part.
 
     Each row of a pass writes and reads at its own slot and loop; idle rows write to the spare slot, the last.
     """
 
     def __init__(self, config: Config, slots: int, max_len: int, device="cpu", dtype=torch.float32):
-        shape = (config.n_unique, slots + 1, config.n_loop, max_len, config.n_kv_head, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
+        self.n_loop, self.slots, self.n_kv_head, self.max_len = config.n_loop, slots, config.n_kv_head, max_len
+        shape = (config.n_unique, config.n_loop, slots + 1, config.n_kv_head, max_len, config.head_dim)
+        stored = [torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"]
+        self.k, self.v = (t.permute(0, 2, 1, 4, 3, 5) for t in stored)
+        self.by_place = [t.flatten(1, 2) for t in stored]                       # (n_unique, places, K, max_len, D)
+        self.key_rows, self.value_rows = (tuple(t.flatten(1, 4)) for t in stored)  # of each layer
         self.rope = rope_angles(torch.arange(max_len, device=device), config)
         self.slot = self.pos = torch.zeros(0, dtype=torch.long, device=device)  # (M,) of the next pass's rows
-        self.max_kv_len = max_len  # positions that attention reads
+        self.used = [0] * (slots + 1)                                           # positions that were ever written
+        self.query: Tensor | None = None                                        # see `line_up`
+        self.lined_up = False
 
-    def extend(self, loop: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    def line_up(self, loop: Sequence[int], slot: Sequence[int], pos: Sequence[int]) -> Tensor:
+        """Prepare a pass of M rows, sorted by loop and slot: attention reads all places from the first row's to the
+        last's where they lie, masked beyond each row's position. Returns the loops (M,)."""
+        place = [own * (self.slots + 1) + at for own, at in zip(loop, slot, strict=True)]
+        first, n, length, device = place[0], place[-1] + 1 - place[0], max(pos) + 1, self.slot.device
+        loops, self.slot, self.pos = torch.tensor([loop, slot, pos], device=device).unbind()
+        heads = range(self.n_kv_head)
+        self.target = torch.tensor([(at * self.n_kv_head + head) * self.max_len + t
+                                    for at, t in zip(place, pos, strict=True) for head in heads], device=device)
+        self.keys, self.values = (t.narrow(1, first, n).narrow(3, 0, length).unbind() for t in self.by_place)
+        self.query = None if n == len(place) else torch.tensor(place, device=device) - first   # (M,)
+        self.lined_up, self.mask = True, None
+        if min(pos) < max(pos):
+            last = self.pos if self.query is None else self.pos.new_zeros(n).index_copy(0, self.query, self.pos)
+            unread = torch.arange(length, device=device) > last[:, None]
+            self.mask = self.rope[0].new_zeros(n, 1, 1, length, dtype=self.k.dtype)
+            self.mask.masked_fill_(unread[:, None, None], -torch.inf)
+        return loops
+
+    def extend(self, loop: int | Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Rotary angles of the n rows of the next pass, as if they were one sequence of n tokens."""
         return self.rope[0][self.pos], self.rope[1][self.pos]
 
-    def attend(self, loop: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, loop: int | Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v (1, M, K, D) of M rows; returns the attention of q (1, M, H, D) to its row's slot and loop."""
-        self.k[layer].index_put_((self.slot, loop, self.pos), k[0])
-        self.v[layer].index_put_((self.slot, loop, self.pos), v[0])
-        k, v = self.k[layer, :, :, :self.max_kv_len], self.v[layer, :, :, :self.max_kv_len]
-        return decode_attention(q[0], k, v, self.slot, loop, self.pos + 1)[None]
+        if not self.lined_up:
+            self.k[layer].index_put_((self.slot, loop, self.pos), k[0])
+            self.v[layer].index_put_((self.slot, loop, self.pos), v[0])
+            return decode_attention(q[0], self.k[layer], self.v[layer], self.slot, loop, self.pos + 1)[None]
+        self.key_rows[layer].index_copy_(0, self.target, k.flatten(0, 2))
+        self.value_rows[layer].index_copy_(0, self.target, v.flatten(0, 2))
+        keys, values = self.keys[layer], self.values[layer]                     # (places, K, length, D)
+        grouped = q.view(q.size(1), self.n_kv_head, -1, q.size(3))              # (M, K, H / K, D)
+        if self.query is None:
+            return F.scaled_dot_product_attention(grouped, keys, values, self.mask).view(q.shape)
+        grouped = grouped.new_zeros(len(keys), *grouped.shape[1:]).index_copy_(0, self.query, grouped)
+        return F.scaled_dot_product_attention(grouped, keys, values, self.mask)[self.query].view(q.shape)
 
     def store_prompts(self, kv: KVCache, scheduled: list[tuple[int, Request]]) -> None:
         """Copy the prompts' keys and values, without their padding, from `kv` to their slots."""
@@ -86,6 +119,9 @@ class SlotCache:
             for i, (slot, request) in enumerate(scheduled):
                 T = len(request.prompt)
                 cache[:, slot, :, :T] = new[:, i, :, :T]                        # (n_unique, n_loop, T, K, D)
+                cache[:, slot, :, T:self.used[slot]] = 0
+        for slot, request in scheduled:
+            self.used[slot] = len(request.prompt) + request.max_new_tokens
 
     def copy_to_later_loops(self, exits: Tensor, loop: Tensor, pos: Tensor) -> None:
         """Copied KV, cf. KVCache.copy_loop: where `exits` (S,), a slot's KV at `loop`, `pos` (S,) go to later loops."""
@@ -109,40 +145,26 @@ class SlotState:
     S slots, G ghosts per slot at most: n_loop - 1 with recomputed KV, 0 with copied KV.
     """
     x: Tensor             # (S, C) the current token's hidden state: input of its next loop, or of the head
+    numbers: Tensor       # (5, S) the next five, which are views of it
     loop: Tensor          # (S,) the loop that it runs in the next pass, or -1
     exit_loop: Tensor     # (S,) the loop after which it exited, or -1
     waited: Tensor        # (S,) passes that it has waited for the head; undefined in flight
     pos: Tensor           # (S,) its position in the sequence
-    n_generated: Tensor   # (S,) tokens sampled so far
-    max_tokens: Tensor    # (S,) tokens after which the sequence ends
-    is_eos: Tensor        # (S, V) bool, tokens that end the sequence
-    forced_exits: Tensor  # (S, max_len) loop after which the nth sampled token exits, or n_loop
+    last_pos: Tensor      # (S,) position of the last token that may be sampled
+    is_eos: Tensor        # (S, V + 1) bool, tokens that end the sequence; V fills up lists of them
+    forced_exits: Tensor  # (S, max_len) loop after which the token at a position exits, or n_loop
     ghost_x: Tensor       # (S, G, C) hidden states of the ghosts
     ghost_pos: Tensor     # (S, G) their positions, or -1
 
     @classmethod
     def empty(cls, c: Config, slots: int, max_len: int, n_ghosts: int, device, dtype) -> "SlotState":
         def full(*shape, fill=0, dtype=torch.long):
-            return torch.full((slots, *shape), fill, device=device, dtype=dtype)
-        return cls(x=full(c.n_embd, dtype=dtype), loop=full(fill=-1), exit_loop=full(fill=-1), waited=full(),
-                   pos=full(), n_generated=full(), max_tokens=full(),
-                   is_eos=full(c.vocab_size, fill=False, dtype=torch.bool),
-                   forced_exits=full(max_len, fill=c.n_loop),
-                   ghost_x=full(n_ghosts, c.n_embd, dtype=dtype), ghost_pos=full(n_ghosts, fill=-1))
-
-    def start(self, scheduled: list[tuple[int, Request]], x: Tensor, n_loop: int) -> None:
-        """The prompts have run all loops, with states x (n, T, C): their last tokens wait for the head."""
-        numbers = [(slot, len(request.prompt) - 1, request.max_new_tokens) for slot, request in scheduled]
-        slots, last, limit = torch.tensor(numbers, device=x.device).unbind(1)   # (n,)
-        self.x[slots] = x[torch.arange(len(slots), device=x.device), last]
-        self.exit_loop[slots], self.waited[slots], self.pos[slots] = n_loop - 1, 0, last
-        self.n_generated[slots], self.max_tokens[slots] = 0, limit
-        self.is_eos[slots], self.forced_exits[slots] = False, n_loop
-        for slot, request in scheduled:
-            self.is_eos[slot, list(end_ids(request.eos_id))] = True
-            if request.forced_exits:
-                forced = torch.tensor(request.forced_exits[:self.forced_exits.size(1)], device=x.device)
-                self.forced_exits[slot, :len(forced)] = forced
+            return torch.full(shape, fill, device=device, dtype=dtype)
+        numbers = full(5, slots, fill=-1)
+        return cls(full(slots, c.n_embd, dtype=dtype), numbers, *numbers,
+                   is_eos=full(slots, c.vocab_size + 1, fill=False, dtype=torch.bool),
+                   forced_exits=full(slots, max_len, fill=c.n_loop),
+                   ghost_x=full(slots, n_ghosts, c.n_embd, dtype=dtype), ghost_pos=full(slots, n_ghosts, fill=-1))
 
     def free(self, slot: int) -> None:
         self.loop[slot] = self.exit_loop[slot] = self.ghost_pos[slot] = -1
@@ -184,15 +206,16 @@ class Engine:
         self.cache = SlotCache(c, slots, max_len, device, dtype)
         self.ghost_loops = torch.arange(1, c.n_loop if keys == "exact" else 1, device=device)  # (G,)
         self.n_ghosts = len(self.ghost_loops)                                   # G
+        self.least_loop, self.any_ghosts = 0, self.static                       # of the last pass
         self.state = SlotState.empty(c, slots, max_len, self.n_ghosts, device, dtype)
         self.block_out = torch.zeros(slots * (1 + self.n_ghosts), c.n_embd, device=device, dtype=dtype)
         self.sampled: Tensor  # (4, n): slots, tokens, exit loops (-1 = no token) and status of the head's n rows
         self.slot_request: list[Request | None] = [None] * slots
         self.waiting: deque[Request] = deque()
-        self.unread: deque = deque()  # (slot_request, fetched `sampled`) of each run of the head, until read
+        self.unread: deque = deque()  # (pass, slot_request, fetched `sampled`) of each run of the head, until read
         self.graphs: dict[str, torch.cuda.CUDAGraph | None] = {}
         self.ran = torch.zeros(2, dtype=torch.long, device=device)              # rows run, ghosts among them
-        self.counts = fetch(torch.zeros(2, dtype=torch.long))  # tokens waiting for the head, and in flight: a pass ago
+        self.counts = self.count()                            # at the end of the last step
         self.stats = dict.fromkeys(("passes", "head_runs", "head_rows", "prefill_tokens", "longest_wait"), 0)
         self.stats |= dict.fromkeys(("prefill_s", "block_s", "decision_s", "head_s"), 0.0)
 
@@ -272,7 +295,9 @@ class Engine:
         self.stats["passes"] += 1
         if self.head_is_due():
             self.timed("head_s", self.run_head)
-            self.unread.append((list(self.slot_request), fetch(self.sampled)))
+            self.unread.append((self.stats["passes"], list(self.slot_request), fetch(self.sampled)))
+        if self.static and self.head > 1:
+            self.counts = self.count()
         return self.collect()
 
     def timed(self, name: str, work: Callable) -> None:
@@ -296,7 +321,7 @@ class Engine:
     def schedule(self) -> list[tuple[int, Request]]:
         """(slot, request) of the waiting requests that take free slots now, in the order of their arrival."""
         free = [slot for slot, request in enumerate(self.slot_request) if request is None]
-        if len(free) < self.refill or (self.head == 0 and (self.state.loop > 0).any()):
+        if len(free) < self.refill or not self.waiting or (self.head == 0 and (self.state.loop > 0).any()):
             return []  # synchronous exits: a batch that has run loop 0 lets no more prompts join
         return list(zip(free, self.waiting, strict=False))
 
@@ -328,52 +353,92 @@ class Engine:
         self.stats["prefill_s"] += time.perf_counter() - began
 
     def run_prompts(self, scheduled: list[tuple[int, Request]]) -> None:
-        """Run the prompts through all loops as one batch, padded at the end, and fill their slots."""
-        c, prompts = self.model.config, [torch.tensor(request.prompt) for _, request in scheduled]
-        idx = pad_sequence(prompts, batch_first=True).to(self.device)           # (n, T)
-        kv = KVCache(c, *idx.shape, self.device, self.state.x.dtype)
-        states = self.model(idx, kv)                                            # n_loop of (n, T, C)
+        """Run the prompts through all loops as one batch, padded at the end, and fill their slots: their last tokens
+        wait for the head. All that the device must know goes there in one copy, for which nothing waits."""
+        c, s, requests = self.model.config, self.state, [request for _, request in scheduled]
+        numbers = [[slot, len(r.prompt) - 1, len(r.prompt) + r.max_new_tokens - 1] for slot, r in scheduled]
+        # With a loop for each position: the tokens of the prompt but the last are never routed.
+        forced = [[c.n_loop] * (len(r.prompt) - 1) + (r.forced_exits or []) for r in requests]
+        table = [numbers, padded([r.prompt for r in requests], 0), padded([end_ids(r.eos_id) for r in requests],
+                 c.vocab_size), padded([loops[:self.max_len] for loops in forced], c.n_loop)]
+        sent = send([sum(rows, []) for rows in zip(*table, strict=True)], self.device)          # (n, ...)
+        numbers, idx, ends, forced = sent.split([len(rows[0]) for rows in table], 1)
+        kv = KVCache(c, *idx.shape, self.device, s.x.dtype)
+        x = self.model(idx, kv)[-1]                                             # (n, T, C)
         self.cache.store_prompts(kv, scheduled)
-        self.state.start(scheduled, states[-1], c.n_loop)
+        slots, pos, last_pos = numbers.unbind(1)                                # (n,)
+        s.x[slots] = x[torch.arange(len(x), device=self.device), pos]
+        s.loop[slots], s.exit_loop[slots], s.waited[slots] = -1, self.last_loop, 0
+        s.pos[slots], s.last_pos[slots] = pos, last_pos
+        s.is_eos[slots], s.forced_exits[slots] = False, c.n_loop
+        s.is_eos[slots[:, None], ends] = True
+        s.forced_exits[slots, :forced.size(1)] = forced
 
     def run_block(self) -> None:
         """One pass: every token in flight and every ghost runs its loop. `block_out` holds the new states."""
-        s, slots = self.state, torch.arange(self.slots, device=self.device)
-        # Rows (M,): the slots' current tokens, then their ghosts. Idle rows write to the spare slot.
-        loop = torch.cat([s.loop, torch.where(s.ghost_pos >= 0, self.ghost_loops, -1).flatten()])
-        slot = torch.cat([slots, slots.repeat_interleave(self.n_ghosts)])
-        slot = torch.where(loop >= 0, slot, self.slots)
-        pos = torch.cat([s.pos, s.ghost_pos.flatten()]).clamp(min=0)
-        x = torch.cat([s.x, s.ghost_x.flatten(0, 1)])                           # (M, C)
-        self.ran += torch.stack([(loop >= 0).sum(), (s.ghost_pos >= 0).sum()])
         if self.static:
-            self.cache.slot, self.cache.pos = slot, pos
-            self.block_out.copy_(self.model.block(x, loop, self.cache))
+            self.run_all_rows()
+        else:
+            self.run_active_rows()
+
+    def run_active_rows(self) -> None:
+        """The pass without idle rows. Where all rows are at the same loop, it is as cheap as that of `decode`."""
+        s = self.state
+        loops, _, _, positions, _ = s.numbers.tolist()
+        rows = [(loop, slot, positions[slot], slot) for slot, loop in enumerate(loops) if loop >= 0]
+        ghosts = [(i + 1, slot, pos, self.slots + slot * self.n_ghosts + i)
+                  for slot, own in enumerate(s.ghost_pos.tolist()) for i, pos in enumerate(own) if pos >= 0]
+        self.least_loop, self.any_ghosts = min(rows, default=(self.last_loop,))[0], bool(ghosts)
+        if not rows and not ghosts:
             return
-        rows = padded_indices(loop >= 0)
-        if len(rows):
-            self.cache.slot, self.cache.pos = slot[rows], pos[rows]
-            self.cache.max_kv_len = int(pos[rows].max()) + 1
-            self.block_out[rows] = self.model.block(x[rows], loop[rows], self.cache)
+        self.ran += torch.tensor([len(rows) + len(ghosts), len(ghosts)], device=self.device)
+        loop, slot, pos, row = zip(*sorted(rows + ghosts), strict=True)         # (M,)
+        loops = self.cache.line_up(loop, slot, pos)
+        x = torch.cat([s.x, s.ghost_x.flatten(0, 1)]) if ghosts else s.x
+        row = None if row == tuple(range(self.slots)) else torch.tensor(row, device=self.device)
+        y = self.model.block(x if row is None else x[row], loop[0] if loop[0] == loop[-1] else loops, self.cache)
+        if row is None:
+            self.block_out[:self.slots] = y
+        else:
+            self.block_out.index_copy_(0, row, y)
+
+    def run_all_rows(self) -> None:
+        """The pass of static mode, over the slots' current tokens, then their ghosts. Idle rows write to the spare
+        slot."""
+        s, slots = self.state, torch.arange(self.slots, device=self.device)
+        loop = torch.cat([s.loop, torch.where(s.ghost_pos >= 0, self.ghost_loops, -1).flatten()])       # (M,)
+        slot = torch.cat([slots, slots.repeat_interleave(self.n_ghosts)])
+        self.cache.slot = torch.where(loop >= 0, slot, self.slots)
+        self.cache.pos = torch.cat([s.pos, s.ghost_pos.flatten()]).clamp(min=0)
+        self.ran += torch.stack([(loop >= 0).sum(), (s.ghost_pos >= 0).sum()])
+        self.block_out.copy_(self.model.block(torch.cat([s.x, s.ghost_x.flatten(0, 1)]), loop, self.cache))
 
     def route_exits(self) -> None:
         """After a pass: tokens that exit wait for the head, the others go on to their next loop."""
         s, x = self.state, self.block_out[:self.slots]
-        exits = (s.loop == self.last_loop) | (s.loop >= 0) & self.may_exit(x)   # (S,)
-        if self.n_ghosts:
+        exits = in_flight = s.loop >= 0                                         # (S,)
+        early = self.static or self.least_loop < self.last_loop  # else nothing is left to decide
+        if early:
+            exits = in_flight & ((s.loop == self.last_loop) | self.may_exit(x))
+            early = self.static or bool((exits & (s.loop < self.last_loop)).any())
+        self.any_ghosts |= early
+        if self.n_ghosts and self.any_ghosts:
             self.route_ghosts(exits)
-        else:
+        elif early and self.keys == "copy":
             self.cache.copy_to_later_loops(exits, s.loop, s.pos)
-        s.x.copy_(torch.where(s.loop[:, None] >= 0, x, s.x))
-        s.waited.copy_(torch.where(exits, 0, s.waited + 1))
-        s.exit_loop.copy_(torch.where(exits, s.loop, s.exit_loop))
-        s.loop.copy_(torch.where(exits | (s.loop < 0), -1, s.loop + 1))
+        torch.where(in_flight[:, None], x, s.x, out=s.x)
+        if self.static:
+            s.waited.add_(1).masked_fill_(exits, 0)
+        torch.where(exits, s.loop, s.exit_loop, out=s.exit_loop)
+        s.loop.add_(in_flight).masked_fill_(exits, -1)
 
     def may_exit(self, x: Tensor) -> Tensor:
         """(S,) bool, by forced_exits where given, else by the rule. Undefined where no token is in flight."""
         s, logits = self.state, self.model.logits(x) if self.rule.reads_logits else None
-        forced = s.forced_exits.gather(1, s.n_generated[:, None])[:, 0]
         by_rule = self.rule(x, s.loop.clamp(min=0), logits)
+        if not (self.static or any(request and request.forced_exits for request in self.slot_request)):
+            return by_rule
+        forced = s.forced_exits.gather(1, s.pos.clamp(min=0)[:, None])[:, 0]
         return torch.where(forced <= self.last_loop, s.loop >= forced, by_rule)
 
     def route_ghosts(self, exits: Tensor) -> None:
@@ -386,42 +451,44 @@ class Engine:
         s.ghost_pos.copy_(torch.where(new, s.pos[:, None], ghost_pos))
 
     def head_is_due(self) -> bool:
-        """Decided, with fixed shapes, by the counts of a pass ago, which are on the host by now."""
-        if self.static and self.head <= 1:  # in every pass, for all slots: `run_head` masks those not waiting
+        """In static mode with a head for several rows, decided by the counts at the end of the last step, for which
+        the host does not wait long: the device is a pass behind."""
+        if self.static and self.head == 1:  # in every pass, for all slots: `run_head` masks those not waiting
             return True
-        counts = fetch(torch.stack([(self.state.exit_loop >= 0).sum(), (self.state.loop >= 0).sum()]))
-        now, self.counts = (self.counts if self.static else counts), counts
-        n_waiting, n_in_flight = now()
+        n_waiting, n_in_flight = (self.counts if self.static and self.head else self.count())()
         return n_waiting > 0 and (n_waiting >= self.head > 0 or not n_in_flight)
+
+    def count(self) -> Callable[[], list]:
+        """Begin to fetch the numbers of tokens that wait for the head and that are in flight."""
+        return fetch(torch.stack([(self.state.exit_loop >= 0).sum(), (self.state.loop >= 0).sum()]))
 
     def run_head(self) -> None:
         """Sample the next tokens of slots that wait, longest wait first. They enter the first loop."""
         s, waits = self.state, self.state.exit_loop >= 0
         if self.static:
-            n = self.head if self.head > 1 else self.slots
-            rows = torch.where(waits, s.waited, -1).topk(n).indices
-            waits = waits & ~((s.loop >= 0).any() & (self.head == 0))  # head = 0: not while any is in flight
+            rows = torch.where(waits, s.waited, -1).topk(self.head if self.head > 1 else self.slots).indices
         else:
-            rows = padded_indices(waits)
-        valid, logits = waits[rows], self.model.logits(s.x[rows])
-        token, n_generated = self.sampler(logits), s.n_generated[rows] + 1
+            rows = waits.nonzero()[:, 0]
+        old = s.numbers[:, rows]                                                # (5, n)
+        _, exit_loop, waited, pos, last_pos = old
+        valid, logits = exit_loop >= 0, self.model.logits(s.x[rows])
+        token, pos = self.sampler(logits), pos + 1
         failed = ~logits.amax(-1).isfinite()  # NaN or infinite: no token can be sampled
-        ended = failed | s.is_eos[rows, token] | (n_generated >= s.max_tokens[rows])
-        status = torch.where(failed, FAILED, ENDED * ended)
-        self.sampled = torch.stack([rows, token, torch.where(valid, s.exit_loop[rows], -1), status])
+        ended = failed | s.is_eos[rows, token] | (pos >= last_pos)
+        self.sampled = torch.stack([rows, token, exit_loop, torch.where(failed, FAILED, ENDED * ended)])
         s.x[rows] = torch.where(valid[:, None], self.model.first_state(token[:, None])[:, 0], s.x[rows])
-        s.loop[rows] = torch.where(valid & ~ended, 0, s.loop[rows])
-        s.exit_loop[rows] = torch.where(valid, -1, s.exit_loop[rows])
-        s.pos[rows] += valid
-        s.n_generated[rows] += valid
-        s.ghost_pos[rows] = torch.where((valid & ended)[:, None], -1, s.ghost_pos[rows])  # nobody attends to them
+        new = torch.stack([-1 * ended, torch.full_like(pos, -1), waited, pos, last_pos])
+        s.numbers[:, rows] = torch.where(valid, new, old)
+        if self.any_ghosts:  # nobody attends to those of an ended sequence
+            s.ghost_pos[rows] = s.ghost_pos[rows].masked_fill((valid & ended)[:, None], -1)
 
     def collect(self) -> list[tuple[Request, int, int]]:
         """Append new tokens to the requests that had the slots when they were sampled; free the slots of ended
         sequences. Returns (request, token, exit loop) of each token."""
         out = []
-        while len(self.unread) > self.static:  # static (True = 1): the head's latest run stays for the next step
-            requests, read = self.unread.popleft()
+        # static (True = 1): what the head has sampled in this step is read in the next
+        while self.unread and self.unread[0][0] <= self.stats["passes"] - self.static:
+            _, requests, read = self.unread.popleft()
             self.stats["head_runs"] += 1
             for slot, token, loop, status in zip(*read(), strict=True):
                 request = requests[slot]
@@ -453,12 +520,16 @@ def to_ints(what: str, values: Iterable, low: int, high: int) -> list[int]:
     return ints
 
 
-def padded_indices(mask: Tensor) -> Tensor:
-    """Indices of the True elements of mask (M,), in order. 7 to 15 of them are padded to 16 with rows that
-    idle or do not wait, whose results nobody reads: MKL multiplies 16 up to twice as fast, and GPU tiles have 16."""
-    n = int(mask.sum())
-    n = 16 if 6 < n < 16 <= len(mask) else n
-    return mask.sort(descending=True, stable=True).indices[:n]
+def padded(rows: list[Sequence[int]], fill: int) -> list[list[int]]:
+    """The rows, filled up to the length of the longest."""
+    width = max(map(len, rows))
+    return [[*row, *[fill] * (width - len(row))] for row in rows]
+
+
+def send(numbers: list[list[int]], device: torch.device) -> Tensor:
+    """`numbers` as a tensor on the device, for which the host does not wait."""
+    t = torch.tensor(numbers)
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def fetch(t: Tensor) -> Callable[[], list]:
