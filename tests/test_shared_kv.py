@@ -1,12 +1,14 @@
 """kv="first_loop": every loop reads the keys and values of the first."""
 
 import json
+import random
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_engine import Case, draw_model
 from test_model import ARCHS, SMALL, close, each_arch, last, randomise, tiny, tokens
 from tiny import assert_same_weights, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -297,6 +299,48 @@ def test_copies_are_refused():
                 lambda: Engine(model, slots=2, keys="copy")):
         with pytest.raises(UserError, match="kv=first_loop.*use keys='exact'"):
             use()
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("seed", range(30))
+@torch.no_grad()
+def test_the_engine_is_sequential_decoding_under_random_schedules(seed, static):
+    """Ragged prompts, exits by plan or by a rule, requests that arrive and are cancelled in between; without ghosts,
+    and each position of the cache holds the first loop's keys of its own token."""
+    rng, n_loop = random.Random(seed), 2 + seed % 2
+    model = draw_model(seed, n_loop, list(ARCHS)[seed % 3], rank=(0, 2)[seed % 4 > 1], n_layer=2 * n_loop,
+                       vectors=("tied", "per_loop")[seed % 5 > 2], kv="first_loop")
+    rule = Rule(("never", "fixed", "max_prob")[seed % 3], threshold=0.3, exit_loop=rng.randrange(n_loop))
+    case, slots = Case(model, rule), rng.randint(1, 4)
+    engine = case.engine(slots, static=static, head=rng.randint(0, slots), refill=rng.randint(1, slots))
+    assert engine.cache.k.shape[2] == 1 and engine.n_ghosts == 0
+    requests = []
+    while len(requests) < 8 or engine.waiting or any(engine.slot_request):
+        if len(requests) < 8 and rng.random() < 0.6:
+            forced = [rng.randrange(n_loop) for _ in range(rng.randint(1, 8))] if rng.random() < 0.5 else None
+            prompt = [rng.randrange(53) for _ in range(rng.randint(1, 9))]
+            requests.append(engine.add(prompt, rng.randint(1, 9), None, forced))
+        engine.step()
+        if rng.random() < 0.05 and requests:
+            engine.cancel(rng.choice(requests))
+        for slot, request in enumerate(engine.slot_request):
+            pos = engine.state.pos[slot] if request else 0
+            if request and len(request.tokens) > 1 and not static:
+                idx = torch.tensor([request.prompt + request.tokens])[:, :pos]
+                cache = KVCache(model.config, 1, idx.size(1), dtype=torch.float64)
+                model(idx, cache)
+                close(engine.cache.k[:, slot, 0, :pos].transpose(1, 2), cache.k[:, 0], 1e-10)
+    for request in requests:
+        case.check(request)
+    assert engine.ran[1] == 0 and any(request.status == "done" for request in requests)
+
+
+@torch.no_grad()
+def test_the_engine_runs_later_loops_for_the_last_token_of_a_prompt():
+    model = draw_model(0, 3, kv="first_loop")
+    calls = record_blocks(model)
+    Engine(model, slots=2, max_len=16).generate([[1, 2, 3], [4, 5, 6, 7, 8]], 1)
+    assert calls == [(0, 5), (1, 2), (2, 2)]                             # 2 x 5 tokens with padding, then 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
