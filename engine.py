@@ -385,9 +385,7 @@ class Engine:
         sent = send([sum(rows, []) for rows in zip(*table, strict=True)], self.device)          # (n, ...)
         numbers, idx, ends, forced = sent.split([len(rows[0]) for rows in table], 1)
         kv = KVCache(c, *idx.shape, self.device, s.x.dtype)
-        x = self.model.first_state(idx)                                         # (n, T, C)
-        for loop in range(kv.kv_loops):
-            x = self.model.block(x, loop, kv)
+        x = self.model(idx, kv, kv.kv_loops)[-1]                                # (n, T, C)
         self.cache.store_prompts(kv, scheduled)
         slots, pos, last_pos = numbers.unbind(1)                                # (n,)
         x = x[torch.arange(len(x), device=self.device), pos]                    # (n, C)

@@ -369,10 +369,10 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
 def run_prompts(model: RecursiveTransformer, cache: KVCache, idx: Tensor) -> Tensor:
     """The last loop's states (B, C) of the last tokens of prompts idx (B, T). All tokens run the loops that add KV to
     the cache: with kv="first_loop" only the last token runs the others."""
-    x = model.first_state(idx)
-    for loop in range(model.config.n_loop):
-        x = model.block(x if loop < cache.kv_loops else x[:, -1:], loop, cache)
-    return x[:, -1]
+    x = model(idx, cache, cache.kv_loops)[-1][:, -1:]
+    for loop in range(cache.kv_loops, model.config.n_loop):
+        x = model.block(x, loop, cache)
+    return x[:, 0]
 
 
 class Routed(NamedTuple):

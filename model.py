@@ -384,14 +384,14 @@ class RecursiveTransformer(nn.Module):
             for linear in (layer.attn.o, layer.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> list[Tensor]:
-        """Hidden states (B, T, C) after each of the n_loop loops, for token ids `idx` (B, T) int64.
+    def forward(self, idx: Tensor, cache: KVCache | None = None, loops: int | None = None) -> list[Tensor]:
+        """Hidden states (B, T, C) after each loop, or each of the first `loops`, for token ids `idx` (B, T) int64.
 
         With a cache, the tokens continue the sequences it holds and are added to it.
         """
         x, states = self.first_state(idx), []
         cache = cache or self.first_loop_kv(idx)
-        for loop in range(self.config.n_loop):                           # Eq. 2: the same layers, n_loop times
+        for loop in range(loops or self.config.n_loop):                  # Eq. 2: the same layers, n_loop times
             x = self.block(x, loop, cache)
             states.append(x)
         return states

@@ -311,12 +311,13 @@ def test_the_engine_is_sequential_decoding_under_random_schedules(seed, static):
     model = draw_model(seed, n_loop, list(ARCHS)[seed % 3], rank=(0, 2)[seed % 4 > 1], n_layer=2 * n_loop,
                        vectors=("tied", "per_loop")[seed % 5 > 2], kv="first_loop")
     rule = Rule(("never", "fixed", "max_prob")[seed % 3], threshold=0.3, exit_loop=rng.randrange(n_loop))
-    case, slots = Case(model, rule), rng.randint(1, 4)
-    engine = case.engine(slots, static=static, head=rng.randint(0, slots), refill=rng.randint(1, slots))
+    case, slots = Case(model, rule), rng.randint(1, 6)
+    engine = case.engine(slots, static=static, head=rng.choice([1, rng.randint(0, slots)]),
+                         refill=rng.choice([1, rng.randint(1, slots)]))
     assert engine.cache.k.shape[2] == 1 and engine.n_ghosts == 0
     requests = []
-    while len(requests) < 8 or engine.waiting or any(engine.slot_request):
-        if len(requests) < 8 and rng.random() < 0.6:
+    while len(requests) < 12 or engine.waiting or any(engine.slot_request):
+        while len(requests) < 12 and rng.random() < 0.6:
             forced = [rng.randrange(n_loop) for _ in range(rng.randint(1, 8))] if rng.random() < 0.5 else None
             prompt = [rng.randrange(53) for _ in range(rng.randint(1, 9))]
             requests.append(engine.add(prompt, rng.randint(1, 9), None, forced))
