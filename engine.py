@@ -225,7 +225,7 @@ class Engine:
         self.cache = SlotCache(c, slots, max_len, device, dtype)
         self.ghost_loops = torch.arange(1, c.kv_loops if keys == "exact" else 1, device=device)  # (G,)
         self.n_ghosts = len(self.ghost_loops)                                   # G
-        self.least_loop, self.any_ghosts = 0, self.static                       # of the last pass
+        self.n_rows, self.least_loop, self.any_ghosts = 0, 0, self.static       # of the last pass
         self.state = SlotState.empty(c, slots, max_len, self.n_ghosts, device, dtype)
         self.block_out = torch.zeros(slots * (1 + self.n_ghosts), c.n_embd, device=device, dtype=dtype)
         self.sampled: Tensor  # (4, n): slots, tokens, exit loops (-1 = no token) and status of the head's n rows
@@ -235,7 +235,8 @@ class Engine:
         self.graphs: dict[str, torch.cuda.CUDAGraph | None] = {}
         self.ran = torch.zeros(2, dtype=torch.long, device=device)              # rows run, ghosts among them
         self.counts = self.count()                            # at the end of the last step
-        self.stats = dict.fromkeys(("passes", "head_runs", "head_rows", "prefill_tokens", "longest_wait"), 0)
+        self.stats = dict.fromkeys(("passes", "head_runs", "head_rows", "prefill_tokens", "longest_wait",
+                                    "computed_rows"), 0)                        # idle ones included, unlike `ran`
         self.stats |= dict.fromkeys(("prefill_s", "block_s", "decision_s", "head_s"), 0.0)
 
     # --------------------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ class Engine:
         try:
             self.validate(request)
             self.waiting.append(request)
-        except UserError as e:
+        except Exception as e:  # UserError, or what an object of the caller's raises when it is read
             request.status, request.reason = "refused", str(e)
         return request
 
@@ -299,7 +300,7 @@ class Engine:
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                  eos_id: int | Sequence[int] | None = None) -> list[Request]:
         """One finished request per prompt, in order: "done", or "refused" or "failed" with a `reason`."""
-        requests = [self.add(prompt, max_new_tokens, eos_id) for prompt in prompts]
+        requests = [self.add(prompt, max_new_tokens, eos_id) for prompt in list(prompts)]
         for _ in self.run():
             pass
         return requests
@@ -310,6 +311,7 @@ class Engine:
         and `collect` its tokens: (request, token, exit loop) of each new one."""
         self.prefill(self.schedule())
         self.timed("block_s", self.run_block)
+        self.stats["computed_rows"] += len(self.block_out) if self.static else self.n_rows
         self.timed("decision_s", self.route_exits)
         self.stats["passes"] += 1
         if self.head_is_due():
@@ -413,10 +415,11 @@ class Engine:
         rows = [(loop, slot, positions[slot], slot) for slot, loop in enumerate(loops) if loop >= 0]
         ghosts = [(i + 1, slot, pos, self.slots + slot * self.n_ghosts + i)
                   for slot, own in enumerate(s.ghost_pos.tolist()) for i, pos in enumerate(own) if pos >= 0]
-        self.least_loop, self.any_ghosts = min(rows, default=(self.last_loop,))[0], bool(ghosts)
+        self.n_rows, self.any_ghosts = len(rows) + len(ghosts), bool(ghosts)
+        self.least_loop = min(rows, default=(self.last_loop,))[0]
         if not rows and not ghosts:
             return
-        self.ran += torch.tensor([len(rows) + len(ghosts), len(ghosts)], device=self.device)
+        self.ran += torch.tensor([self.n_rows, len(ghosts)], device=self.device)
         loop, slot, pos, row = zip(*sorted(rows + ghosts, key=lambda row: self.cache.place(*row[:2])), strict=True)
         loops = self.cache.line_up(loop, slot, pos)
         x = torch.cat([s.x, s.ghost_x.flatten(0, 1)]) if ghosts else s.x

@@ -21,6 +21,7 @@ S slots (one sequence each), T positions of a slot. Inside the GEMM kernels: N a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -57,12 +58,15 @@ def linear_rows(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, loop: 
                 bias: Tensor | None = None) -> Tensor:
     """W'x + B_l A_l x + bias (M, O) with each row's own l: as `lora_rows`, w (O, C), bias (O,) or (n_loop, O).
 
-    Without a and b (rank 0): W'x + bias, on a GPU in the same tiles, which do not depend on the other rows.
+    Without a and b (rank 0): W'x + bias, on a GPU in the same tiles, which do not depend on the other rows. From
+    MAX_ROWS on the library multiplies by W', and the order of a sum may depend on the number of rows.
     """
     assert x.size(1) == w.size(1) and len(loop) == len(x), shapes(x, w, loop)
     assert bias is None or bias.size(-1) == len(w), shapes(w, bias)
     assert a is None or a.shape == (len(b), b.size(2), x.size(1)) and b.size(1) == len(w), shapes(x, w, a, b)
-    return (linear_rows_triton if runs_triton(x) else linear_rows_concat)(x, w, a, b, loop, bias)
+    if not runs_triton(x):
+        return linear_rows_concat(x, w, a, b, loop, bias)
+    return (linear_rows_triton if len(x) <= MAX_ROWS else linear_rows_library)(x, w, a, b, loop, bias)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop: Tensor, length: Tensor) -> Tensor:
@@ -83,28 +87,30 @@ def shapes(*tensors: Tensor) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tiles: fixed here, not tuned at run time. The order of a sum (block_k, splits) depends on N, K and R, never on M.
 
+MAX_ROWS = 128      # of a tile: for more, the weights would be read again for each tile, by a library's GEMM once
 SMS = 132           # multiprocessors of an H100; a launch should have a program for each
 BLOCK_R = 64        # columns of the LoRA rank per tile
 SPLIT_T = 256       # positions per program of the attention
 
 
-def gemm_tiles(n: int, k: int, copies: int = 1) -> tuple[int, int, int]:
+def gemm_tiles(n: int, k: int, item_size: int = 2, copies: int = 1) -> tuple[int, int, int]:
     """(block_n, block_k, splits of k) for rows times a weight (n, k), of which one launch reads `copies`."""
-    block_n, block_k = (128, 64) if n > 8192 else (64, 128)  # 16 KB of weight either way; wide layers read x less often
-    splits = 1
+    block_n = 128 if n > 8192 and item_size == 2 else 64     # wide layers read x less often; in fp32 it would spill
+    block_k, splits = 2**14 // (block_n * item_size), 1      # 16 KB of weight either way
     while 2 * splits * copies * -(-n // block_n) <= SMS and k >= 2 * splits * 256:
         splits *= 2
     return block_n, block_k, -(-k // split_size(k, splits, block_k))
 
 
-def row_tile(m: int) -> int:
-    """Rows per tile. Weights are the tensor cores' left operand (64 at a time), so rows need no padding to 64."""
-    return 16 if m <= 16 else 64 if m <= 64 else 128
+def row_tile(m: int, item_size: int = 2) -> int:
+    """Rows per tile. Weights are the tensor cores' left operand (64 at a time), so rows need no padding to 64. fp32 is
+    not multiplied by tensor cores: tiles of more than 32 rows do not fit the registers."""
+    return 16 if m <= 16 else 32 if item_size > 2 else 64 if m <= 64 else 128
 
 
-def attention_tiles(d: int) -> int:
-    """Positions per tile of the attention, for heads of size d."""
-    return 64 if d > 128 else 128
+def attention_tiles(d: int, item_size: int = 2) -> int:
+    """Positions per tile of the attention, for heads of size d: fewer in fp32, again because of the registers."""
+    return (64 if d > 128 else 128) // (1 if item_size == 2 else 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,9 +144,14 @@ def lora_rows_concat(x: Tensor, a: Tensor, b: Tensor, loop: Tensor) -> Tensor:
 
 def linear_rows_concat(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, loop: Tensor,
                        bias: Tensor | None = None) -> Tensor:
+    return linear_rows_library(x, w, a, b, loop, bias, lora_rows_concat)
+
+
+def linear_rows_library(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, loop: Tensor,
+                        bias: Tensor | None = None, lora: Callable = lora_rows) -> Tensor:
     y = F.linear(x, w, bias if bias is not None and bias.dim() == 1 else None)
     if a is not None:
-        y = y + lora_rows_concat(x, a, b, loop)
+        y = y + lora(x, a, b, loop)
     if bias is not None and bias.dim() == 2:
         y = y + bias[loop.clamp(min=0)]
     return torch.where(loop[:, None] >= 0, y, 0)
@@ -243,10 +254,10 @@ def shrink_rows(x: Tensor, a: Tensor, loop: Tensor) -> Tensor:
     """A_l x (M, R) in x's dtype, rounded once. Idle rows are undefined."""
     x, a, loop = along_rows(x), along_rows(a), loop.contiguous()
     (m, k), (n_loop, rank, _) = x.shape, a.shape
-    block_r, block_k, splits = gemm_tiles(rank, k, copies=2)                # typically rows are at two loops
+    block_r, block_k, splits = gemm_tiles(rank, k, x.element_size(), copies=2)  # typically rows are at two loops
     z = x.new_empty(m, rank)
     part = z if splits == 1 else x.new_empty(splits, m, rank, dtype=torch.float32)
-    block_m = row_tile(m)
+    block_m = row_tile(m, x.element_size())
     _shrink[n_loop * -(-rank // block_r), -(-m // block_m), splits](
         x, a, loop, part, m, rank, k, x.stride(0), *a.stride()[:2], m * rank, split_size(k, splits, block_k),
         BLOCK_M=block_m, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=4, num_stages=4)
@@ -260,8 +271,8 @@ def expand_rows(x: Tensor, w: Tensor | None, z: Tensor | None, b: Tensor | None,
     """W x + B_l z + bias (M, O), without the terms that are None."""
     x, loop = along_rows(x), loop.contiguous()
     (m, k), (n_loop, n, rank) = x.shape, b.shape if z is not None else (0, len(w), 0)
-    block_n, block_k, splits = gemm_tiles(n, k) if w is not None else (64, 64, 1)
-    block_m = row_tile(m)
+    block_n, block_k, splits = gemm_tiles(n, k, x.element_size()) if w is not None else (64, 64, 1)
+    block_m = row_tile(m, x.element_size())
     w, b, bias = (along_rows(t) if t is not None else None for t in (w, b, bias))
     stride_wn = w.stride(0) if w is not None else 0
     stride_bl, stride_bn = b.stride()[:2] if z is not None else (0, 0)
@@ -308,7 +319,8 @@ def decode_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop: T
     valid = torch.arange(k.size(2), device=q.device) < length[:, None]      # (M, T)
     k, v = (torch.where(valid[:, :, None, None], c[place], 0).transpose(1, 2) for c in (k, v))     # (M, K, T, D)
     mask = (valid | ~active[:, None])[:, None, None]                        # not empty for idle rows: that gives NaN
-    y = F.scaled_dot_product_attention(q[:, :, None], k, v, mask, enable_gqa=True)[:, :, 0]
+    grouped = q.view(len(q), k.size(1), -1, q.size(2))                      # the query heads of a key head as queries
+    y = F.scaled_dot_product_attention(grouped, k, v, mask).view(q.shape)
     return torch.where(active[:, None, None], y, 0)
 
 
@@ -380,7 +392,7 @@ def decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop:
     y, scale = q.new_empty(m, h, d), math.log2(math.e) / d**0.5             # exp(x) is exp2(x log2(e))
     _attend[m, n_head, splits](
         q, k, v, slot, loop, length, part, top, total, *q.stride()[:2], *k.stride(), *v.stride(),
-        scale, d, GROUP=group, SPLIT=SPLIT_T, BLOCK_T=attention_tiles(d),
+        scale, d, GROUP=group, SPLIT=SPLIT_T, BLOCK_T=attention_tiles(d, q.element_size()),
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d, num_warps=4, num_stages=2)
     _merge[m, h](part, top, total, loop, length, y, scale, d, splits, SPLIT=SPLIT_T, BLOCK_D=block_d)
     return y

@@ -19,7 +19,7 @@ from exits import SCORED, Rule, decode, end_ids, greedy
 from lib.cli import UserError
 
 V, STEPS, NAN = 53, 6, float("nan")
-UNREAD = 1e30  # fills what no step may read: finite, so that a masked position adds exactly zero; read, it drowns all else
+UNREAD = 1e30  # fills what no step may read: finite, so that a masked position adds exactly 0
 each_policy = pytest.mark.parametrize("keys", ["exact", "copy"])
 each_mode = pytest.mark.parametrize("static", [False, True])
 
@@ -369,6 +369,43 @@ def test_with_head_0_the_batch_waits_for_its_slowest_token(case, static):
         assert not rows.busy and engine.stats["head_runs"] < at_once.stats["head_runs"]
 
 
+@pytest.mark.parametrize("head", [2, 4])
+def test_in_static_mode_a_full_batch_is_served_once(head):
+    """Four sequences at the same loop: the head runs for their next tokens as soon as it can, and not again for rows
+    that it has just served. What it has sampled is read in the next step, even if it does not run then."""
+    case = Case(draw_model(3, 3), prompts=[(n, n + 1) for n in range(4)])
+    engine = case.engine(4, head=head, static=True)
+    requests, read = [engine.add(prompt, 5) for prompt in case.prompts], []
+    while any(r.status != "done" for r in requests):
+        runs, tokens = len(read), engine.step()
+        if tokens:
+            read.append(engine.stats["passes"])
+        assert all(ran >= engine.stats["passes"] for ran, _, _ in engine.unread) and runs < 40
+        assert engine.stats["passes"] < 60
+    assert engine.stats["head_runs"] == 5 * 4 // head and engine.stats["head_rows"] == 20
+    for request in requests:
+        case.check(request)
+
+
+def test_with_head_0_the_head_runs_once_per_token_of_the_batch_in_static_mode_too():
+    case = Case(draw_model(3, 3), prompts=[(n, n + 1) for n in range(4)])
+    for static in (False, True):
+        engine = case.engine(4, head=0, static=static)
+        for request in engine.generate(case.prompts, 5):
+            case.check(request)
+        assert engine.stats["head_runs"] == 5
+
+
+def test_rows_that_are_computed_though_idle_are_counted():
+    """Four loops, one sequence of 5 tokens that all run 4 loops: no ghosts, yet in static mode 3 are computed."""
+    case = Case(draw_model(5, 4))
+    for static, rows in ((False, 1), (True, 4)):
+        engine = case.engine(1, static=static)
+        engine.generate(case.prompts, 5)
+        assert engine.ran.tolist() == [16, 0]
+        assert engine.stats["computed_rows"] == (rows * engine.stats["passes"] if static else 16)
+
+
 def test_in_static_mode_the_longest_waiting_come_first():
     """Five sequences and a head for two rows: none is ever more than two tokens ahead of another."""
     case = Case(draw_model(3, 2), Rule("fixed", exit_loop=0))
@@ -629,6 +666,51 @@ def test_a_request_whose_logits_are_not_finite_fails_and_the_others_go_on(static
     assert "not finite" in late.reason and "not finite" in at_once.reason and at_once.tokens == []
     assert late.tokens == want[0][:want[0].index(bad) + 1]
     assert [r.tokens for r in rest] == [want[token - 1] for token in good]
+
+
+@torch.no_grad()
+def test_what_a_failed_sequence_has_stored_does_not_reach_the_slot_s_next_one():
+    """It fails far behind: the next one is short, and attention reads as far as the neighbour's length."""
+    case = Case(draw_model(7, 2), prompts=[(5, 6)])
+    want = case.decoded((1, 2), STEPS)[0]
+    bad = next(n for n in range(9, V) if n not in want and n not in case.decoded((5, 6), 20)[0])
+    case.model.embed.weight[bad] = NAN
+    engine = case.engine(2)
+    neighbour, failed, after = engine.add((5, 6), 20), engine.add([3] * 9 + [bad], 3), engine.add((1, 2), STEPS)
+    list(engine.run())
+    assert failed.status == "failed" and after.tokens == want
+    case.check(neighbour)
+
+
+class Broken:
+    def __iter__(self):
+        yield 1
+        raise ValueError("broken")
+
+
+@pytest.mark.parametrize("wrong", [
+    {"prompt": Broken()}, {"prompt": torch.empty(2, device="meta", dtype=torch.long)}, {"prompt": Request([1], 3)},
+    {"prompt": [2**70]}, {"max_new_tokens": 3.0}, {"max_new_tokens": NAN}, {"max_new_tokens": [3]},
+    {"eos_id": Broken()}, {"eos_id": [[1, 2]]}, {"eos_id": [1.0]}, {"eos_id": torch.tensor([1.0, 2.0])},
+    {"eos_id": Request([1], 3)}, {"eos_id": 2**70}, {"eos_id": [None]}, {"forced_exits": Broken()},
+    {"forced_exits": [2**65]}, {"forced_exits": [[0]]}, {"forced_exits": Request([1], 3)}], ids=str)
+def test_what_cannot_even_be_read_is_refused_and_the_others_are_served(case, wrong):
+    engine = case.engine(2)
+    before = engine.add(case.prompts[0], 4)
+    engine.step()
+    refused = engine.add(**{"prompt": [1], "max_new_tokens": 3} | wrong)
+    after = engine.add(case.prompts[1], 4)
+    assert refused.status == "refused" and refused.reason
+    assert {request for request, _, _ in engine.run()} == {before, after}
+    for request in (before, after):
+        case.check(request)
+
+
+def test_prompts_that_cannot_be_listed_leave_nothing_behind(case):
+    engine = case.engine(2)
+    with pytest.raises(ValueError, match="broken"):
+        engine.generate(([1] for _ in Broken()), 3)
+    assert not engine.waiting
 
 
 def test_a_request_of_another_engine_cannot_be_cancelled(case):
