@@ -280,6 +280,10 @@ def fit(W: list[Tensor], C: list[Tensor], rank: int, rounds: int = 0, stop: floa
         biased: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[float]]:
     """W' (out, in), (A, B) of each loop, and the error (C1) at the start and after each round of (C3) and (C4), as a
     share of the outputs' energy. A round that lowers the error by less than the share `stop` is the last."""
+    if len(W) == 1:                                                      # nothing is shared: the donor's, B zero
+        (out, n_read), W = W[0][:, :W[0].size(1) - biased].shape, W[0]
+        rank = min(rank, out, n_read)
+        return W, [(W.new_zeros(rank, n_read), W.new_zeros(out, rank))] * (rank > 0), [0.0]
     layer = LayerFit(W, C, rank, biased)
     loops = range(len(C)) if layer.rank else ()
     shared = layer.tied
@@ -385,7 +389,7 @@ def share_norm_scale(norm: Norm, donors: list[Norm]) -> Tensor:
 @torch.no_grad()
 def calibrate(full: RecursiveTransformer, stats: ActivationStats, n_loop: int = 2, rank: int = 0, vectors: str = "tied",
               rounds: int = 8, stop: float = 0.02, ridge: float = 1e-3, dtype: torch.dtype | None = None,
-              report: dict | None = None) -> RecursiveTransformer:
+              report: dict | None = None, kv: str = "own") -> RecursiveTransformer:
     """The recursive model fitted to a donor and its `collect_stats`; dtype None is the donor's.
 
     ridge: what is added to the diagonals of each C and of D, as a share of their mean. rounds, stop: see `fit`.
@@ -393,21 +397,23 @@ def calibrate(full: RecursiveTransformer, stats: ActivationStats, n_loop: int = 
     """
     refuse_looped(full.config, "calibrate its donor")
     biased = full.config.arch == "gpt_neox"                              # absorbed norms leave biases
-    target = replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors, attn_bias=biased, mlp_bias=biased)
+    target = replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors, kv=kv, attn_bias=biased,
+                     mlp_bias=biased)
     with torch.device("meta"):                                           # allocate weights in the right dtype only
         model = RecursiveTransformer(target)
     model = model.to(dtype or full.embed.weight.dtype).to_empty(device=full.embed.weight.device)
     model.load_state_dict({n: w for n, w in full.state_dict().items() if not n.startswith("layers.")}, strict=False)
     for k, layer in enumerate(progress(model.layers, desc="calibrating", unit="layer")):
-        depths = range(k, full.config.n_layer, model.config.n_unique)    # the donor layers that layer k replaces
+        depths = range(k, full.config.n_layer, target.n_unique)          # the donor layers that layer k replaces
         donors = [absorb_norms(full.layers[i]) for i in depths]
         scales = {"attn.q": share_norm_scale(layer.norm1, [full.layers[i].norm1 for i in depths]),
                   "mlp.up": share_norm_scale(layer.norm2, [full.layers[i].norm2 for i in depths])}
         for first, names in SHARED_INPUT.items():
             for name, linear in linears(layer, names):
-                errors = fit_linear(linear, [donor.get_submodule(name) for donor in donors],
-                                    [stats.inputs[f"layers.{i}.{first}"] for i in depths],
-                                    [stats.gradients[f"layers.{i}.{name}"] for i in depths],
+                runs_at = depths[:target.loops_of(name)]                 # k and v perhaps in the first loop alone
+                errors = fit_linear(linear, [donor.get_submodule(name) for donor in donors[:len(runs_at)]],
+                                    [stats.inputs[f"layers.{i}.{first}"] for i in runs_at],
+                                    [stats.gradients[f"layers.{i}.{name}"] for i in runs_at],
                                     scales.get(first, 1.0), rounds, stop, ridge)
                 if report is not None:
                     report.setdefault(name, []).append(errors)
@@ -437,10 +443,10 @@ def mean_errors(lists: list[list[float]]) -> list[float]:
 
 
 def to_calibrated(full: RecursiveTransformer, windows: list[Tensor], n_loop: int = 2, rank: int = 0,
-                  vectors: str = "tied", dtype: torch.dtype | None = None) -> RecursiveTransformer:
+                  vectors: str = "tied", dtype: torch.dtype | None = None, kv: str = "own") -> RecursiveTransformer:
     """The recursive model of a donor, calibrated on token ids (B, T) of `windows`; prints how the error fell."""
     report = {}
-    model = calibrate(full, collect_stats(full, windows), n_loop, rank, vectors, dtype=dtype, report=report)
+    model = calibrate(full, collect_stats(full, windows), n_loop, rank, vectors, dtype=dtype, report=report, kv=kv)
     print0("error, as a share of the outputs' energy, at the start and after each round: "
            + " ".join(f"{e:.4f}" for e in mean_errors([errors for kind in report.values() for errors in kind])))
     rows = [[name, f"{average([e[0] for e in errors]):.2%}", f"{average([e[-1] for e in errors]):.2%}"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from calibrate import calibration_windows, to_calibrated
-from hf import Donor, load_any, load_full, refuse_looped, to_hf
+from hf import Donor, load_any, load_full, refuse_first_loop_kv, refuse_looped, to_hf
 from lib.checks import cast
 from lib.cli import UserError, parse_args, print0, progress, script, table
 from lib.data import load_tokens
@@ -31,6 +31,7 @@ LoraInit = Literal["svd", "zero"]
 Rounding = Literal["round", "floor"]
 Norms = Literal["init", "average", "pick"]
 Vectors = Literal["tied", "per_loop"]
+KV = Literal["own", "first_loop"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def loop_layers(config: Config, read: Read, target: Config, init: Init = "stepwi
             new[name] = cast(w.clone(), dtype or w.dtype, name)
             continue
         _, k, rest = name.split(".", 2)
-        donors = depth_names(target, name)                               # one for each loop
+        donors = depth_names(target, name)                               # one for each loop that it runs in
         store = dtype or read(donors[0]).dtype
         if not is_matrix(name):                                          # a norm weight or a bias
             stacked = target.vectors == "per_loop"
@@ -172,16 +173,16 @@ def mean(read: Read, layers: list[int], rest: str) -> Tensor:
 
 
 def depth_names(config: Config, name: str) -> list[str]:
-    """For a stored layer's tensor, the names that it has at each loop's depth in the full-size model."""
+    """For a stored layer's tensor, the names at the depth of each loop that it runs in, in the full-size model."""
     _, i, rest = name.split(".", 2)
-    return [f"layers.{depth}.{rest}" for depth in range(int(i), config.n_layer, config.n_unique)]
+    return [f"layers.{int(i) + loop * config.n_unique}.{rest}" for loop in range(config.loops_of(name))]
 
 
 def to_recursive(full: RecursiveTransformer, n_loop: int = 2, init: Init = "stepwise", rank: int = 0,
                  lora_init: LoraInit = "svd", vectors: Vectors = "tied", rounding: Rounding = "round",
-                 norms: Norms = "init", dtype: torch.dtype | None = None) -> RecursiveTransformer:
+                 norms: Norms = "init", dtype: torch.dtype | None = None, kv: KV = "own") -> RecursiveTransformer:
     """The recursive model of a full-size one, which stays unchanged. UserError if n_loop does not divide its layers."""
-    target = replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors)
+    target = replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors, kv=kv)
     return loop_layers(full.config, full.state_dict().__getitem__, target, init, lora_init, rounding, norms, dtype)[0]
 
 
@@ -191,8 +192,9 @@ def to_recursive(full: RecursiveTransformer, n_loop: int = 2, init: Init = "step
 @torch.no_grad()
 def unroll(model: RecursiveTransformer, dtype: torch.dtype | None = None) -> RecursiveTransformer:
     """The full-size model that computes the same: W' + B A of every depth, summed in fp32 and rounded once to `dtype`
-    (None: to each tensor's own)."""
+    (None: to each tensor's own). UserError for kv="first_loop", which no full-size model computes."""
     c, out = model.config, {}
+    refuse_first_loop_kv(c)
     for name, w in model.state_dict().items():
         store = dtype or w.dtype
         if not name.startswith("layers."):
@@ -245,6 +247,7 @@ class ConvertConfig:
     rank: int = 0                    # LoRA rank per loop and linear layer; 0 ties strictly
     lora_init: LoraInit = "svd"      # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
     vectors: Vectors = "tied"        # norm weights and biases: tied (paper), or one per loop
+    kv: KV = "own"                   # keys and values: of each loop (paper), or the first loop's for all
     norms: Norms = "init"            # tied norm weights: from the layers of --init, averaged, or the first loop's
     rounding: Rounding = "round"     # where a stepwise step falls between two layers
     calib_text: str = "assets/books/train"  # init=calibrated: text files or token shards to run the donor on
@@ -257,7 +260,7 @@ class ConvertConfig:
 def check_ignored(args) -> None:
     """Raise UserError for settings, of convert.py or train.py, that have no effect beside the other settings."""
     from_weights = "lora_init norms rounding"
-    conversion = f"loops init rank vectors calib_text calib_tokens seed {from_weights}"
+    conversion = f"loops init rank vectors kv calib_text calib_tokens seed {from_weights}"
     rules = (  # (if this holds, these have no effect, for this reason)
         (getattr(args, "unroll", False), conversion, "--unroll only exports"),
         (args.init == "calibrated", from_weights, "--init=calibrated fits the weights to text"),
@@ -305,17 +308,18 @@ def convert(args: ConvertConfig, dtype: torch.dtype | None) -> None:
     source = Donor(args.donor)
     c = source.config
     tokenizer = Tokenizer.load(source.folder, c.vocab_size)              # refuses a wrong one before the work
-    target, kept = replace(c, n_loop=args.loops, rank=args.rank, vectors=args.vectors), {}
+    target, kept = replace(c, n_loop=args.loops, rank=args.rank, vectors=args.vectors, kv=args.kv), {}
     if args.init == "calibrated":
         windows = calibration_windows(load_tokens(args.calib_text, tokenizer, c.vocab_size), args.calib_tokens, c,
                                       f"--calib_text={args.calib_text}")
     print0(f"{args.donor}: {c.arch}, {c.n_layer} layers of width {c.n_embd} -> {args.loops} loops, "
-           f"init {args.init}, rank {args.rank}, vectors {args.vectors}")
+           f"init {args.init}, rank {args.rank}, vectors {args.vectors}, kv {args.kv}")
     with replace_folder(args.out) as tmp:
         copy_tokenizer(source.folder, tmp)
         copy_papers(source.folder, tmp)
         if args.init == "calibrated":
-            model = to_calibrated(load_full(args.donor), windows, args.loops, args.rank, args.vectors, dtype)
+            model = to_calibrated(load_full(args.donor), windows, args.loops, args.rank, args.vectors, dtype,
+                                  args.kv)
         else:
             model, kept = loop_layers(c, source.read, target, args.init, args.lora_init, args.rounding, args.norms,
                                       dtype)

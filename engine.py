@@ -19,6 +19,8 @@ A token that exits early lacks the keys and values (KV) of the loops it skips, w
                    ghosts before it: what it attends to has been written, and no two rows of a slot are at one loop.
     keys="copy"    Copied KV: the exit loop's KV are copied to the skipped loops. There are no ghosts, and later
                    tokens attend to an approximation (cf. CALM, 2207.07061: it projects the exit state anew).
+
+With kv="first_loop" (Config) a token lacks nothing, since all loops read the first loop's KV: no ghosts, no copies.
 """
 
 import time
@@ -58,12 +60,14 @@ class SlotCache:
     """Keys and values of every slot's sequence: k, v (n_unique, slots + 1, n_loop, max_len, K, D), views of what is
     stored as (n_unique, n_loop, slots + 1, K, max_len, D): a layer's places, loop by loop, each with a slot's part.
 
-    Each row of a pass writes and reads at its own slot and loop; idle rows write to the spare slot, the last.
+    Each row of a pass writes and reads at its own slot and loop; idle rows write to the spare slot, the last. With
+    kv="first_loop", n_loop here is 1: rows at later loops read the first loop's place, and write to the spare slot.
     """
 
     def __init__(self, config: Config, slots: int, max_len: int, device="cpu", dtype=torch.float32):
-        self.n_loop, self.slots, self.n_kv_head, self.max_len = config.n_loop, slots, config.n_kv_head, max_len
-        shape = (config.n_unique, config.n_loop, slots + 1, config.n_kv_head, max_len, config.head_dim)
+        self.kv_loops, self.slots, self.n_kv_head, self.max_len = config.kv_loops, slots, config.n_kv_head, max_len
+        self.shared = config.kv == "first_loop"
+        shape = (config.n_unique, config.kv_loops, slots + 1, config.n_kv_head, max_len, config.head_dim)
         stored = [torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"]
         self.k, self.v = (t.permute(0, 2, 1, 4, 3, 5) for t in stored)
         self.by_place = [t.flatten(1, 2) for t in stored]                       # (n_unique, places, K, max_len, D)
@@ -74,15 +78,20 @@ class SlotCache:
         self.query: Tensor | None = None                                        # see `line_up`
         self.lined_up = False
 
+    def place(self, loop: int, slot: int) -> int:
+        """Where a layer holds what a row at this loop and slot reads."""
+        return min(loop, self.kv_loops - 1) * (self.slots + 1) + slot
+
     def line_up(self, loop: Sequence[int], slot: Sequence[int], pos: Sequence[int]) -> Tensor:
-        """Prepare a pass of M rows, sorted by loop and slot: attention reads all places from the first row's to the
+        """Prepare a pass of M rows, sorted by `place`: attention reads all places from the first row's to the
         last's where they lie, masked beyond each row's position. Returns the loops (M,)."""
-        place = [own * (self.slots + 1) + at for own, at in zip(loop, slot, strict=True)]
+        place = [self.place(*row) for row in zip(loop, slot, strict=True)]
         first, n, length, device = place[0], place[-1] + 1 - place[0], max(pos) + 1, self.slot.device
         loops, self.slot, self.pos = torch.tensor([loop, slot, pos], device=device).unbind()
         heads = range(self.n_kv_head)
+        written = [at if own < self.kv_loops else self.slots for at, own in zip(place, loop, strict=True)]
         self.target = torch.tensor([(at * self.n_kv_head + head) * self.max_len + t
-                                    for at, t in zip(place, pos, strict=True) for head in heads], device=device)
+                                    for at, t in zip(written, pos, strict=True) for head in heads], device=device)
         self.keys, self.values = (t.narrow(1, first, n).narrow(3, 0, length).unbind() for t in self.by_place)
         self.query = None if n == len(place) else torch.tensor(place, device=device) - first   # (M,)
         self.lined_up, self.mask = True, None
@@ -93,18 +102,28 @@ class SlotCache:
             self.mask.masked_fill_(unread[:, None, None], -torch.inf)
         return loops
 
+    def kv_loop(self, loop: int | Tensor) -> int | Tensor | None:
+        """As KVCache's. Where rows are at several loops, all compute KV, and `attend` drops those of later loops."""
+        if not self.shared:
+            return loop
+        return loop.clamp(max=0) if isinstance(loop, Tensor) else None if loop else 0
+
     def extend(self, loop: int | Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Rotary angles of the n rows of the next pass, as if they were one sequence of n tokens."""
         return self.rope[0][self.pos], self.rope[1][self.pos]
 
-    def attend(self, loop: int | Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v (1, M, K, D) of M rows; returns the attention of q (1, M, H, D) to its row's slot and loop."""
+    def attend(self, loop: int | Tensor, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        """Store k, v (1, M, K, D) of M rows, if given; returns the attention of q (1, M, H, D) to its row's slot and
+        loop."""
         if not self.lined_up:
-            self.k[layer].index_put_((self.slot, loop, self.pos), k[0])
-            self.v[layer].index_put_((self.slot, loop, self.pos), v[0])
+            slot = torch.where(loop > 0, self.slots, self.slot) if self.shared else self.slot    # written
+            loop = self.kv_loop(loop)
+            self.k[layer].index_put_((slot, loop, self.pos), k[0])
+            self.v[layer].index_put_((slot, loop, self.pos), v[0])
             return decode_attention(q[0], self.k[layer], self.v[layer], self.slot, loop, self.pos + 1)[None]
-        self.key_rows[layer].index_copy_(0, self.target, k.flatten(0, 2))
-        self.value_rows[layer].index_copy_(0, self.target, v.flatten(0, 2))
+        if k is not None:
+            self.key_rows[layer].index_copy_(0, self.target, k.flatten(0, 2))
+            self.value_rows[layer].index_copy_(0, self.target, v.flatten(0, 2))
         keys, values = self.keys[layer], self.values[layer]                     # (places, K, length, D)
         grouped = q.view(q.size(1), self.n_kv_head, -1, q.size(3))              # (M, K, H / K, D)
         if self.query is None:
@@ -194,7 +213,7 @@ class Engine:
             slots, head, refill, max_len = (whole(n) for n in (slots, head, refill, max_len))
         except TypeError as e:
             raise UserError(f"slots, head, refill and max_len must be whole numbers: {e}") from None
-        check_keys(keys)
+        check_keys(keys, c)
         if slots < 1 or not 0 <= head <= slots or not 1 <= refill <= slots or not 2 <= max_len <= c.n_ctx:
             raise UserError(f"slots={slots}, head={head}, refill={refill}, max_len={max_len}: use slots from 1, "
                             "head from 0 to slots, refill from 1 to slots, and max_len from 2 to the model's "
@@ -204,7 +223,7 @@ class Engine:
         self.device, self.last_loop = device, c.n_loop - 1
         self.static = device.type == "cuda" if static is None else static
         self.cache = SlotCache(c, slots, max_len, device, dtype)
-        self.ghost_loops = torch.arange(1, c.n_loop if keys == "exact" else 1, device=device)  # (G,)
+        self.ghost_loops = torch.arange(1, c.kv_loops if keys == "exact" else 1, device=device)  # (G,)
         self.n_ghosts = len(self.ghost_loops)                                   # G
         self.n_rows, self.least_loop, self.any_ghosts = 0, 0, self.static       # of the last pass
         self.state = SlotState.empty(c, slots, max_len, self.n_ghosts, device, dtype)
@@ -356,7 +375,9 @@ class Engine:
 
     def run_prompts(self, scheduled: list[tuple[int, Request]]) -> None:
         """Run the prompts through all loops as one batch, padded at the end, and fill their slots: their last tokens
-        wait for the head. All that the device must know goes there in one copy, for which nothing waits."""
+        wait for the head. All that the device must know goes there in one copy, for which nothing waits.
+
+        With kv="first_loop" only the last tokens run the later loops, from their slots."""
         c, s, requests = self.model.config, self.state, [request for _, request in scheduled]
         numbers = [[slot, len(r.prompt) - 1, len(r.prompt) + r.max_new_tokens - 1] for slot, r in scheduled]
         # With a loop for each position: the tokens of the prompt but the last are never routed.
@@ -366,10 +387,14 @@ class Engine:
         sent = send([sum(rows, []) for rows in zip(*table, strict=True)], self.device)          # (n, ...)
         numbers, idx, ends, forced = sent.split([len(rows[0]) for rows in table], 1)
         kv = KVCache(c, *idx.shape, self.device, s.x.dtype)
-        x = self.model(idx, kv)[-1]                                             # (n, T, C)
+        x = self.model(idx, kv, kv.kv_loops)[-1]                                # (n, T, C)
         self.cache.store_prompts(kv, scheduled)
         slots, pos, last_pos = numbers.unbind(1)                                # (n,)
-        s.x[slots] = x[torch.arange(len(x), device=self.device), pos]
+        x = x[torch.arange(len(x), device=self.device), pos]                    # (n, C)
+        for loop in range(kv.kv_loops, c.n_loop):
+            self.cache.line_up([loop] * len(x), [slot for slot, _ in scheduled], [len(r.prompt) - 1 for r in requests])
+            x = self.model.block(x, loop, self.cache)
+        s.x[slots] = x
         s.loop[slots], s.exit_loop[slots], s.waited[slots] = -1, self.last_loop, 0
         s.pos[slots], s.last_pos[slots] = pos, last_pos
         s.is_eos[slots], s.forced_exits[slots] = False, c.n_loop
@@ -395,11 +420,11 @@ class Engine:
         if not rows and not ghosts:
             return
         self.ran += torch.tensor([self.n_rows, len(ghosts)], device=self.device)
-        loop, slot, pos, row = zip(*sorted(rows + ghosts), strict=True)         # (M,)
+        loop, slot, pos, row = zip(*sorted(rows + ghosts, key=lambda row: self.cache.place(*row[:2])), strict=True)
         loops = self.cache.line_up(loop, slot, pos)
         x = torch.cat([s.x, s.ghost_x.flatten(0, 1)]) if ghosts else s.x
         row = None if row == tuple(range(self.slots)) else torch.tensor(row, device=self.device)
-        y = self.model.block(x if row is None else x[row], loop[0] if loop[0] == loop[-1] else loops, self.cache)
+        y = self.model.block(x if row is None else x[row], loop[0] if len(set(loop)) == 1 else loops, self.cache)
         if row is None:
             self.block_out[:self.slots] = y
         else:
@@ -411,6 +436,7 @@ class Engine:
         s, slots = self.state, torch.arange(self.slots, device=self.device)
         loop = torch.cat([s.loop, torch.where(s.ghost_pos >= 0, self.ghost_loops, -1).flatten()])       # (M,)
         slot = torch.cat([slots, slots.repeat_interleave(self.n_ghosts)])
+        self.cache.lined_up = False
         self.cache.slot = torch.where(loop >= 0, slot, self.slots)
         self.cache.pos = torch.cat([s.pos, s.ghost_pos.flatten()]).clamp(min=0)
         self.ran += torch.stack([(loop >= 0).sum(), (s.ghost_pos >= 0).sum()])

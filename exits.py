@@ -8,6 +8,9 @@ to them. The paper leaves this open; the argument `keys` chooses between two pol
     "copy"   copied KV: the KV of the exit loop stand in for those of later loops, an approximation: no loop runs for
              them, but the text may change (cf. CALM, 2207.07061, which copies the hidden state and projects it anew)
 
+A model with kv="first_loop" needs neither: all loops read the first loop's KV, which every token has, so that what a
+token skips is missing nowhere. For it, "exact" costs nothing, and "copy" is refused.
+
 Loops count from 0 here, from 1 on command lines. evaluation/thresholds.py trains gates and calibrates thresholds.
 """
 
@@ -31,7 +34,7 @@ from torch import Tensor, nn
 from lib.cli import UserError, progress
 from lib.data import IGNORE
 from lib.folders import GATE_FILE, THRESHOLDS_FILE, write_beside
-from model import KVCache, RecursiveTransformer, upcast
+from model import Config, KVCache, RecursiveTransformer, upcast
 
 RuleName = Literal["never", "fixed", "max_prob", "margin", "entropy", "gate"]
 SCORED = ("max_prob", "margin", "entropy", "gate")           # the rules that compare a score with a threshold
@@ -40,9 +43,13 @@ NOT_FINITE = "the logits are not finite: damaged weights, or numbers too large f
 CHUNK = 2**25                                                # logits computed at once: 128 MiB in fp32
 
 
-def check_keys(keys: str) -> None:
+def check_keys(keys: str, config: Config) -> None:
+    """UserError for an unknown policy, and for copies where all loops read the first loop's keys and values."""
     if keys not in get_args(Keys):
         raise UserError(f"keys={keys!r} is unknown; use one of {', '.join(get_args(Keys))}")
+    if keys == "copy" and config.kv == "first_loop":
+        raise UserError("keys='copy' copies KV to the loops that a token skips, and all loops of this model read those "
+                        "of the first (kv=first_loop); use keys='exact', which costs nothing here")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,10 +257,10 @@ def oracle_exits(model: RecursiveTransformer, idx: Tensor) -> Tensor:
 @torch.no_grad()
 def run_exits(model: RecursiveTransformer, idx: Tensor, rule: Rule, keys: Keys = "exact") -> tuple[Tensor, Tensor]:
     """(states (B, T, C) with which the tokens idx (B, T) exit, their exit loops (B, T)), all tokens at once."""
-    check_keys(keys)
+    check_keys(keys, model.config)
     (B, T), last = idx.shape, model.config.n_loop - 1
     x = out = model.first_state(idx)
-    cache = KVCache(model.config, B, T, x.device, x.dtype) if keys == "copy" else None
+    cache = KVCache(model.config, B, T, x.device, x.dtype) if keys == "copy" else model.first_loop_kv(idx)
     exit_loop, exited = torch.full_like(idx, last), torch.zeros_like(idx, dtype=torch.bool)
     for loop in range(last + 1):
         x = model.block(x, loop, cache)
@@ -263,7 +270,7 @@ def run_exits(model: RecursiveTransformer, idx: Tensor, rule: Rule, keys: Keys =
             exit_loop, exited = torch.where(exits, loop, exit_loop), exited | exits
             if exited.all():
                 break
-            if cache is not None:
+            if keys == "copy":
                 cache.exited = exited
     return out, exit_loop
 
@@ -343,12 +350,12 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
     if not 0 < T <= c.n_ctx:
         raise UserError(f"a prompt of {T} tokens: give 1 (BOS, for an empty text) to {c.n_ctx - 1}, so that one more "
                         "fits the model's context")
-    check_keys(keys)
+    check_keys(keys, c)
     ends = torch.tensor(end_ids(eos_id), dtype=torch.long, device=idx.device)
     n_new = min(max_new_tokens, c.n_ctx - T)
     cache = KVCache(c, B, T + n_new, embedding.device, embedding.dtype)
     run_token = choose_kv_policy(model, cache, rule, keys, B)
-    logits, exit_loop = model.logits(model(idx, cache)[-1][:, -1]), torch.full_like(idx[:, 0], c.n_loop - 1)
+    logits, exit_loop = model.logits(run_prompts(model, cache, idx)), torch.full_like(idx[:, 0], c.n_loop - 1)
     token, ended = torch.full_like(exit_loop, -1), torch.zeros_like(exit_loop, dtype=torch.bool)
     for step in range(n_new):
         failed = ~ended & ~logits.amax(-1).isfinite()        # NaN, or infinite
@@ -361,6 +368,15 @@ def decode(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, rule: 
             return
         routed = Routed(logits, torch.full_like(exit_loop, -1), ended)
         logits, exit_loop, _ = run_token(token[:, None].clamp(min=0), routed)
+
+
+def run_prompts(model: RecursiveTransformer, cache: KVCache, idx: Tensor) -> Tensor:
+    """The last loop's states (B, C) of the last tokens of prompts idx (B, T). All tokens run the loops that add KV to
+    the cache: with kv="first_loop" only the last token runs the others."""
+    x = model(idx, cache, cache.kv_loops)[-1][:, -1:]
+    for loop in range(cache.kv_loops, model.config.n_loop):
+        x = model.block(x, loop, cache)
+    return x[:, 0]
 
 
 class Routed(NamedTuple):
@@ -385,6 +401,8 @@ def choose_kv_policy(model: RecursiveTransformer, cache: KVCache, rule: Rule | N
     """(idx, Routed) -> Routed: the function that runs the newest tokens idx (B, 1) until they exit."""
     if rule is None or rule == Rule():                       # not by name: any callable with `reads_logits` is a rule
         return partial(run_all_loops, model, cache)
+    if cache.kv_loops == 1:
+        return partial(share_kv, model, cache, rule)
     if keys == "copy":
         return partial(copy_kv, model, cache, rule)
     if rows > 1:
@@ -396,6 +414,16 @@ def choose_kv_policy(model: RecursiveTransformer, cache: KVCache, rule: Rule | N
 def run_all_loops(model: RecursiveTransformer, cache: KVCache, idx: Tensor, routed: Routed) -> Routed:
     """No rule: the full model."""
     return routed.route_exits(model, Rule(), model(idx, cache)[-1][:, 0], model.config.n_loop - 1)
+
+
+def share_kv(model: RecursiveTransformer, cache: KVCache, rule: Rule, idx: Tensor, routed: Routed) -> Routed:
+    """kv="first_loop", or one loop: no KV is missing in the loops after the last exit, and none of them runs."""
+    x = model.first_state(idx)
+    for loop in range(model.config.n_loop):
+        if not routed.exited.all():
+            x = model.block(x, loop, cache)
+            routed = routed.route_exits(model, rule, x[:, 0], loop)
+    return routed
 
 
 def recompute_kv_later(model: RecursiveTransformer, cache: KVCache, rule: Rule, pending: list[Tensor], idx: Tensor,

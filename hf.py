@@ -335,6 +335,14 @@ def refuse_looped(config: Config, instead: str) -> None:
                         f"{config.vectors}); {instead}")
 
 
+def refuse_first_loop_kv(config: Config) -> None:
+    """Raise UserError if later loops read the first loop's keys and values, which no full-size model can do."""
+    if config.kv == "first_loop":
+        raise UserError("later loops of this model read the keys and values of the first (kv=first_loop), and a layer "
+                        "of a full-size model computes its own from its own input: it has no full-size form, and no "
+                        "Hugging Face class; use the checkpoint as it is, or convert the donor with --kv=own")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Full-size -> Hugging Face
 
@@ -354,6 +362,7 @@ def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
     for which transformers has no class: `unroll` it first.
     """
     c = model.config
+    refuse_first_loop_kv(c)
     refuse_looped(c, "it has no Hugging Face class: export unroll(model)")
     hf = hf_config(c, model.embed.weight.dtype)
     back = config_from_hf(hf).architecture()

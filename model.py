@@ -17,7 +17,7 @@ Paper: Relaxed Recursive Transformers, https://arxiv.org/abs/2410.20672
 
 import functools
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,7 @@ class Config:
     n_loop: int = 1            # how often the block of stored layers runs (the paper's B)
     rank: int = 0              # R, rank of the per-loop LoRA; 0 = strictly tied
     vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: shared (paper), or one per loop
+    kv: Literal["own", "first_loop"] = "own"  # keys and values: of each loop (paper), or the first loop's for all
     n_embd: int = 192          # C
     n_head: int = 4            # H
     n_kv_head: int = 1         # K; 1 = multi-query (Gemma), < H = grouped-query (TinyLlama), H = multi-head (Pythia)
@@ -69,6 +70,15 @@ class Config:
     def vector_loops(self) -> int | None:
         """How many of each norm weight and bias are stored: one per loop, or None if the loops share one."""
         return self.n_loop if self.vectors == "per_loop" else None
+
+    @property
+    def kv_loops(self) -> int:
+        """How many loops compute keys and values, and so how many times n_unique layers a cache holds."""
+        return 1 if self.kv == "first_loop" else self.n_loop
+
+    def loops_of(self, name: str) -> int:
+        """In how many loops a part of a stored layer runs, by its name: `attn.k`, `layers.0.mlp.up.weight`."""
+        return self.kv_loops if {"k", "v"} & set(name.split(".")) else self.n_loop
 
     def architecture(self) -> dict:
         """The settings that determine what the model computes."""
@@ -225,37 +235,46 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 class KVCache:
     """Keys and values of every depth. A stored layer runs at n_loop depths, so each (loop, layer) has its own, at
-    depth loop * n_unique + layer. All memory is allocated at the start."""
+    depth loop * n_unique + layer; with kv="first_loop" only those of the first loop are held. All memory is allocated
+    at the start."""
 
     def __init__(self, config: Config, batch: int, max_len: int, device="cpu", dtype=torch.float32):
-        shape = (config.n_layer, batch, config.n_kv_head, max_len, config.head_dim)
+        shape = (config.kv_loops * config.n_unique, batch, config.n_kv_head, max_len, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.depths = list(zip(self.k, self.v, strict=True))
         self.rope = rope_angles(torch.arange(max_len, device=device), config)
-        self.n_unique = config.n_unique
-        self.lengths = [0] * config.n_loop    # positions held per loop: fewer in loops that early exits skip
+        self.n_unique, self.kv_loops = config.n_unique, config.kv_loops
+        self.lengths = [0] * self.kv_loops    # positions held per loop: fewer in loops that early exits skip
         self.exited: Tensor | None = None     # (B, T) new tokens whose KV `attend` copies from the loop before
 
-    def extend(self, loop: int, T: int) -> tuple[Tensor, Tensor]:
-        """Rotary angles of the next T positions at `loop`, which `attend` then fills. UserError if it is full."""
-        start, end = self.lengths[loop], self.lengths[loop] + T
-        if end > self.k.size(3):
-            raise UserError(f"{end} tokens do not fit a cache made for {self.k.size(3)}")
-        self.lengths[loop] = end
-        return self.rope[0][start:end], self.rope[1][start:end]
+    def kv_loop(self, loop: int) -> int | None:
+        """The loop whose weights give the keys and values that `loop` adds, or None if it adds none."""
+        return loop if loop < self.kv_loops else None
 
-    def attend(self, loop: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of q (B, T, H, D) to all that is stored, after k and v (B, T, K, D) of the new tokens."""
+    def extend(self, loop: int, T: int) -> tuple[Tensor, Tensor]:
+        """Rotary angles of the next T positions at `loop`, which `attend` then fills; where `loop` adds none, of the
+        newest T. UserError if it is full."""
+        if loop < self.kv_loops:
+            if self.lengths[loop] + T > self.k.size(3):
+                raise UserError(f"{self.lengths[loop] + T} tokens do not fit a cache made for {self.k.size(3)}")
+            self.lengths[loop] += T
+        end = self.lengths[min(loop, self.kv_loops - 1)]
+        return self.rope[0][end - T:end], self.rope[1][end - T:end]
+
+    def attend(self, loop: int, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        """Attention of q (B, T, H, D) to all that is stored, after k and v (B, T, K, D) of the new tokens, if any."""
+        loop = min(loop, self.kv_loops - 1)
         depth, end = loop * self.n_unique + layer, self.lengths[loop]
-        new = slice(end - k.size(1), end)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)                      # (B, K, T, D), as they are stored
-        if self.exited is not None:
-            exited, before = self.exited[:, None, :, None], depth - self.n_unique
-            k = torch.where(exited, self.k[before, :, :, new], k)
-            v = torch.where(exited, self.v[before, :, :, new], v)
         keys, values = self.depths[depth]
-        keys[:, :, new], values[:, :, new] = k, v
+        if k is not None:
+            new = slice(end - k.size(1), end)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)                  # (B, K, T, D), as they are stored
+            if self.exited is not None:
+                exited, before = self.exited[:, None, :, None], depth - self.n_unique
+                k = torch.where(exited, self.k[before, :, :, new], k)
+                v = torch.where(exited, self.v[before, :, :, new], v)
+            keys[:, :, new], values[:, :, new] = k, v
         return causal_attention(q, keys[:, :, :end], values[:, :, :end])
 
     def copy_loop(self, loop: int) -> None:
@@ -269,21 +288,45 @@ class KVCache:
         self.lengths[loop] = end
 
 
+class FirstLoopKV:
+    """kv="first_loop" where nothing is decoded: a KVCache for one forward pass over T tokens, for autograd too."""
+
+    def __init__(self, config: Config, T: int, device):
+        self.rope = rope_angles(torch.arange(T, device=device), config)
+        self.kv: list[tuple[Tensor, Tensor]] = [()] * config.n_unique    # (B, T, K, D) of each layer
+
+    def kv_loop(self, loop: int) -> int | None:
+        return 0 if loop == 0 else None
+
+    def extend(self, loop: int, T: int) -> tuple[Tensor, Tensor]:
+        return self.rope
+
+    def attend(self, loop: int, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        if k is not None:
+            self.kv[layer] = k, v
+        k, v = self.kv[layer]
+        return causal_attention(q, k.transpose(1, 2), v.transpose(1, 2))
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.n_head, self.n_kv_head, self.head_dim = H, K, D
         self.q = RelaxedLinear(C, H * D, config, config.attn_bias)
-        self.k = RelaxedLinear(C, K * D, config, config.attn_bias)
-        self.v = RelaxedLinear(C, K * D, config, config.attn_bias)
+        for_kv = replace(config, n_loop=config.kv_loops, kv="own")       # LoRA and biases of loops that compute them
+        self.k = RelaxedLinear(C, K * D, for_kv, config.attn_bias)
+        self.v = RelaxedLinear(C, K * D, for_kv, config.attn_bias)
         self.o = RelaxedLinear(H * D, C, config, config.attn_bias)
 
     def forward(self, x: Tensor, rope, loop: int | Tensor, layer: int, cache) -> Tensor:
         T, D = len(rope[0]), self.head_dim                               # x (B T, C)
         q = rotate(self.q(x, loop).view(-1, T, self.n_head, D), rope)    # (B, T, H, D)
-        k = rotate(self.k(x, loop).view(-1, T, self.n_kv_head, D), rope) # (B, T, K, D)
-        v = self.v(x, loop).view(-1, T, self.n_kv_head, D)               # (B, T, K, D)
+        k = v = None
+        kv_loop = loop if cache is None else cache.kv_loop(loop)
+        if kv_loop is not None:
+            k = rotate(self.k(x, kv_loop).view(-1, T, self.n_kv_head, D), rope)  # (B, T, K, D)
+            v = self.v(x, kv_loop).view(-1, T, self.n_kv_head, D)        # (B, T, K, D)
         if cache is None:
             y = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2))    # (B, T, H, D)
         else:
@@ -341,13 +384,14 @@ class RecursiveTransformer(nn.Module):
             for linear in (layer.attn.o, layer.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> list[Tensor]:
-        """Hidden states (B, T, C) after each of the n_loop loops, for token ids `idx` (B, T) int64.
+    def forward(self, idx: Tensor, cache: KVCache | None = None, loops: int | None = None) -> list[Tensor]:
+        """Hidden states (B, T, C) after each loop, or each of the first `loops`, for token ids `idx` (B, T) int64.
 
         With a cache, the tokens continue the sequences it holds and are added to it.
         """
         x, states = self.first_state(idx), []
-        for loop in range(self.config.n_loop):                           # Eq. 2: the same layers, n_loop times
+        cache = cache or self.first_loop_kv(idx)
+        for loop in range(loops or self.config.n_loop):                  # Eq. 2: the same layers, n_loop times
             x = self.block(x, loop, cache)
             states.append(x)
         return states
@@ -359,12 +403,17 @@ class RecursiveTransformer(nn.Module):
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
         return x
 
+    def first_loop_kv(self, idx: Tensor) -> FirstLoopKV | None:
+        """The `cache` with which `block` runs idx (B, T) without KVCache; None unless kv="first_loop"."""
+        return FirstLoopKV(self.config, idx.size(1), idx.device) if self.config.kv == "first_loop" else None
+
     def block(self, x: Tensor, loop: int | Tensor, cache=None) -> Tensor:
         """The states (B, T, C) after loop number `loop`: one pass of x (B, T, C) through the stored layers.
 
         With engine.py's cache, x (M, C) has M rows, handled as one sequence of M tokens, and `loop` (M,) a loop for
         each; the cache knows their slots and positions.
         """
+        assert cache is not None or self.config.kv == "own", "kv='first_loop': every loop needs the first loop's KV"
         shape, T = x.shape, x.size(-2)
         # `extend` also reserves the next T positions of the cache.
         rope = rope_angles(torch.arange(T, device=x.device), self.config) if cache is None else cache.extend(loop, T)
@@ -388,18 +437,18 @@ class RecursiveTransformer(nn.Module):
 
     def num_params(self) -> dict[str, int]:
         """Numbers of parameters: `stored`, and `run` per token; with `_block`, without embedding and head."""
-        shared = sum(p.numel() for name, p in self.layers.named_parameters() if not self.owned_by_loop(name, p))
-        owned = sum(p.numel() for name, p in self.layers.named_parameters() if self.owned_by_loop(name, p))
-        final = sum(p.numel() for p in self.norm.parameters())
+        block, final = list(self.layers.named_parameters()), sum(p.numel() for p in self.norm.parameters())
         ends = self.embed.weight.numel() + (0 if self.head is None else self.head.weight.numel())
-        stored, run = shared + owned + final, shared * self.config.n_loop + owned + final
+        stored = final + sum(p.numel() for _, p in block)
+        run = final + sum(p.numel() * (1 if self.owned_by_loop(name, p) else self.config.loops_of(name))
+                          for name, p in block)
         return {"stored": stored + ends, "run": run + ends, "stored_block": stored, "run_block": run}
 
     def flops(self, seq_len: int, n_exits: int = 1) -> int:
         """FLOPs of a forward pass per token: 2 per matrix entry that a token runs through, and causal attention over
         half of `seq_len`. Norms and LoRA are left out."""
         c = self.config
-        matrices = sum(p.numel() for name, p in self.layers.named_parameters() if is_matrix(name)) * c.n_loop
+        matrices = sum(p.numel() * c.loops_of(name) for name, p in self.layers.named_parameters() if is_matrix(name))
         attention = c.n_layer * c.n_head * c.head_dim * (seq_len + 1)    # scores and values, half of T each
         return 2 * (matrices + n_exits * self.head_weight.numel() + attention)
 

@@ -21,7 +21,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from calibrate import calibration_windows, to_calibrated
-from convert import AnyInit, LoraInit, Norms, Rounding, Vectors, check_ignored, to_recursive
+from convert import KV, AnyInit, LoraInit, Norms, Rounding, Vectors, check_ignored, to_recursive
 from hf import config_from_hf, load_any, refuse_looped
 from lib.checkpoint import check_donor, check_inputs, find_state, load_optimizer, resumed_settings, save_checkpoint
 from lib.cli import UserError, parse_args, print0, script
@@ -49,6 +49,7 @@ class TrainConfig:
     rank: int = 0                          # LoRA rank per loop and linear map; 0 ties strictly
     lora_init: LoraInit = "svd"            # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
     vectors: Vectors = "tied"              # norm weights and biases: tied (paper), or one per loop
+    kv: KV = "own"                         # keys and values: of each loop (paper), or the first loop's for all
     norms: Norms = "init"                  # tied norm weights: as init says, averaged, or those of the first loop
     rounding: Rounding = "round"           # where a stepwise step falls between two layers
     calib_tokens: int = 20_480             # init=calibrated: the tokens of --data that the conversion is fitted to
@@ -177,7 +178,7 @@ def check_start(args: TrainConfig, config: Config, tokenizer: Tokenizer, state: 
         n_loop = config.n_loop
     else:
         refuse_looped(config, "give its donor, or start from it with --ckpt")
-        n_loop = replace(config, n_loop=args.loops, rank=args.rank).n_loop  # UserError if it does not divide the layers
+        n_loop = replace(config, n_loop=args.loops, rank=args.rank, kv=args.kv).n_loop   # UserError if they do not fit
     if n_loop == 1 and args.exit_loss != "last":
         raise UserError(f"--exit_loss={args.exit_loss} needs an exit before the last loop, and this model has 1 loop")
 
@@ -199,10 +200,10 @@ def build(args: TrainConfig, folder: Path, config: Config, device, resumed: bool
     elif scratch:
         student = RecursiveTransformer(config)
     elif windows:
-        student = to_calibrated(donor, windows, args.loops, args.rank, args.vectors)
+        student = to_calibrated(donor, windows, args.loops, args.rank, args.vectors, kv=args.kv)
     else:
         student = to_recursive(donor, args.loops, args.init, args.rank, args.lora_init, args.vectors,
-                               args.rounding, args.norms)
+                               args.rounding, args.norms, kv=args.kv)
     student.checkpointing = args.checkpointing
     return student.to(device), donor, teacher
 

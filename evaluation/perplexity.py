@@ -180,6 +180,8 @@ def main(argv=None) -> None:
     device, folder = pick_device(config.device), find_donor(config.ckpt)
     model = load_any(folder, None if device.type == "cuda" else torch.float32).to(device)
     rules, calibrated = find_rules(config, names, folder, model), read_thresholds(folder)
+    if model.config.kv == "first_loop" and config.keys == EvaluateConfig.keys:
+        policies.remove("copy")                              # there is nothing to copy
     tokenizer = Tokenizer.load(folder, model.config.vocab_size)
     pairs = read_text(config, model, tokenizer)
     (size, stride), n_windows = window_size(config, model), sum(len(idx) for idx, _ in pairs)

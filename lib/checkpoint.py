@@ -177,7 +177,7 @@ def resumed_settings(argv, given, state: dict):
 def check_donor(args, history: dict, architecture: dict, tokenizer) -> None:
     """Raise UserError if the donor has another architecture or tokenizer than when the run started."""
     before = history["donor_config"]
-    changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in architecture.items() if v != before.get(k))
+    changed = ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in architecture.items() if v != before.get(k, v))
     if changed or history["tokenizer_hash"] not in tokenizer.hashes:
         raise UserError(f"the donor {args.donor} is of another architecture or tokenizer than when the run in "
                         f"{args.out} started: {changed or 'tokenizer'}; resume with the donor it was made from")

@@ -53,6 +53,9 @@ def check_config(c) -> None:
     if c.n_loop < 1 or c.n_layer % c.n_loop:
         divisors = [str(n) for n in range(1, c.n_layer + 1) if c.n_layer % n == 0]
         raise UserError(f"{c.n_loop} loops do not divide the {c.n_layer} layers; use one of {', '.join(divisors)}")
+    if c.kv == "first_loop" and c.n_loop == 1:
+        raise UserError("kv=first_loop lets later loops read the first loop's keys and values, and there is 1 loop; "
+                        "use kv=own, or 2 loops or more")
     if c.rank < 0:
         raise UserError(f"rank {c.rank} is negative; use 0 for a tied model or a positive LoRA rank")
     if c.n_head % c.n_kv_head:

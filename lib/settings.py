@@ -43,7 +43,7 @@ def check_used(args) -> None:
     conversion = "says how a donor is converted, and {start} converts none: drop one of the two"
     nothing = "would change nothing here, it needs {needs}: drop --{name}"
     table = (  # whether they are used, names, the message otherwise, what they need
-        (converts, "rank loops lora_init vectors norms rounding calib_tokens", conversion, ""),
+        (converts, "rank loops lora_init vectors kv norms rounding calib_tokens", conversion, ""),
         (not args.ckpt, "init", conversion, ""),
         (args.exit_loss == "aggressive", "exit_coef", nothing, "--exit_loss=aggressive"),
         (args.distill == "none" or distils, "distill", nothing, "a --teacher"),
