@@ -34,9 +34,9 @@ def check_draft(config: Config, gamma: int, draft_loop: int = 0) -> None:
     """UserError if the model has no loop that could draft for a later one, or if there is nothing to draft."""
     if config.n_loop < 2:
         raise UserError("the model has 1 loop, and speculative decoding drafts with the exit of an early loop for the "
-                        "later ones: give a model with 2 loops or more, or decode without it")
+                        "later ones: give a model with 2 loops or more, or drop --speculative")
     if gamma < 1:
-        raise UserError(f"{gamma} drafted tokens: give 1 or more")
+        raise UserError(f"gamma={gamma} tokens are to be drafted at a time: give 1 or more")
     if not 0 <= draft_loop < config.n_loop - 1:
         raise UserError(f"draft_loop={draft_loop}, but with {config.n_loop} loops the draft can come from the loops 0 "
                         f"to {config.n_loop - 2}: the last one verifies")
@@ -126,7 +126,8 @@ def accept(logits: Tensor, drafts: Tensor, draft_probs: list[Tensor], probs: Cal
         q = torch.stack([*draft_probs, torch.zeros_like(p[:, 0])], 1)    # 0: nothing is drafted after the last draft
         drafts, failed = drafts.to(p.device), failed.to(p.device)
         p_draft, q_draft = (x[:, :-1].gather(-1, drafts[..., None])[..., 0] for x in (p, q))         # (B, n)
-        agreed = torch.rand(drafts.shape, generator=draw, dtype=p.dtype) * q_draft < p_draft  # false if not finite
+        draws = torch.rand(drafts.shape, generator=draw, dtype=p.dtype, device=p.device)
+        agreed = draws * q_draft < p_draft                               # with probability min(1, p / q); not if NaN
         n_accepted = agreed.cumprod(1).sum(1)
         p, q = p[rows, n_accepted], q[rows, n_accepted]                  # (B, V)
         rest = (p - q).clamp(min=0)
