@@ -1,5 +1,5 @@
-"""Speculative decoding: greedy, it is full-depth decoding token for token; sampled, it has the same distribution; and no
-loop runs twice for an accepted token."""
+"""Speculative decoding: greedy, it is full-depth decoding token for token; sampled, it has the same distribution; and
+no loop runs twice for an accepted token."""
 
 import itertools
 import json
@@ -26,14 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [[1, 2, 3], [4] * 9, [7], [50, 5, 6, 11]]
 
 
-def undecided(arch="llama", **changes):
-    """A tiny model whose first exit and last loop often agree, and often do not: later loops change the states little."""
-    model = tiny(arch, **changes)
+def undecided(arch="llama", later=0.4, **changes):
+    """A tiny model whose first exit and last loop often agree and often do not: later loops change the states less, by
+    their norms times `later`. Its attention is strong, so that its text depends on more than the last token."""
+    model = tiny(arch, **{"vectors": "per_loop", "tie_head": False} | changes)
     with torch.no_grad():
         for layer in model.layers:
-            for linear in (layer.attn.o, layer.mlp.down):
-                linear.weight.mul_(0.5)
-        (model.embed if model.head is None else model.head).weight.mul_(4)
+            for norm in (layer.norm1, layer.norm2):
+                norm.weight[1:] = later * norm.weight[1:] - (1 - later) * (arch == "gemma")  # Gemma stores scale - 1
+                if norm.bias is not None:
+                    norm.bias[1:] *= later
+            for linear in (layer.attn.q, layer.attn.k, layer.attn.v, layer.attn.o):
+                linear.weight *= 6
     return model
 
 
@@ -50,51 +54,53 @@ def joined(cycles, rows):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("arch, n_loop, rank", [("llama", 2, 0), ("gemma", 2, 3), ("llama", 3, 3), ("gpt_neox", 3, 0)])
 def test_greedy_text_is_that_of_full_depth_alone_and_in_a_batch(arch, n_loop, rank, dtype):
-    model = undecided(arch, n_loop=n_loop, rank=rank, seed=3).to(dtype)
-    want = [plain(model, prompt, 40) for prompt in PROMPTS]
-    kinds = Counter()
-    for gamma, draft_loop in itertools.product(range(1, 7), range(n_loop - 1)):
-        for prompt, text in zip(PROMPTS, want, strict=True):
-            cycles = [new for new, in speculate(model, [prompt], 40, gamma, draft_loop)]
-            assert sum(cycles, []) == text, (gamma, draft_loop, prompt)
-            kinds.update("none" if len(new) == 1 else "all" if len(new) == gamma + 1 else "some" for new in cycles[1:-1])
-        assert joined(speculate(model, PROMPTS, 40, gamma, draft_loop), 4) == want, (gamma, draft_loop)
-    assert all(kinds[kind] > 20 for kind in ("none", "some", "all")), kinds   # both cases are common
+    model, kinds = undecided(arch, n_loop=n_loop, rank=rank).to(dtype), Counter()
+    want = [plain(model, prompt, 24) for prompt in PROMPTS]
+    assert len({*want[0], *want[1]}) > 8                                  # not one token again and again
+    for gamma in range(1, 7):
+        draft_loop = (gamma == 3) * (n_loop - 2)
+        for prompt, text in list(zip(PROMPTS, want, strict=True))[:2]:
+            cycles = [new for new, in speculate(model, [prompt], 24, gamma, draft_loop)]
+            assert sum(cycles, []) == text, (gamma, prompt)
+            kinds.update({1: "none", gamma + 1: "all"}.get(len(new), "some") for new in cycles[1:-1])
+        assert joined(speculate(model, PROMPTS, 24, gamma, draft_loop), 4) == want, gamma
+    assert all(kinds[kind] > 15 for kind in ("none", "some", "all")), kinds
+
+
+def test_greedy_text_of_the_tied_model_is_that_of_full_depth():
+    model = tiny("llama", n_loop=2).double()
+    want = [plain(model, prompt, 24) for prompt in PROMPTS]
+    assert joined(speculate(model, PROMPTS, 24, 3), 4) == want
+    assert joined(speculate(model, PROMPTS[:1], 24, 3), 1) == want[:1]
 
 
 def test_greedy_text_of_the_shipped_donor_is_that_of_full_depth():
     model = to_recursive(load_full(ROOT / "assets/donor", torch.float32), n_loop=2, init="stepwise")
     draw = random.Random(0)
-    prompts = [[draw.randrange(4096) for _ in range(12)] for _ in range(3)]
-    want = [plain(model, prompt, 16) for prompt in prompts]
-    assert [joined(speculate(model, [prompt], 16, 3), 1)[0] for prompt in prompts] == want
-    assert joined(speculate(model, prompts, 16, 3), 3) == want
+    texts = [[draw.randrange(4096) for _ in range(12)] for _ in range(3)]
+    want = [plain(model, text, 12) for text in texts]
+    assert [joined(speculate(model, [text], 12, 3), 1)[0] for text in texts] == want
+    assert joined(speculate(model, texts, 12, 3), 3) == want
 
 
 def test_a_text_ends_in_the_middle_of_an_accepted_draft():
     """With an end token, with several, by its number of tokens and by the context: exactly as without a draft."""
-    model = undecided(n_loop=2, seed=3).double()
-    cycles = [new for prompt in PROMPTS for new, in speculate(model, [prompt], 40, 4)]
+    model = undecided(n_loop=2).double()
+
+    def check(texts, n, **options):
+        want = [plain(model, text, n, **options) for text in texts]
+        assert joined(speculate(model, texts, n, 4, **options), len(texts)) == want, (n, options)
+        assert [joined(speculate(model, [text], n, 4, **options), 1)[0] for text in texts[:2]] == want[:2]
+        return [len(text) for text in want]
+    cycles = [new for prompt in PROMPTS[:2] for new, in speculate(model, [prompt], 30, 4)]
     inside = sorted({token for new in cycles for token in new[:-2]})      # drafts with an accepted draft behind them
     assert len(inside) > 4
-    cut_short = 0
-    for eos_id in [*inside, tuple(inside[:2])]:
-        want = [plain(model, prompt, 40, eos_id=eos_id) for prompt in PROMPTS]
-        assert [joined(speculate(model, [prompt], 40, 4, eos_id=eos_id), 1)[0] for prompt in PROMPTS] == want
-        want_batch = joined(speculate(model, PROMPTS, 40, 4, eos_id=eos_id), 4)
-        assert want_batch == want, eos_id
-        cut_short += sum(len(text) < 40 for text in want)
-    assert cut_short > len(inside)
-    for n in range(14):
-        want = [plain(model, prompt, n) for prompt in PROMPTS]
-        assert joined(speculate(model, PROMPTS, n, 4), 4) == want
-        assert [joined(speculate(model, [prompt], n, 4), 1)[0] for prompt in PROMPTS] == want
-    n_ctx, full = model.config.n_ctx, [[i % 7 for i in range(n)] for n in (64, 63, 60, 57, 1)]
-    assert n_ctx == 64
-    want = [plain(model, prompt, 20) for prompt in full]
-    assert [len(text) for text in want] == [0, 1, 4, 7, 20]
-    assert joined(speculate(model, full, 20, 4), 5) == want
-    assert [joined(speculate(model, [prompt], 20, 4), 1)[0] for prompt in full] == want
+    for eos_id in [*inside[:5], tuple(inside[:2])]:
+        assert min(check(PROMPTS, 30, eos_id=eos_id)) < 30
+    for n in (0, 1, 2, 3, 5, 8, 13):
+        assert check(PROMPTS, n) == 4 * [n]
+    assert model.config.n_ctx == 64
+    assert check([[i % 7 for i in range(n)] for n in (60, 57, 63, 64, 1)], 20) == [4, 7, 1, 0, 20]
 
 
 def test_the_cache_of_one_text_is_no_longer_than_it_needs(monkeypatch):
@@ -126,7 +132,8 @@ def test_a_cycle_runs_each_loop_once(monkeypatch, n_loop, draft_loop):
 
 
 def test_rows_of_a_batch_read_no_position_beyond_their_own():
-    """Padding and rejected drafts, here NaN, reach no row: what is not yet written may hold anything."""
+    """What is not yet written, padding and rejected drafts reach no row: a position may hold anything before it is
+    written."""
     model = undecided(n_loop=2).double()
     want = [plain(model, prompt, 20) for prompt in PROMPTS]
     real, caches = RaggedCache.__init__, []
@@ -148,9 +155,9 @@ SETTINGS = {"plain": (1.0, 0, 1.0), "cut": (0.7, 4, 0.95)}                # temp
 
 
 def tiny_vocabulary():
-    model = undecided(n_loop=2, vocab_size=5, seed=1).double()
+    model = undecided(n_loop=2, vocab_size=5, later=1).double()
     with torch.no_grad():
-        model.head.weight.mul_(0.6)                                       # several tokens are probable
+        model.head.weight *= 0.8
     return model
 
 
@@ -174,10 +181,12 @@ def chi_square(model, settings, rows, alone=False):
         texts = joined(speculate(model, rows * [prompt], 3, 2, probs=probs, draw=draw), rows)
     found = Counter(map(tuple, texts))
     assert all(exact[triple] > 0 for triple in found)                     # nothing that top-k or top-p cuts away
-    common = [t for t, p in exact.items() if p * rows >= 5]
-    expected = [exact[t] * rows for t in common] + [rows * (1 - sum(exact[t] for t in common))]
-    counts = [found[t] for t in common] + [rows - sum(found[t] for t in common)]
-    return sum((n - e) ** 2 / e for n, e in zip(counts, expected, strict=True) if e > 1e-6), len(common)
+    common = [triple for triple, p in exact.items() if p * rows >= 10]    # chi-square needs some counts in each cell
+    common.remove(min(common, key=exact.get))                             # which joins the rest, that this has some too
+    expected = [exact[triple] * rows for triple in common]
+    counts = [found[triple] for triple in common]
+    cells = [*zip(counts, expected, strict=True), (rows - sum(counts), rows - sum(expected))]
+    return sum((n - e) ** 2 / e for n, e in cells), len(common)
 
 
 def cut_probs(settings, logits):
@@ -186,12 +195,12 @@ def cut_probs(settings, logits):
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_samples_have_the_distribution_of_the_full_model(settings):
-    statistic, freedom = chi_square(tiny_vocabulary(), settings, 20_000)
+    statistic, freedom = chi_square(tiny_vocabulary(), settings, 10_000)
     assert freedom > 15 and statistic < freedom + 4 * math.sqrt(2 * freedom)      # mean and deviations of chi-square
 
 
 def test_samples_of_one_text_have_the_distribution_too():
-    statistic, freedom = chi_square(tiny_vocabulary(), SETTINGS["plain"], 1500, alone=True)
+    statistic, freedom = chi_square(tiny_vocabulary(), SETTINGS["plain"], 800, alone=True)
     assert freedom > 15 and statistic < freedom + 4 * math.sqrt(2 * freedom)
 
 
@@ -202,7 +211,7 @@ def test_the_distribution_test_sees_a_wrong_rule(monkeypatch, bug):
         monkeypatch.setattr(torch.Tensor, "clamp", lambda x, min=None: torch.full_like(x, 0.0))
     else:
         monkeypatch.setattr(torch, "rand", lambda *size, **options: rand(*size, **options) * 0 + (bug[0] == "n") * 1e9)
-    statistic, freedom = chi_square(model, SETTINGS["plain"], 20_000)
+    statistic, freedom = chi_square(model, SETTINGS["plain"], 10_000)
     assert statistic > freedom + 15 * math.sqrt(2 * freedom)
 
 
@@ -220,15 +229,15 @@ def test_equal_exits_are_always_accepted():
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 
-@pytest.mark.parametrize("n_loop, prompts, options, says", [
+@pytest.mark.parametrize("n_loop, texts, options, says", [
     (1, [[1]], {}, "the model has 1 loop.*2 loops or more"),
     (2, [[1]], {"gamma": 0}, "gamma=0.*give 1 or more"),
     (2, [[1]], {"draft_loop": 1}, "draft_loop=1, but with 2 loops.*the loops 0 to 0"),
     (3, [[1]], {"draft_loop": -1}, "draft_loop=-1, but with 3 loops.*the loops 0 to 1"),
-    (2, [], {}, "prompts of"), (2, [[1], []], {}, r"prompts of \[1, 0\] tokens"), (2, [[1] * 65], {}, "1 .*to 63 tokens")])
-def test_what_cannot_be_decoded_is_refused(n_loop, prompts, options, says):
+    (2, [], {}, "prompts of"), (2, [[1], []], {}, r"prompts of \[1, 0\] tokens"), (2, [[1] * 65], {}, "to 63 tokens")])
+def test_what_cannot_be_decoded_is_refused(n_loop, texts, options, says):
     with pytest.raises(UserError, match=says):
-        next(speculate(tiny("llama", n_loop=n_loop), prompts, 5, **options))
+        next(speculate(tiny("llama", n_loop=n_loop), texts, 5, **options))
 
 
 @pytest.mark.parametrize("probs", [None, partial(cut_probs, SETTINGS["cut"])])
@@ -248,7 +257,7 @@ def test_a_text_whose_logits_are_not_finite_ends_and_harms_no_other(probs):
     with pytest.raises(UserError, match="not finite"):
         for new, in cycles:
             found += new
-    assert found == good[0][:6]
+    assert 0 < len(found) <= 6 and found == good[0][:len(found)]          # a draft's NaN may fail those before it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,8 +309,9 @@ def test_the_benchmark_counts_and_compares(ckpt, capsys, tmp_path):  # noqa: F81
              "--new_tokens=20", "--gammas=1,3", "--device=cpu"]
     benchmark.main(flags)
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [(r["gamma"], r["equal_texts"], len(r["speedup_of_prompts"])) for r in line["rows"]] == [(1, 4, 2), (3, 4, 2)]
+    assert [(r["gamma"], r["equal_texts"]) for r in line["rows"]] == [(1, 4), (3, 4)]
     for r in line["rows"]:
+        assert len(r["speedup_of_prompts"]) == 2
         assert 0 <= r["acceptance"] <= 1 and 1 <= r["tokens_per_cycle"] <= r["gamma"] + 1
         assert r["speedup"] > 0 and r["formula"] > 0 and r["formula_free"] > 0
     for flag, says in (("--gammas=0", "positive"), ("--draft_loop=2", "draft_loop=1, but"), ("--rows=0", "positive"),
@@ -310,14 +320,15 @@ def test_the_benchmark_counts_and_compares(ckpt, capsys, tmp_path):  # noqa: F81
             benchmark.main([*flags, flag])
 
 
-def test_the_benchmark_sees_a_text_that_differs(ckpt, capsys, monkeypatch):  # noqa: F811
+def test_the_benchmark_sees_a_text_that_differs(ckpt, capsys, monkeypatch, tmp_path):  # noqa: F811
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog ran away. " * 20)
     real = benchmark.speculate
 
     def wrong(*args):
         for new in real(*args):
             yield [[token + 1 for token in row] if row is new[0] else row for row in new]
     monkeypatch.setattr(benchmark, "speculate", wrong)
-    benchmark.main([f"--ckpt={ckpt}", f"--text={ROOT}/README.md", "--prompts=2", "--rows=3", "--prompt_len=4",
+    benchmark.main([f"--ckpt={ckpt}", f"--text={tmp_path}/text.txt", "--prompts=2", "--rows=3", "--prompt_len=4",
                     "--new_tokens=6", "--gammas=1", "--device=cpu"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]["equal_texts"] == 4
 
@@ -328,7 +339,7 @@ def test_the_formula_of_the_benchmark():
     real, free = benchmark.formula_speedup(clock, 2, 0.5)
     assert real == pytest.approx(1.75 * 7 / (3 * 2 + 2 + 5 + 1.5)) and free == pytest.approx(1.75 * 7 / (3 * 2 + 2 + 5))
     # after the first cycle of one token: 2 of 3 drafts accepted, all, none; the last had no room for its four tokens
-    assert benchmark.count_accepted([[[1]], [[2, 3, 4]], [[5, 6, 7, 8]], [[9]], [[10, 11]]], 3, 11) == [2, 3, 0]
+    assert benchmark.count_accepted([[[1]], [[2, 3, 4]], [[5, 6, 7, 8]], [[9]], [[10, 11]]], 3, 12) == [2, 3, 0]
     clock.seconds |= {"plain": [4.0, 6.0], "gamma 3": [2.0, 3.0], "later 4": [5.0], "head 4": [1.0]}
     got = benchmark.summarize(clock, 3, [2, 3, 0])
     assert got["acceptance"] == 5 / 7 and got["tokens_per_cycle"] == pytest.approx(1 + 5 / 3) and got["speedup"] == 2
