@@ -19,8 +19,9 @@ from benchmarks import speculative as benchmark
 from convert import load_full, to_recursive
 from exits import decode
 from lib.cli import UserError
+from lib.tokenizer import Tokenizer
 from sample import token_probs
-from speculative import RaggedCache, speculate
+from speculative import RaggedCache, accept, speculate
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [[1, 2, 3], [4] * 9, [7], [50, 5, 6, 11]]
@@ -215,15 +216,19 @@ def test_the_distribution_test_sees_a_wrong_rule(monkeypatch, bug):
     assert statistic > freedom + 15 * math.sqrt(2 * freedom)
 
 
-def test_equal_exits_are_always_accepted():
-    """Where p = q every draft is accepted, whatever rounding leaves of p - q."""
-    model = tiny_vocabulary()
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.attn.o.weight.zero_(), layer.mlp.down.weight.zero_()
-    draw = torch.Generator().manual_seed(0)
-    cycles = list(speculate(model, [[1]], 41, 4, probs=partial(cut_probs, SETTINGS["cut"]), draw=draw))
-    assert [len(new) for new, in cycles] == [1] + 8 * [5]
+def test_a_draft_rejected_by_rounding_alone_is_replaced_by_a_probable_token(monkeypatch):
+    """Where p = q nothing is left of p - q to sample from: then p is."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.ones(*size))
+    p = torch.tensor([[0.0, 0.5, 0.5], [0.0, 1.0, 0.0]])
+    accepted = accept(torch.zeros(1, 2, 3), torch.tensor([[1]]), [p[:1]], lambda logits: p, None)
+    assert accepted in ([[1]], [[2]])
+
+
+def test_drafts_after_logits_that_are_not_finite_are_not_accepted():
+    """The argmax of NaN is 0, for draft and full model alike."""
+    logits = torch.zeros(2, 3, 4)
+    logits[:, :, 2], logits[1] = 1.0, torch.nan
+    assert accept(logits, torch.tensor([[2, 0], [0, 0]]), [], None, None) == [[2, 2], [-1]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,6 +296,19 @@ def test_sample_marks_texts_that_fail(ckpt, capsys, prompts, monkeypatch):  # no
         sample.main([f"--ckpt={ckpt}", prompts, "--speculative=3", "--slots=2"])
     status = [page.rstrip().splitlines()[-1] for page in pages(capsys.readouterr().out).values()]
     assert [line.startswith("(failed: the logits are not finite") for line in status] == 3 * [True, False]
+
+
+def test_sample_passes_on_what_ends_a_text(ckpt, capsys, prompts, monkeypatch):  # noqa: F811
+    asked = []
+
+    def fake(model, texts, *numbers, eos_id, **options):
+        asked.append((len(texts), *numbers, set(eos_id)))
+        yield [[7]] * len(texts)
+    monkeypatch.setattr(sample, "speculate", fake)
+    for prompt in ("--prompt=dog", prompts):
+        run(capsys, f"--ckpt={ckpt}", prompt, "--speculative=3", "--max_new_tokens=9")
+    ends = set(Tokenizer.load(ckpt).eos_ids)
+    assert ends and asked == [(1, 9, 3, ends), (6, 9, 3, ends)]
 
 
 @pytest.mark.parametrize("flags, says", [
