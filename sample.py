@@ -4,6 +4,7 @@
     python sample.py --ckpt=assets/donor --samples=3 --temperature=0.7 --top_p=0.9
     python sample.py --ckpt=out --rule=gate --show_exits     # early exits, each token coloured by its exit loop
     python sample.py --ckpt=out --prompts=prompts.txt        # a text for each line, many at a time
+    python sample.py --ckpt=out_exits --speculative=2        # the first loop drafts, the others verify: the same text
 """
 
 import io
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 
 from engine import Engine, Request
-from exits import SCORED, Keys, Rule, RuleName, decode, greedy, load_rule, read_thresholds
+from exits import NOT_FINITE, SCORED, Keys, Rule, RuleName, decode, end_ids, greedy, load_rule, read_thresholds
 from hf import load_any
 from lib.cli import UserError, parse_args, progress, script, use_colour
 from lib.donors import find_donor
 from lib.system import pick_device
 from lib.tokenizer import TextStream, Tokenizer
 from model import RecursiveTransformer
+from speculative import check_draft, sample_token, speculate
 
 
 @dataclass
@@ -44,6 +46,7 @@ class SampleConfig:
     exit_loop: int = 1                 # rule fixed: the loop after which all tokens exit, counted from 1
     keys: Keys = "exact"               # KV of exited tokens: recomputed (exact), or copied from the exit loop
     show_exits: bool = False           # show the exit loop of each token: by colour, in a pipe by number
+    speculative: int = 0               # tokens that the first loop's exit drafts for the others to verify; 0 = none
     seed: int = 0                      # same seed, same text
     device: str = "auto"               # auto, cpu, cuda
 
@@ -52,7 +55,7 @@ def check_settings(args: SampleConfig) -> None:
     for name in ("samples", "slots", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
-    for name in ("temperature", "top_k"):
+    for name in ("temperature", "top_k", "speculative"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name}={getattr(args, name)} must be 0 or more")
     if not 0 < args.top_p <= 1:
@@ -69,6 +72,11 @@ def check_settings(args: SampleConfig) -> None:
                         "drop them, or give a temperature above 0")
     if args.exit_loop != SampleConfig.exit_loop and args.rule != "fixed":
         raise UserError(f"--exit_loop={args.exit_loop} is for --rule=fixed; the other rules decide token by token")
+
+
+    if args.speculative and (args.rule not in (None, "never") or args.show_exits):
+        raise UserError(f"--speculative={args.speculative} runs all loops for each token, so none exits early: drop "
+                        "it, or drop --rule and --show_exits")
 
 
 def token_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -90,11 +98,6 @@ def token_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) ->
     return probs
 
 
-def sample_token(probs: Tensor, draw: torch.Generator | None = None) -> Tensor:
-    """One token (B,) from each row of probabilities (B, V): torch.multinomial without its synchronisation."""
-    return (probs / torch.empty_like(probs).exponential_(generator=draw)).argmax(-1)
-
-
 def make_sampler(args: SampleConfig) -> Callable[[Tensor], Tensor]:
     """The engine's sampler: logits (n, V) -> tokens (n,), with the device's own generator, as CUDA graphs need."""
     torch.manual_seed(args.seed)
@@ -112,6 +115,15 @@ def generate(model: RecursiveTransformer, idx: Tensor, max_new_tokens: int, temp
     def sampler(logits: Tensor) -> Tensor:
         return sample_token(token_probs(logits, temperature, top_k, top_p).cpu(), draw).to(logits.device)
     return decode(model, idx, max_new_tokens, rule, keys, sampler, eos_id)
+
+
+def generate_speculatively(args: SampleConfig, model: RecursiveTransformer, prompts: list[list[int]],
+                           eos_id: Sequence[int], draw: torch.Generator) -> Iterator[list[list[int]]]:
+    """Yield after each cycle each text's new tokens: see `speculate`, speculative.py."""
+    def probs(logits: Tensor) -> Tensor:
+        return token_probs(logits, args.temperature, args.top_k, args.top_p).cpu()   # where `draw` is
+    return speculate(model, prompts, args.max_new_tokens, args.speculative, eos_id=eos_id, draw=draw,
+                     probs=probs if args.temperature > 0 else None)
 
 
 def find_rule(args: SampleConfig, folder, model: RecursiveTransformer) -> Rule:
@@ -158,6 +170,8 @@ def main(argv=None):
     model = load_any(folder, None if device.type == "cuda" else torch.float32).to(device)  # CPUs are slow in bf16
     c = model.config
     tokenizer = Tokenizer.load(folder, c.vocab_size)
+    if args.speculative:
+        check_draft(c, args.speculative)
     rule = find_rule(args, folder, model)
     marker = ExitMarker(c.n_loop, use_colour(sys.stdout)) if args.show_exits else None
     n = len(texts) * args.samples
@@ -179,10 +193,15 @@ def write_one(args: SampleConfig, model: RecursiveTransformer, tokenizer: Tokeni
     if len(ids) >= n_ctx:
         raise UserError(f"the prompt has {len(ids)} tokens, but the model's context is {n_ctx} and needs room for at "
                         f"least one more; shorten the prompt to at most {n_ctx - 1} tokens")
-    steps = generate(model, torch.tensor([ids], device=model.embed.weight.device), args.max_new_tokens,
-                     args.temperature, args.top_k, args.top_p, args.seed, rule, args.keys, tokenizer.eos_ids)
+    if args.speculative:
+        cycles = generate_speculatively(args, model, [ids], tokenizer.eos_ids, torch.Generator().manual_seed(args.seed))
+        steps = ((token, model.config.n_loop - 1) for new, in cycles for token in new)
+    else:
+        steps = generate(model, torch.tensor([ids], device=model.embed.weight.device), args.max_new_tokens,
+                         args.temperature, args.top_k, args.top_p, args.seed, rule, args.keys, tokenizer.eos_ids)
+        steps = ((token.item(), loop.item()) for token, loop in steps)
     print(text, end="", flush=True)
-    ended = write(((token.item(), loop.item()) for token, loop in steps), tokenizer, ids, marker)
+    ended = write(steps, tokenizer, ids, marker)
     print(f"\n({why_stopped(args, ended, len(ids), n_ctx)})", flush=True)
     if marker:
         print(marker.legend())
@@ -190,9 +209,9 @@ def write_one(args: SampleConfig, model: RecursiveTransformer, tokenizer: Tokeni
 
 def write_many(args: SampleConfig, model: RecursiveTransformer, tokenizer: Tokenizer, texts: list[str], rule: Rule,
                marker: "ExitMarker | None") -> None:
-    """Generate many texts at a time with the engine. They are printed in the order of the prompts, each once it and all
-    before it are finished; on Ctrl-C also those that have begun. A prompt that cannot be served is refused, and the
-    others go on; UserError at the end if any was refused or failed."""
+    """Generate many texts at a time, with the engine or (--speculative) in batches. They are printed in the order of
+    the prompts, each once it and all before it are finished; on Ctrl-C also those that have begun. A prompt that cannot
+    be served is refused, and the others go on; UserError at the end if any was refused or failed."""
     n_ctx = model.config.n_ctx
     engine, requests = submit(args, model, tokenizer, texts, rule)
 
@@ -211,8 +230,9 @@ def write_many(args: SampleConfig, model: RecursiveTransformer, tokenizer: Token
 
     for i, reason in unserved("refused").items():
         print(f"prompt {i}: refused: {reason}", file=sys.stderr)
-    n_shown, start = 0, time.perf_counter()
-    steps = progress(engine.run(), total=sum(r.max_new_tokens for r in engine.waiting), desc="sampling", unit="tok")
+    n_shown, start, waiting = 0, time.perf_counter(), list(engine.waiting)
+    run = run_batches(args, model, waiting) if args.speculative else engine.run()
+    steps = progress(run, total=sum(request.max_new_tokens for request in waiting), desc="sampling", unit="tok")
     try:
         for _ in steps:
             while n_shown < len(requests) and requests[n_shown].status not in ("waiting", "running"):
@@ -251,6 +271,30 @@ def submit(args: SampleConfig, model: RecursiveTransformer, tokenizer: Tokenizer
     for request, error in zip(requests, errors, strict=True):
         request.reason = error or request.reason
     return engine, requests
+
+
+def run_batches(args: SampleConfig, model: RecursiveTransformer, requests: list[Request]) -> Iterator[None]:
+    """What Engine.run does, by speculative decoding: yield at each new token of batches of --slots requests, one batch
+    after the other."""
+    draw, last = torch.Generator().manual_seed(args.seed), model.config.n_loop - 1
+    for start in range(0, len(requests), args.slots):
+        batch = requests[start:start + args.slots]
+        for request in batch:
+            request.status = "running"
+        try:
+            eos_ids = end_ids(batch[0].eos_id)
+            for new in generate_speculatively(args, model, [request.prompt for request in batch], eos_ids, draw):
+                for request, tokens in zip(batch, new, strict=True):
+                    if -1 in tokens:
+                        request.status, request.reason = "failed", NOT_FINITE
+                    request.tokens += [token for token in tokens if token >= 0]
+                    request.loops += [last] * len(tokens)
+                    yield from [None] * len(tokens)
+        except UserError as e:                               # all of them have failed
+            for request in batch:
+                request.status, request.reason = "failed", str(e)
+        for request in batch:
+            request.status = "done" if request.status == "running" else request.status
 
 
 class ExitMarker:

@@ -43,6 +43,7 @@ SMALL = {  # settings added to a command; the last of two equal flags counts
     "evaluation.perplexity": "--tokens=1024 --keys=exact",
     "evaluation.thresholds": "--data=texts --valid=small.txt --gate_tokens=512 --tokens=2048 --agreement=0.2",
     "evaluation.harness": "--files=tasks --limit=1",
+    "benchmarks.speculative": "--text=small.txt --prompts=1 --new_tokens=8 --gammas=2",
     "experiments.matrix": "",
     "experiments.report": "",
 }
