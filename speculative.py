@@ -164,17 +164,20 @@ class RaggedCache(KVCache):
 
     def extend(self, loop: int, T: int) -> tuple[Tensor, Tensor]:
         """Rotary angles of the next T positions of each row at `loop`, as if all B T were one sequence."""
-        before, self.lengths[loop] = self.lengths[loop], self.lengths[loop] + T
-        self.end = self.longest + self.lengths[loop]
-        self.pos = self.start[:, None] + torch.arange(before, before + T, device=self.start.device)        # (B, T)
+        if loop < self.kv_loops:
+            self.lengths[loop] += T
+        end = self.lengths[min(loop, self.kv_loops - 1)]
+        self.end = self.longest + end
+        self.pos = self.start[:, None] + torch.arange(end - T, end, device=self.start.device)              # (B, T)
         self.mask = torch.arange(self.end, device=self.start.device) <= self.pos[:, None, :, None]         # causal
         return self.rope[0][self.pos.flatten()], self.rope[1][self.pos.flatten()]
 
-    def attend(self, loop: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, loop: int, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Attention (B, T, H, D) to all positions up to each query's own; q (1, B T, H, D), k and v (1, B T, K, D)."""
-        keys, values = self.depths[loop * self.n_unique + layer]         # (B, K, max_len, D)
-        keys[self.row, :, self.pos], values[self.row, :, self.pos] = (x.view(*self.pos.shape, *x.shape[2:])
-                                                                      for x in (k, v))
+        keys, values = self.depths[min(loop, self.kv_loops - 1) * self.n_unique + layer]       # (B, K, max_len, D)
+        if k is not None:
+            keys[self.row, :, self.pos], values[self.row, :, self.pos] = (x.view(*self.pos.shape, *x.shape[2:])
+                                                                          for x in (k, v))
         q = q.view(*self.pos.shape, *q.shape[2:]).transpose(1, 2)        # (B, H, T, D)
         y = F.scaled_dot_product_attention(q, keys[:, :, :self.end], values[:, :, :self.end], self.mask,
                                            enable_gqa=q.size(1) != keys.size(1))

@@ -78,7 +78,7 @@ def where(lines: list[dict]) -> str:
 # README.md: a function for each table
 
 def stepwise_table(results: Path) -> str:
-    """What the README's first command prints at its end."""
+    """The table that the README's first command prints at its end."""
     log = read_lines(results / "stepwise.jsonl")
     donor, converted, final = log[0]["donor_loss"], log[0]["full_val_loss"], log[-1]["full_val_loss"]
     full, tied = (num_params("shipped", loops) for loops in (1, 2))
@@ -86,9 +86,7 @@ def stepwise_table(results: Path) -> str:
              f"{params['stored'] / 1e6:.2f} M", f"{params['run'] / 1e6:.2f} M"]
             for name, loss, params in (("donor", donor, full), ("converted", converted, tied),
                                        ("uptrained", final, tied))]
-    won_back = (converted - final) / (converted - donor)
-    return "\n".join(["```", table([["model", "validation loss", "perplexity", "stored", "run per token"], *rows]),
-                      f"{won_back:.0%} of what conversion cost is won back", "```"])
+    return "\n".join(["```", table([["model", "validation loss", "perplexity", "stored", "run per token"], *rows]), "```"])
 
 
 

@@ -53,9 +53,11 @@ def joined(cycles, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("arch, n_loop, rank", [("llama", 2, 0), ("gemma", 2, 3), ("llama", 3, 3), ("gpt_neox", 3, 0)])
-def test_greedy_text_is_that_of_full_depth_alone_and_in_a_batch(arch, n_loop, rank, dtype):
-    model, kinds = undecided(arch, n_loop=n_loop, rank=rank).to(dtype), Counter()
+@pytest.mark.parametrize("arch, n_loop, rank, kv", [
+    ("llama", 2, 0, "own"), ("gemma", 2, 3, "own"), ("llama", 3, 3, "own"), ("gpt_neox", 3, 0, "own"),
+    ("llama", 2, 3, "first_loop"), ("gemma", 3, 0, "first_loop")])
+def test_greedy_text_is_that_of_full_depth_alone_and_in_a_batch(arch, n_loop, rank, kv, dtype):
+    model, kinds = undecided(arch, n_loop=n_loop, rank=rank, kv=kv).to(dtype), Counter()
     want = [plain(model, prompt, 24) for prompt in PROMPTS]
     assert len({*want[0], *want[1]}) > 8                                  # not one token again and again
     for gamma in range(1, 7):
