@@ -86,7 +86,8 @@ def stepwise_table(results: Path) -> str:
              f"{params['stored'] / 1e6:.2f} M", f"{params['run'] / 1e6:.2f} M"]
             for name, loss, params in (("donor", donor, full), ("converted", converted, tied),
                                        ("uptrained", final, tied))]
-    return "\n".join(["```", table([["model", "validation loss", "perplexity", "stored", "run per token"], *rows]), "```"])
+    head = ["model", "validation loss", "perplexity", "stored", "run per token"]
+    return "\n".join(["```", table([head, *rows]), "```"])
 
 
 
