@@ -687,6 +687,9 @@ class Broken:
         yield 1
         raise ValueError("broken")
 
+    def __repr__(self):                                      # the same name in every process of the tests
+        return "Broken()"
+
 
 @pytest.mark.parametrize("wrong", [
     {"prompt": Broken()}, {"prompt": torch.empty(2, device="meta", dtype=torch.long)}, {"prompt": Request([1], 3)},
