@@ -185,7 +185,9 @@ def rate_cells(study: Study, at: dict[float, float]) -> list[str]:
 
 
 def smollm2_table(results: Path) -> str:
-    """SmolLM2-135M: one seed, so intervals over books only."""
+    """SmolLM2-135M and its plot: one seed, so intervals over books only."""
+    if not read_runs(results / "matrix.jsonl", "smollm2"):
+        return "Not run yet: `python -m experiments.matrix --study=smollm2`."
     study, lines = matrix_lines(results, "smollm2")
     rows = [["SmolLM2-135M, 2 loops", "stored block", "learning rate", "before training",
              f"after {study.tokens:,} tokens", "above plain low rank [95 %, books]"]]
@@ -196,7 +198,8 @@ def smollm2_table(results: Path) -> str:
         result = compare(lines, Comparison(Measured("low-rank-64"), Measured(arm.name)))
         rows.append([arm.label, stored_by(arm.name, lines), f"{rate:g}" if rate else "", mean_and_spread(start),
                      mean_and_spread(final), interval(result) if result and arm.name != "low-rank-64" else ""])
-    return markdown(rows)
+    plot = "![Loss against the stored share of the block, SmolLM2-135M](../results/frontier_smollm2.png)"
+    return f"{markdown(rows)}\n\n{plot}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def test_points_of_the_frontier(tmp_path):
 
 
 KEPT = {  # file -> the tables that cannot be made without its lines
-    "matrix": {"sizes", "verdicts", "arms", "conclusions", "gap", "signs", "rates", "smollm2", "exits", "saved"},
+    "matrix": {"sizes", "verdicts", "arms", "conclusions", "gap", "signs", "rates", "exits", "saved"},
     "exits_calibrated": {"calibrated"}, "calibrated": {"start", "read"}, "stepwise": {"stepwise"},
     "serving": {"batching", "batching_details"}, "decode": {"decode"}, "loss": {"scale"}, "train": {"scale"},
     "lora": {"scale"}, "convert": {"scale"}}
@@ -265,8 +265,10 @@ def test_other_results_change_every_table(tmp_path):
             other = re.sub(r"(?<=\[)(\d\.\d+)|(?<=\d, )(\d\.\d+)(?=\])",  # the losses of every book move apart
                            lambda m: f"{float(m[0]) ** 2:.4f}", other)
         (tmp_path / path.name).write_text(other)
+    stages = {run.stage for run in read_runs(ROOT / "results/matrix.jsonl", "toy")}
+    empty = {"smollm2"} | (set() if "main" in stages else {"verdicts", "conclusions", "gap", "signs", "exits"})
     for name, table in TABLES.items():
-        assert table(tmp_path) != table(ROOT / "results"), name
+        assert table(tmp_path) != table(ROOT / "results") or name in empty, name
 
 
 @pytest.mark.parametrize("distilled, want", [(4.5, "does not hold"), (4.1, "holds")])
