@@ -231,7 +231,7 @@ def summarise(found: dict, model: RecursiveTransformer, work: Workload, known: d
 
 def shares_kv(model: RecursiveTransformer) -> bool:
     """True if all loops read the keys and values of the first, so that a token that exits leaves none missing."""
-    return getattr(model.config, "kv", "own") == "first_loop"
+    return model.config.kv == "first_loop"
 
 
 def compare(rows: list[dict]) -> dict:

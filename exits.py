@@ -162,15 +162,16 @@ def load_rule(folder, model: RecursiveTransformer, name: RuleName, threshold: fl
         return Rule(name, exit_loop=exit_loop - 1)
     gate = Gate.load(folder, model) if name == "gate" else None
     if threshold is None:
-        threshold = read_thresholds(folder).get(keys, {}).get("thresholds", {}).get(name)
+        calibrated = read_thresholds(folder).get(keys, {})
+        threshold = calibrated.get("thresholds", {}).get(name)
         if threshold is None:
             raise UserError(f"{folder} has no calibrated threshold of {name} for --keys={keys}: run "
                             f"python -m evaluation.thresholds --ckpt={folder} --keys={keys} --agreement=0.98, or give "
                             "--threshold (0 to 1)")
-        served, dtype = model.embed.weight.dtype, read_thresholds(folder)[keys].get("dtype")
+        served, dtype = model.embed.weight.dtype, calibrated.get("dtype")
         if dtype and dtype != str(served):                   # scores near the threshold round to either side
             print(f"the thresholds of {folder} were calibrated in {dtype} and are used in {served}: the agreement of "
-                  f"{read_thresholds(folder)[keys]['agreement']} is not ensured", file=sys.stderr)
+                  f"{calibrated['agreement']} is not ensured", file=sys.stderr)
     if not (0 <= threshold <= 1 or threshold == math.inf):
         raise UserError(f"--threshold={threshold} is out of range: scores are between 0 and 1 (inf = never)")
     return Rule(name, threshold, gate=gate)

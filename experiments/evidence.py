@@ -9,7 +9,7 @@ from experiments.arms import STUDIES, Arm, Study
 from experiments.claims import Comparison, Measured, claims
 from experiments.matrix import Lines, chosen_rate, read_runs, tried_rates
 from experiments.tables import markdown, percent, where, wrap
-from experiments.verdicts import MISSING, Result, compare, gap_shares, mean_loss, verdicts
+from experiments.verdicts import MISSING, Result, compare, gap_shares, losses, mean_loss, verdicts
 
 
 def matrix_lines(results: Path, study: str = "toy") -> tuple[Study, Lines]:
@@ -28,28 +28,27 @@ def label(study: Study, measured: Measured) -> str:
     return words + ("" if measured.trained else ", before training")
 
 
-def weakest(lines: Lines, parts: list[Comparison]) -> tuple[Comparison, str]:
-    """The part of a claim that is furthest from holding, and its difference with the 95 % interval."""
-    results = [(compare(lines, part), part) for part in parts]
-    if any(result is None for result, _ in results):
-        return next(part for result, part in results if result is None), ""
-    result, part = max(results, key=lambda pair: (pair[0].p, -pair[0].difference))
-    return part, interval(result)
+def weakest(lines: Lines, parts: list[Comparison]) -> str:
+    """The difference, with its 95 % interval, of the part of a claim that is furthest from holding; empty if one was
+    not run."""
+    results = [compare(lines, part) for part in parts]
+    return interval(max(results, key=lambda result: (result.p, -result.difference))) if all(results) else ""
 
 
 def interval(result: Result) -> str:
     return f"{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}]"
 
 
-def share_of(line: dict, lines: Lines) -> str:
-    """What the model of a line of the matrix stores of its donor's block."""
-    donor = next(line for run, line in lines.items() if run.arm == "donor")
-    return percent(line["params"]["stored_block"] / donor["params"]["stored_block"])
-
-
 def stored_by(arm: str, lines: Lines) -> str:
-    """The same for an arm of the matrix; empty if it was not run."""
-    return next((share_of(line, lines) for run, line in lines.items() if run.arm == arm), "")
+    """What an arm of the matrix stores of its donor's block; empty if it was not run."""
+    stored = {run.arm: line["params"]["stored_block"] for run, line in lines.items()}
+    return percent(stored[arm] / stored["donor"]) if arm in stored else ""
+
+
+def rate_of(study: Study, arm: Arm, lines: Lines) -> str:
+    """The learning rate chosen for an arm; empty while it is open."""
+    rate = chosen_rate(study, arm, lines) if tried_rates(arm, lines) else None
+    return f"{rate:g}" if rate else ""
 
 
 def mean_and_spread(values: tuple[float, float, int] | None) -> str:
@@ -69,21 +68,26 @@ def verdicts_table(results: Path) -> str:
     rows = [["", "the paper's conclusion", "stored block", "weakest difference, nats [95 %]", "here"]]
     for i, claim in enumerate(given, 1):
         shares = {stored_by(measured.arm, lines) for measured in claim.rows if measured.arm != "full"} - {""}
-        rows.append([str(i), claim.sentence, ", ".join(sorted(shares)), weakest(lines, claim.parts)[1],
+        rows.append([str(i), claim.sentence, ", ".join(sorted(shares)), weakest(lines, claim.parts),
                      found[claim.name][0]])
     return markdown(rows)
 
 
+def donor_cells(lines: Lines) -> list[str]:
+    """Name, stored block, learning rate, loss before and after training of the donor, and one cell more."""
+    return ["donor", "100 %", "", mean_and_spread(mean_loss(lines, Measured("donor", -1, False))), "", ""]
+
+
+def arm_cells(study: Study, lines: Lines, arm: Arm) -> list[str]:
+    """The same of an arm, without the last."""
+    means = (mean_and_spread(mean_loss(lines, Measured(arm.name, -1, trained))) for trained in (False, True))
+    return [arm.label, stored_by(arm.name, lines), rate_of(study, arm, lines), *means]
+
+
 def arms_table(study: Study, lines: Lines, arms: Iterable[Arm]) -> str:
     """What each arm stores, its learning rate, and its loss on the test books before and after training."""
-    rows = [["", "stored block", "learning rate", "before training", "after", "seeds"]]
-    donor = mean_loss(lines, Measured("donor", -1, False))
-    rows.append(["donor", "100 %", "", mean_and_spread(donor), "", ""])
-    for arm in arms:
-        start, final = (mean_loss(lines, Measured(arm.name, -1, trained)) for trained in (False, True))
-        rate = chosen_rate(study, arm, lines) if tried_rates(arm, lines) else None
-        rows.append([arm.label, stored_by(arm.name, lines), f"{rate:g}" if rate else "", mean_and_spread(start),
-                     mean_and_spread(final), str(final[2]) if final else ""])
+    rows = [["", "stored block", "learning rate", "before training", "after", "seeds"], donor_cells(lines)]
+    rows += [[*arm_cells(study, lines, arm), str(len(losses(lines, Measured(arm.name))) or "")] for arm in arms]
     return markdown(rows)
 
 
@@ -190,14 +194,10 @@ def smollm2_table(results: Path) -> str:
         return "Not run yet: `python -m experiments.matrix --study=smollm2`."
     study, lines = matrix_lines(results, "smollm2")
     rows = [["SmolLM2-135M, 2 loops", "stored block", "learning rate", "before training",
-             f"after {study.tokens:,} tokens", "above plain low rank [95 %, books]"]]
-    rows.append(["donor", "100 %", "", mean_and_spread(mean_loss(lines, Measured("donor", -1, False))), "", ""])
+             f"after {study.tokens:,} tokens", "above plain low rank [95 %, books]"], donor_cells(lines)]
     for arm in study.arms:
-        start, final = (mean_loss(lines, Measured(arm.name, -1, trained)) for trained in (False, True))
-        rate = chosen_rate(study, arm, lines) if tried_rates(arm, lines) else None
         result = compare(lines, Comparison(Measured("low-rank-64"), Measured(arm.name)))
-        rows.append([arm.label, stored_by(arm.name, lines), f"{rate:g}" if rate else "", mean_and_spread(start),
-                     mean_and_spread(final), interval(result) if result and arm.name != "low-rank-64" else ""])
+        rows.append([*arm_cells(study, lines, arm), interval(result) if result and arm.name != "low-rank-64" else ""])
     plot = "![Loss against the stored share of the block, SmolLM2-135M](../results/frontier_smollm2.png)"
     return f"{markdown(rows)}\n\n{plot}"
 
@@ -212,8 +212,7 @@ def exits_table(results: Path) -> str:
     for arm in study.arms:
         if arm.base:
             first, last = (mean_loss(lines, Measured(arm.name, loop)) for loop in (0, -1))
-            rate = chosen_rate(study, arm, lines) if tried_rates(arm, lines) else None
-            rows.append([arm.label, study.arm(arm.base).label, stored_by(arm.base, lines), f"{rate:g}" if rate else "",
+            rows.append([arm.label, study.arm(arm.base).label, stored_by(arm.base, lines), rate_of(study, arm, lines),
                          mean_and_spread(first), mean_and_spread(last), str(last[2]) if last else ""])
     return markdown(rows)
 

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 import train
-from calibrate import SHARED_INPUT, absorb_norms, balanced, calibration_windows, collect_stats, linears, norm_scale
+from calibrate import (
+    SHARED_INPUT,
+    absorb_norms,
+    balanced,
+    calibration_windows,
+    collect_stats,
+    linears,
+    norm_scale,
+    weighted_moments,
+)
 from convert import load_full
 from lib.cli import UserError, parse_args, print0, script
 from lib.data import load_tokens
@@ -54,15 +63,16 @@ def set_zeros(linear: RelaxedLinear, device) -> None:
 
 @torch.no_grad()
 def weighted_svds(full: RecursiveTransformer, windows: list[Tensor], ridge: float = 1e-3) -> dict[str, tuple]:
-    """"layers.0.attn.q" -> (A, B, S): W = B A in full, its singular values S (of D^(1/2) W C^(1/2)) descending. Their
-    squares are half of what (C1) says the loss rises by without them."""
+    """"layers.0.attn.q" -> (A, B, S): W = B A in full, the singular values S (of D^(1/2) W C^(1/2)) descending. By (C1)
+    the loss rises by half the squares of those that are cut off."""
     stats, found = collect_stats(full, windows), {}
     for i, layer in enumerate(full.layers):
         absorbed = absorb_norms(layer)                                   # the stats are of its inputs
         scales = {"attn.q": norm_scale(layer.norm1), "mlp.up": norm_scale(layer.norm2)}
         for first in SHARED_INPUT:
-            C = stats.inputs[f"layers.{i}.{first}"][0].double()
-            C.diagonal().add_(ridge * C.trace() / len(C))
+            second, mean = stats.inputs[f"layers.{i}.{first}"]
+            one = mean.new_ones(1)
+            C = weighted_moments((second.double(), mean, one), one, ridge, len(mean), centred=False, with_ones=False)
             chol_C = torch.linalg.cholesky(C)
             for name, linear in linears(absorbed, SHARED_INPUT[first]):
                 squares = stats.gradients[f"layers.{i}.{name}"].double()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,16 +202,12 @@ def test_a_matrix_from_its_first_run_to_its_last(driver):
 def test_the_starts_that_train_does_not_make(driver, home):
     driver("--seeds=1", "--only=scratch,norms-zero,low-rank-4")
     work = Path("out_experiments/toy")
-    assert read_config_layers(work / "half") == 2
+    assert train.donor_config(work / "half").n_layer == 2
     for name, weight in weights(work / "gain-0").items():
         assert (weight == -1).all() == ("norm" in name and name.startswith("layers.")), name     # Gemma stores gain - 1
     recursive = RecursiveTransformer(replace(DONOR, n_loop=2, rank=4))
     stored = LowRank.load(work / "low-rank-4").num_params()["stored_block"]
     assert 0 <= recursive.num_params()["stored_block"] - stored < 2 * DONOR.n_hidden
-
-
-def read_config_layers(folder: Path) -> int:
-    return train.donor_config(folder).n_layer
 
 
 def test_the_score_is_that_of_each_book(driver, home):
@@ -307,8 +304,7 @@ def test_the_svd_is_weighted_and_cut_where_it_costs_least(donor):
     full, windows = donor
     size = 0.5 * full.num_params()["stored_block"]
     ours = to_low_rank(full, windows, int(size))
-    plain = load_full_copy(full)
-    share = 0.5
+    plain, share = deepcopy(full), 0.5
     for layer in plain.layers:
         for linear in (layer.attn.q, layer.attn.k, layer.attn.v, layer.attn.o, layer.mlp.gate, layer.mlp.up,
                        layer.mlp.down):
@@ -321,12 +317,6 @@ def test_the_svd_is_weighted_and_cut_where_it_costs_least(donor):
         return sum(torch.nn.functional.cross_entropy(model.logits(model(idx)[0])[:, :-1].flatten(0, 1),
                                                      idx[:, 1:].flatten()).item() for idx in windows)
     assert loss(full) < loss(ours) < loss(plain)
-
-
-def load_full_copy(full):
-    model = RecursiveTransformer(full.config)
-    model.load_state_dict(full.state_dict())
-    return model
 
 
 def test_ranks_go_where_an_entry_lowers_the_error_most():
