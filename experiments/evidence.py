@@ -41,8 +41,9 @@ def interval(result: Result) -> str:
 
 def stored_by(arm: str, lines: Lines) -> str:
     """What an arm of the matrix stores of its donor's block; empty if it was not run."""
-    stored = {run.arm: line["params"]["stored_block"] for run, line in lines.items()}
-    return percent(stored[arm] / stored["donor"]) if arm in stored else ""
+    def size(name: str) -> int | None:
+        return next((line["params"]["stored_block"] for run, line in lines.items() if run.arm == name), None)
+    return percent(size(arm) / size("donor")) if size(arm) else ""
 
 
 def rate_of(study: Study, arm: Arm, lines: Lines) -> str:
