@@ -41,9 +41,14 @@ def paper_arms(low: int, mid: int, top: int) -> tuple[Arm, ...]:
         plain("norms-pick", "tied, average, norms of the first loop", "--init=average --norms=pick", "tied"),
         plain("norms-one", "tied, average, norm gains 1", "--ckpt={work}/gain-1", "tied"),
         plain("norms-zero", "tied, average, norm gains 0", "--ckpt={work}/gain-0", "tied"),
+        *(plain(f"{name}-kv", f"{label}, shared KV", f"{flags} --kv=first_loop", family) for name, label, flags, family in (
+            ("stepwise", "tied, stepwise", "--init=stepwise", "tied"),
+            (f"average-r{mid}", f"average + SVD, r {mid}", f"--init=average --rank={mid}", "relaxed"),
+            (f"calibrated-r{mid}", f"calibrated, r {mid}", f"--init=calibrated --rank={mid}", "calibrated"))),
         exits("none", "no exit losses", "last", "tied", "stepwise"),
         exits("weighted", "weighted", "weighted", "tied", "stepwise"),
         exits("self", "aggressive 0.1, self-distilled", self_distilled, "tied", "stepwise"),
+        exits("self-kv", "the same, shared KV", self_distilled, "tied", "stepwise-kv"),
         exits("self-average", "the same, tied average", self_distilled, "tied", "average"),
         exits(f"self-r{mid}", f"the same, average + SVD, r {mid}", self_distilled, "relaxed", f"average-r{mid}"))
 
