@@ -366,12 +366,13 @@ def calibrated(full, n_loop=2, rank=3, vectors="tied", idx=None):
 @each_arch
 @pytest.mark.parametrize("n_loop", [2, 3])
 def test_full_rank_is_the_donor(arch, n_loop):
-    """Also with tied norm weights: they are absorbed. GPT-NeoX needs biases per loop."""
+    """Also with tied norm weights: they are absorbed. Biases, and norms of q and k, are needed per loop."""
     full, idx = tiny(arch).double(), tokens(2, 9)
-    model = calibrated(full, n_loop, 1000, "per_loop" if arch == "gpt_neox" else "tied")
+    vectors = "per_loop" if full.config.attn_bias or full.config.qk_norm else "tied"
+    model = calibrated(full, n_loop, 1000, vectors)
     close(last(model, idx), last(full, idx), 1e-9)
     close(last(unroll(model), idx), last(full, idx), 1e-9)
-    assert model.config.vectors == ("per_loop" if arch == "gpt_neox" else "tied") and model.config.n_loop == n_loop
+    assert model.config.vectors == vectors and model.config.n_loop == n_loop
 
 
 @each_arch
