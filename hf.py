@@ -118,15 +118,14 @@ def hf_name(name: str, arch: str) -> str:
 
 # Settings that ask for what this code does not do: each is refused by name, since the model would be silently wrong.
 REFUSED = {
-    "rope_scaling": "scaled rotary embeddings but llama3's", "rope_parameters": "scaled rotary embeddings but llama3's",
-    "sliding_window": "attention to a window shorter than the context, max_position_embeddings",
-    "use_sliding_window": "attention to a window shorter than the context, max_position_embeddings",
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), "scaled rotary embeddings of another kind than llama3"),
+    **dict.fromkeys(("sliding_window", "use_sliding_window"), "a window shorter than max_position_embeddings"),
     "layer_types": "layers of different kinds", "attn_logit_softcapping": "soft-capping",
     "final_logit_softcapping": "soft-capping", "quantization_config": "quantised weights",
     "use_bidirectional_attention": "bidirectional attention",
 }
-REFUSED_TYPES = {"gemma2": "soft-capping, sandwich norms, sliding windows", "olmo2": "norms behind attention and MLP",
-                 **dict.fromkeys(("gemma3", "gemma3_text"), "sandwich norms, sliding windows")}
+REFUSED_TYPES = {"gemma2": " (soft-capping, sandwich norms, sliding windows)", "olmo2": " (norms after, not before)",
+                 **dict.fromkeys(("gemma3", "gemma3_text"), " (sandwich norms, sliding windows)")}
 # So are unknown settings whose name suggests the forward pass; other unknown settings are kept for exports.
 ABOUT_FORWARD = re.compile(r"rope|rotary|alibi|attn|attention|norm|scal|multiplier|softcap|window|bias|residual|expert"
                            r"|moe|clip|activation|hidden_act|interleav")
@@ -134,7 +133,8 @@ HARMLESS = re.compile(  # about training and generation, and what transformers w
     r"_.*|.*(dropout|pdrop|_token_id|_version|flash.*|implementation|initializer_range)|(max|min)_length|num_labels"
     r"|(model_type|id2label|label2id|problem_type|architectures|(torch_)?dtype|use_cache|pretraining_tp|tokenizer_class)"
     r"|output_(attentions|hidden_states|scores)|return_dict.*|torchscript|is_(encoder_)?decoder|chunk_size_feed_forward"
-    r"|max_window_layers|no_rope_layer_interval|is_llama_config|exported_by|recursive|repetition_penalty|do_sample|temperature|top_[kp]")
+    r"|max_window_layers|no_rope_layer_interval|is_llama_config|exported_by|recursive|repetition_penalty|do_sample"
+    r"|temperature|top_[kp]")
 NOT_EXPORTED = {"model_type", "architectures", "dtype", "torch_dtype", "exported_by", "auto_map", "hidden_act",
                 "hidden_activation", "rope_scaling", "rope_parameters"}  # an export has its own, or has none
 
@@ -146,8 +146,8 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
         raise UserError(f"{where} is of a checkpoint of this project, but a donor is a Hugging Face checkpoint: "
                         "export it first with python convert.py --unroll")
     if arch not in FAMILIES:
-        why = f" ({REFUSED_TYPES[arch]})" if arch in REFUSED_TYPES else ""
-        raise UserError(f"{where}: model_type {arch!r} is not supported{why}; donors are of type {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: model_type {arch!r} is not supported{REFUSED_TYPES.get(arch, '')}; donors are of "
+                        f"type {', '.join(FAMILIES)}")
     family = FAMILIES[arch]
     hf = {"sliding_window": 4096} | hf if arch == "mistral" else hf      # as its class in transformers
     refuse_unsupported(hf, arch, where)
@@ -157,7 +157,7 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
             raise UserError(f"{where}: setting '{family.settings[name]}' is missing; "
                             f"is it the config.json of a {arch} model?")
     values |= {name: rope_setting(hf, family, name, where) for name in IN_ROPE if name in family.settings}
-    values["rope_llama3"] = llama3_setting(hf, values["n_ctx"], where)
+    values["rope_llama3"] = rope_llama3(hf, values["n_ctx"], where)
     handled = NOT_EXPORTED | set(family.must_agree) | set(family.settings.values())
     try:
         for name, value in values.items():
@@ -170,7 +170,8 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
         config = Config(arch=arch, **values, extra={key: value for key, value in hf.items() if key not in handled})
     except UserError as e:                                               # it begins with our name of the setting
         name, *rest = str(e).partition("=")
-        raise UserError(f"{where}: {family.settings.get(name, name)}{''.join(rest)}") from None
+        name = (family.settings | {"rope_llama3": " ".join(LLAMA3)}).get(name, name)
+        raise UserError(f"{where}: {name}{''.join(rest)}") from None
     for key, name in family.must_agree.items():
         for given in (source.get(key) for source in (hf, *rope_dicts(hf))):
             if given not in (None, getattr(config, name)):
@@ -194,11 +195,9 @@ def rope_setting(hf: dict, family: Family, name: str, where) -> float:
     return float(values[0]) if type(values[0]) is int else values[0]
 
 
-def llama3_setting(hf: dict, n_ctx: int, where) -> list[float] | None:
-    """The settings LLAMA3 of a donor whose rotary embedding is scaled as Llama 3.1's. UserError if rope_scaling and
-    rope_parameters differ."""
-    default = {"original_max_position_embeddings": n_ctx}
-    found = [[(default | rope | hf).get(name) for name in LLAMA3] if is_llama3(rope) else None
+def rope_llama3(hf: dict, n_ctx: int, where) -> list[float] | None:
+    """The LLAMA3 settings of config.json, None without that scaling. UserError if it is given twice and they differ."""
+    found = [[({LLAMA3[3]: n_ctx} | rope | hf).get(name) for name in LLAMA3] if is_llama3(rope) else None
              for rope in rope_dicts(hf) if rope]
     if any(one != found[0] for one in found):
         raise UserError(f"{where}: rope_scaling and rope_parameters differ; keep the right one")
@@ -206,18 +205,16 @@ def llama3_setting(hf: dict, n_ctx: int, where) -> list[float] | None:
 
 
 def is_llama3(rope: dict) -> bool:
-    return "llama3" in (rope.get("rope_type"), rope.get("type"))
+    return "llama3" in (rope.get("rope_type"), rope.get("type"))         # "type" is the old key
 
 
 def unrotated_layers(hf: dict, n_layer: int) -> list[int] | None:
     """The layers without rotation: those with a 0 in no_rope_layers, or every no_rope_layer_interval-th."""
     flags, interval = hf.get("no_rope_layers"), hf.get("no_rope_layer_interval", 4)
-    if flags is None:
-        if type(interval) is not int or interval < 1:
-            raise UserError(f"no_rope_layer_interval={interval!r} must be a positive number")
-        flags = [(i + 1) % interval for i in range(n_layer)]
-    if len(flags) < n_layer:
-        raise UserError(f"no_rope={flags} has fewer entries than the {n_layer} layers")
+    if type(interval) is not int or interval < 1 or flags and len(flags) < n_layer:
+        raise UserError(f"no_rope={flags} needs one entry for each of the {n_layer} layers, or null beside a "
+                        f"no_rope_layer_interval that is positive ({interval!r})")
+    flags = flags or [(i + 1) % interval for i in range(n_layer)]
     return [i for i in range(n_layer) if not flags[i]] or None
 
 
@@ -248,7 +245,7 @@ def refuse_unsupported(hf: dict, arch: str, where) -> None:
 
 def is_harmless(key: str, value, hf: dict) -> bool:
     """True if a setting in REFUSED has a value that changes nothing."""
-    if key in ("sliding_window", "use_sliding_window"):                  # switched off, or never shorter than a text
+    if key in ("sliding_window", "use_sliding_window"):                  # off, or as wide as the longest text
         arch, window = hf["model_type"], hf.get("sliding_window", 4096)
         used = hf.get("use_sliding_window", arch not in ("qwen2", "qwen3", "smollm3")) or arch == "mistral"
         n_ctx = hf.get("max_position_embeddings", FAMILIES[arch].defaults["n_ctx"])
@@ -257,12 +254,10 @@ def is_harmless(key: str, value, hf: dict) -> bool:
         return isinstance(value, list) and all(kind == "full_attention" for kind in value)
     if not key.startswith("rope_") or not isinstance(value, dict):
         return False
-    plain = {"rope_type": "default", "type": "default", "factor": 1,     # "type" is the old key
-             "original_max_position_embeddings": hf.get("max_position_embeddings")}
-    if is_llama3(value):
-        plain = {"rope_type": "llama3", "type": "llama3"} | {name: value.get(name) for name in LLAMA3}
-    return all(v is None or k in ("rope_theta", "partial_rotary_factor") or k in plain and v == plain[k]
-               for k, v in value.items()) and None not in list(plain.values())[:-1]
+    kind, read = ("llama3", LLAMA3) if is_llama3(value) else ("default", ())
+    plain = {"rope_type": kind, "type": kind, "factor": 1, LLAMA3[3]: hf.get("max_position_embeddings")}
+    return all(v is None or k in ("rope_theta", "partial_rotary_factor", *read) or k in plain and v == plain[k]
+               for k, v in value.items())
 
 
 @cache

@@ -32,6 +32,8 @@ from lib import checks
 from lib.cli import UserError
 from lib.folders import replace_folder, settled
 
+Arch = Literal["gemma", "llama", "gpt_neox", "mistral", "qwen2", "qwen3", "smollm3"]  # the last four as llama
+
 
 @dataclass
 class Config:
@@ -47,8 +49,7 @@ class Config:
     head_dim: int = 48         # D, not always n_embd // n_head (Gemma 7B)
     n_hidden: int = 512        # width of the MLP
     n_ctx: int = 512           # longest sequence the donor was trained on
-    arch: Literal["gemma", "llama", "gpt_neox", "mistral", "qwen2", "qwen3", "smollm3"] = "gemma"  # the family: decides
-    # norm, MLP and embedding scale; from mistral on as llama
+    arch: Arch = "gemma"       # the family: decides norm, MLP and embedding scale
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rotary_pct: float = 1.0    # share of each head that is rotated (Pythia: 0.25)
@@ -240,7 +241,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def rope_at(rope: tuple[Tensor, Tensor], config: Config, loop: int | Tensor, i: int) -> tuple[Tensor, Tensor]:
     """`rope` where layer i rotates at `loop`, an int or (T,); elsewhere cos 1 and sin 0, which `rotate` nothing."""
-    still = [n for n in range(config.n_loop) if config.no_rope and not config.rotates(n, i)]
+    still = [n for n in range(config.n_loop) if not config.rotates(n, i)] if config.no_rope else []
     if not still:
         return rope
     on = 1 - sum(loop == n for n in still)                               # 0 or 1, or (T,) of them

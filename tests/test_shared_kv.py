@@ -111,9 +111,10 @@ def reference(model, idx):
 
 @each_arch
 @each_shape
+@pytest.mark.parametrize("no_rope", [None, [0, 3]])          # in three loops, 3 is the second layer's second depth
 @torch.no_grad()
-def test_states_are_those_written_out(arch, n_loop, rank, vectors):
-    model, idx = shared(arch, n_loop, rank=rank, vectors=vectors), tokens(2, 7)
+def test_states_are_those_written_out(arch, n_loop, rank, vectors, no_rope):
+    model, idx = shared(arch, n_loop, rank=rank, vectors=vectors, no_rope=no_rope), tokens(2, 7)
     states = model(idx)
     for row in range(2):
         for ours, want in zip(states, reference(model, idx[row]), strict=True):
@@ -319,8 +320,8 @@ def test_the_engine_is_sequential_decoding_under_random_schedules(seed, static):
     """Ragged prompts, exits by plan or by a rule, requests that arrive and are cancelled in between; without ghosts,
     and each position of the cache holds the first loop's keys of its own token."""
     rng, n_loop = random.Random(seed), 2 + seed % 2
-    model = draw_model(seed, n_loop, list(ARCHS)[seed % 3], rank=(0, 2)[seed % 4 > 1], n_layer=2 * n_loop,
-                       vectors=("tied", "per_loop")[seed % 5 > 2], kv="first_loop")
+    model = draw_model(seed, n_loop, list(ARCHS)[seed % len(ARCHS)], rank=(0, 2)[seed % 4 > 1], n_layer=2 * n_loop,
+                       vectors=("tied", "per_loop")[seed % 5 > 2], kv="first_loop", no_rope=[0] if seed % 2 else None)
     rule = Rule(("never", "fixed", "max_prob")[seed % 3], threshold=0.3, exit_loop=rng.randrange(n_loop))
     case, slots = Case(model, rule), rng.randint(1, 6)
     engine = case.engine(slots, static=static, head=rng.choice([1, rng.randint(0, slots)]),
