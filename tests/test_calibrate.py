@@ -409,6 +409,16 @@ def test_every_layer_fits_the_donors_better_than_the_papers_start(arch, vectors,
         assert wrong[0] < wrong[1], kind
 
 
+@pytest.mark.parametrize("vectors", ["tied", "per_loop"])
+def test_neox_without_biases_of_its_attention(vectors):
+    """Absorbed norms leave biases on q, k and v, and GPT-NeoX has them on o too then: zeros at the start."""
+    full, idx = tiny("gpt_neox", attn_bias=False).double(), tokens(2, 9)
+    close(last(calibrated(full, 1, 0, vectors), idx), last(full, idx), 1e-9)
+    model = calibrated(full, 2, 1000, "per_loop")
+    close(last(model, idx), last(full, idx), 1e-9)
+    assert model.config.attn_bias and model.config.o_bias
+
+
 def test_what_is_not_a_linear_layer_is_the_donors():
     full = tiny("llama")
     ours = calibrated(full)

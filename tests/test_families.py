@@ -23,6 +23,7 @@ from lib.cli import UserError
 from lib.tokenizer import Tokenizer
 from model import Config, KVCache, RecursiveTransformer, rope_angles
 
+transformers = pytest.importorskip("transformers")
 BASE = {"hidden_act": "silu", "use_cache": True, "attention_dropout": 0.0, "initializer_range": 0.02,
         "torch_dtype": "bfloat16", "transformers_version": "4.45.0"}
 LLAMA = BASE | {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1,
@@ -78,6 +79,19 @@ def test_published_settings_are_read_without_a_warning(name, capsys):
     with torch.device("meta"):
         assert RecursiveTransformer(config).num_params()["stored"] == size
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"])
+def test_settings_that_are_left_out_are_what_transformers_assumes(family):
+    given = {"hidden_size": 128, "num_attention_heads": 32, "num_hidden_layers": 8, "intermediate_size": 128,
+             "vocab_size": 53, "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    theirs = getattr(transformers, family + "Config")(**given)
+    ours = config_from_hf(given | {"model_type": theirs.model_type})
+    assert (ours.n_kv_head, ours.n_ctx, ours.norm_eps, ours.tie_head, ours.rope_theta, ours.head_dim) == (
+        theirs.num_key_value_heads, theirs.max_position_embeddings, theirs.rms_norm_eps, theirs.tie_word_embeddings,
+        theirs.rope_parameters["rope_theta"], getattr(theirs, "head_dim", 4) or 4)
+    flags = getattr(theirs, "no_rope_layers", [1] * 8)
+    assert ours.no_rope == ([i for i in range(8) if not flags[i]] or None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,6 +369,12 @@ def test_windows_that_no_text_reaches_are_accepted(name, changes):
 def test_settings_that_do_not_fit_are_refused_by_name(name, changes, message):
     with pytest.raises(UserError, match="^config.json: .*" + message):
         read(name, **changes)
+
+
+def test_qwens_window_is_off_unless_it_is_switched_on():
+    for name in ("Qwen2.5-0.5B", "Qwen3-0.6B", "SmolLM3-3B"):
+        hf = {key: value for key, value in PUBLISHED[name][0].items() if key != "use_sliding_window"}
+        assert config_from_hf(hf | {"sliding_window": 16}).n_ctx > 16
 
 
 def test_no_rope_layers_by_interval():
