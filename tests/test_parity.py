@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from test_model import close, last, randomise, tokens
 
 from convert import load_full, to_hf, to_recursive, unroll
-from model import Config, rope_angles
+from model import Config, KVCache, rope_angles
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -96,6 +96,18 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     theirs = hf_model(case)
     theirs.save_pretrained(tmp_path)
     assert_same(theirs, load_full(tmp_path))
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_logits_with_a_cache_are_those_of_transformers(case, tmp_path):
+    """A prompt of 7 tokens, then one at a time, beyond the original context where that is shorter."""
+    theirs, idx = hf_model(case), tokens(2, 41)
+    theirs.save_pretrained(tmp_path)
+    ours = load_full(tmp_path)
+    cache = KVCache(ours.config, 2, 41)
+    parts = [ours.logits(ours(part, cache)[-1]) for part in idx.split([7] + [1] * 34, dim=1)]
+    close(torch.cat(parts, 1), theirs(idx).logits)
 
 
 @pytest.mark.parametrize("case", FAMILIES)
