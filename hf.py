@@ -119,7 +119,8 @@ def hf_name(name: str, arch: str) -> str:
 # Settings that ask for what this code does not do: each is refused by name, since the model would be silently wrong.
 REFUSED = {
     **dict.fromkeys(("rope_scaling", "rope_parameters"), "scaled rotary embeddings of another kind than llama3"),
-    **dict.fromkeys(("sliding_window", "use_sliding_window"), "a window shorter than max_position_embeddings"),
+    **dict.fromkeys(("sliding_window", "use_sliding_window"),
+                    "a window shorter than max_position_embeddings, which you may lower to it"),
     "layer_types": "layers of different kinds", "attn_logit_softcapping": "soft-capping",
     "final_logit_softcapping": "soft-capping", "quantization_config": "quantised weights",
     "use_bidirectional_attention": "bidirectional attention",
