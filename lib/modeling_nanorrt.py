@@ -23,25 +23,38 @@ class NanoRRTConfig(PreTrainedConfig):
     """The settings of model.py under their own names, and under those that transformers reads."""
 
     model_type = "nanorrt"
-    attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-                     "num_key_value_heads": "n_kv_head", "intermediate_size": "n_hidden",
-                     "max_position_embeddings": "n_ctx", "tie_word_embeddings": "tie_head"}
+    attribute_map = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
+                     "intermediate_size": "n_hidden", "max_position_embeddings": "n_ctx",
+                     "tie_word_embeddings": "tie_head"}
     keys_to_ignore_at_inference = [CACHE]
 
     def settings(self) -> Config:
         return Config(**{f.name: getattr(self, f.name) for f in fields(Config) if f.name != "extra"})
 
+    @property
+    def num_hidden_layers(self) -> int:
+        """The layers of a cache: depths that have keys and values of their own."""
+        return self.settings().kv_loops * self.settings().n_unique
+
 
 class DepthCache:
-    """What model.py asks of a cache, for one forward pass, on top of transformers' Cache (None: nothing is kept).
+    """What model.py asks of a cache, on top of transformers' Cache (None: nothing is kept), for one forward pass.
 
-    A stored layer runs at n_loop depths with different keys and values at each, so transformers' number of a layer is
-    the depth, loop * n_unique + layer.
+    A stored layer runs at n_loop depths and has other keys and values at each, so what transformers calls the index of
+    a layer is the depth, loop * n_unique + layer.
+
+    positions (B or 1, T): None counts from the first token in the cache. padding (B, tokens so far): 0 for tokens that
+    do not count; or the whole mask (B, 1, T, n), which `generate` makes for a static cache.
     """
 
-    def __init__(self, config: Config, cache, rope: tuple[Tensor, Tensor], padding: Tensor | None):
-        self.config, self.cache, self.rope, self.padding = config, cache, rope, padding
-        self.past = 0 if cache is None else cache.get_seq_length()       # before this pass adds its tokens
+    def __init__(self, config: Config, cache, idx: Tensor, positions: Tensor | None, padding: Tensor | None):
+        past = 0 if cache is None else cache.get_seq_length()
+        self.config, self.cache, self.end = config, cache, past + idx.size(1)
+        self.at = torch.arange(idx.size(1), device=idx.device) + past    # (T,), the tokens' places in the cache
+        positions = self.at[None] if positions is None else positions
+        angles = rope_angles(positions.flatten(), config)
+        self.rope = tuple(part.unflatten(0, positions.shape) for part in angles)  # (B or 1, T, 1, rotated)
+        self.padding = None if padding is not None and padding.dim() == 2 and padding.all() else padding
         self.kv = [()] * config.n_unique                                 # (B, K, n, D) of each stored layer's last run
 
     def kv_loop(self, loop: int) -> int | None:
@@ -54,30 +67,24 @@ class DepthCache:
         if k is not None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)                  # (B, K, T, D)
             if self.cache is not None:
-                k, v = self.cache.update(k, v, loop * self.config.n_unique + layer)
-            if loop == layer == 0:
-                self.mask = causal_mask(self.padding, self.past, q.size(1), k.size(2), q.device)
+                depth = loop * self.config.n_unique + layer
+                k, v = self.cache.update(k, v, depth, {"cache_position": self.at})  # transformers 5.0 reads the last
             self.kv[layer] = k, v
+            if loop == layer == 0:
+                self.mask = self.make_mask(k.size(2))
         return causal_attention(q, *self.kv[layer], self.mask)
 
-
-def causal_mask(padding: Tensor | None, past: int | Tensor, T: int, n: int, device) -> Tensor | None:
-    """(B or 1, 1, T, n), True where one of T tokens after `past` attends to one of n keys, of which a static cache has
-    some that are still empty; None if to all up to it. padding (B, past + T): 0 for tokens that do not count; a mask
-    of four dimensions (`generate` with a static cache) is returned as it is."""
-    if padding is not None and padding.dim() == 4:
-        return padding
-    if padding is not None and padding.all():
-        padding = None
-    if padding is None and past + T == n:
-        return None
-    at = torch.arange(T, device=device)[:, None] + past                  # (T, 1)
-    keys = torch.arange(n, device=device)
-    mask = keys <= at                                                    # (T, n)
-    if padding is None:
-        return mask[None, None]
-    padding = F.pad(padding.bool(), (0, n - padding.size(1)))[:, None, None]  # (B, 1, 1, n)
-    return mask & padding | (keys == at)         # a padding token attends to itself: softmax over nothing is not finite
+    def make_mask(self, n: int) -> Tensor | None:
+        """(B or 1, 1, T, n), True where a token attends to one of the cache's n keys; None if to all up to it."""
+        if self.padding is None and n == self.end:                       # a static cache has keys that are still empty
+            return None
+        if self.padding is not None and self.padding.dim() == 4:
+            return self.padding
+        keys, at = torch.arange(n, device=self.at.device), self.at[:, None]
+        if self.padding is None:
+            return (keys <= at)[None, None]
+        padding = F.pad(self.padding.bool(), (0, n - self.padding.size(1)))[:, None, None]  # (B, 1, 1, n)
+        return (keys <= at) & padding | (keys == at)         # padding attends to itself: a softmax over nothing is NaN
 
 
 class NanoRRTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -118,12 +125,8 @@ class NanoRRTForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.checkpointing = self.gradient_checkpointing and self.training
         if cache is None and (not self.training if use_cache is None else use_cache) and not self.model.checkpointing:
             cache = DynamicCache()
-        if position_ids is None:
-            past = 0 if cache is None else cache.get_seq_length()
-            position_ids = torch.arange(input_ids.size(1), device=input_ids.device)[None] + past
-        angles = rope_angles(position_ids.flatten(), self.model.config)
-        rope = tuple(part.unflatten(0, position_ids.shape) for part in angles)  # (B or 1, T, 1, rotated)
-        x = self.model(input_ids, DepthCache(self.model.config, cache, rope, attention_mask))[-1]
+        depths = DepthCache(self.model.config, cache, input_ids, position_ids, attention_mask)
+        x = self.model(input_ids, depths)[-1]                            # (B, T, C)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(x[:, kept])
         loss = None

@@ -62,8 +62,10 @@ def greedy(ours, prompt, n) -> list[int]:
     return [token.item() for token, _ in decode(ours, prompt, n)]
 
 
-def generate(theirs, idx, n, **options):
-    return theirs.generate(idx, max_new_tokens=n, do_sample=False, pad_token_id=0, **options)[:, idx.size(1):]
+def generate(theirs, idx, n, eos_token_id=99, **options):
+    """The new tokens (B, n), which end with an id that no model here predicts."""
+    return theirs.generate(idx, max_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=eos_token_id,
+                           **options)[:, idx.size(1):]
 
 
 def padded(prompts):
@@ -99,7 +101,7 @@ def test_parameters_are_stored_and_loaded_once(kind, tmp_path):
     ours, theirs = both(tmp_path / "hf", "gemma", kind)
     file = load_file(tmp_path / "hf/model.safetensors")
     assert theirs.num_parameters() == ours.num_params()["stored"] == sum(w.numel() for w in file.values())
-    assert theirs.config.num_hidden_layers == 6 and len(theirs.model.layers) == ours.config.n_unique
+    assert len(theirs.model.layers) == ours.config.n_unique
     assert theirs.model.config.architecture() == ours.config.architecture()
 
 
@@ -122,7 +124,7 @@ def test_a_sequence_in_pieces(kind, tmp_path):
         if padding is not None:
             close(torch.cat(out, 1)[1:, 4:], last(ours, idx[1:, 4:]), 1e-4)
     depths = ours.config.kv_loops * ours.config.n_unique
-    assert [layer.get_seq_length() for layer in cache.layers] == [13] * depths
+    assert [layer.get_seq_length() for layer in cache.layers] == [13] * depths == [13] * theirs.config.num_hidden_layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,8 +154,9 @@ def test_other_caches_and_assisted_decoding(kind, options, tmp_path):
 
 
 @each_arch
-def test_beam_search_is_that_of_the_full_size_class(arch, tmp_path):
-    """transformers' own class, on the unrolled model: the beams' caches are reordered at every depth."""
+@torch.no_grad()
+def test_beams_and_positions_are_those_of_the_full_size_class(arch, tmp_path):
+    """transformers' own class, on the unrolled model: a beam's cache is reordered at every depth."""
     ours, theirs = both(tmp_path / "hf", arch)
     to_hf(unroll(ours), tmp_path / "full")
     full = load(tmp_path / "full")
@@ -161,6 +164,10 @@ def test_beam_search_is_that_of_the_full_size_class(arch, tmp_path):
     beams = [generate(model, idx, 20, attention_mask=mask, num_beams=4, num_return_sequences=3, eos_token_id=5)
              for model in (theirs, full)]
     assert torch.equal(*beams) and type(full).__name__.startswith(("Gemma", "Llama", "GPTNeoX"))
+    idx, positions = tokens(2, 5), torch.tensor([[0, 1, 2, 3, 4], [0, 4, 5, 9, 30]])
+    with_gaps = theirs(idx, position_ids=positions).logits
+    close(with_gaps, full(idx, position_ids=positions).logits, 1e-3)
+    assert (with_gaps - theirs(idx).logits).abs().amax((1, 2)).gt(0.1).tolist() == [False, True]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
