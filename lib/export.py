@@ -69,7 +69,9 @@ def model_card(c, share: float | None, folder: Path, source: Path) -> str:
     how = f"{c.n_layer} layers, which transformers loads like any other {c.arch} model." if not share else (
         f"a block of {c.n_unique} layers that runs {c.n_loop} times for each token. It stores {share:.1%} of the "
         "parameters of the donor's block. transformers, from version 5 on, loads it with the code beside it:\n\n"
-        "```python\nmodel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n```\n\n")
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n```\n\n")
     return "".join(f"{line}\n" for line in ["---", *lines, "---", ""] if lines) + (
         f"# {what}\n\nnanoRRT wrote this folder: {how}{loss_table(source)}The donor's licence applies to it; "
         f"{', '.join(files) or 'no file of the donor'} was copied along.\n")

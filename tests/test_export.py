@@ -153,6 +153,17 @@ def test_other_caches_and_assisted_decoding(kind, options, tmp_path):
             assert row.tolist() == greedy(ours, prompt[None], 24)
 
 
+@torch.no_grad()
+def test_a_step_on_a_static_cache_is_one_graph(tmp_path):
+    """As `generate` compiles it on a GPU."""
+    ours, theirs = both(tmp_path / "hf", "gemma", "first-loop-kv")
+    cache, idx = transformers.StaticCache(config=theirs.config, max_cache_len=16), tokens(1, 12)
+    theirs(idx[:, :11], past_key_values=cache)
+    step = torch.compile(theirs.forward, backend="eager", fullgraph=True)
+    mask = (torch.arange(16) < 12)[None, None, None]
+    close(step(idx[:, 11:], mask, torch.tensor([[11]]), past_key_values=cache).logits, last(ours, idx)[:, 11:], 1e-3)
+
+
 @each_arch
 @torch.no_grad()
 def test_beams_and_positions_are_those_of_the_full_size_class(arch, tmp_path):
