@@ -127,6 +127,14 @@ def test_a_sequence_in_pieces(kind, tmp_path):
     assert [layer.get_seq_length() for layer in cache.layers] == [13] * depths == [13] * theirs.config.num_hidden_layers
 
 
+def test_every_token_attends_to_something(tmp_path):
+    """Padding to itself: some kernels return NaN for a softmax over nothing, which every later layer would spread."""
+    ours, theirs = both(tmp_path / "hf")
+    idx, padding = padded(PROMPTS)
+    depths = sys.modules[type(theirs).__module__].DepthCache(ours.config, None, idx, None, padding)
+    assert depths.make_mask(12).any(-1).all()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # generate
 
@@ -240,6 +248,7 @@ def test_more_tokens(arch, tmp_path):
     theirs.resize_token_embeddings(60)
     after = theirs(idx).logits
     assert after.shape == (2, 11, 60) and theirs.config.vocab_size == 60
+    assert theirs.config.tie_word_embeddings is (arch == "gemma")        # what decides whether a head grows, too
     close(after[..., :53], before)
     theirs.save_pretrained(tmp_path / "more")
     close(load(tmp_path / "more")(idx).logits, after)
