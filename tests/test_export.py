@@ -182,7 +182,7 @@ def test_beams_and_positions_are_those_of_the_full_size_class(arch, tmp_path):
     idx, mask = padded(PROMPTS[:2])
     beams = [generate(model, idx, 20, attention_mask=mask, num_beams=4, num_return_sequences=3, eos_token_id=5)
              for model in (theirs, full)]
-    assert torch.equal(*beams) and type(full).__name__.startswith(("Gemma", "Llama", "GPTNeoX"))
+    assert torch.equal(*beams) and "NanoRRT" not in type(full).__name__
     idx, positions = tokens(2, 5), torch.tensor([[0, 1, 2, 3, 4], [0, 4, 5, 9, 30]])
     with_gaps = theirs(idx, position_ids=positions).logits
     close(with_gaps, full(idx, position_ids=positions).logits, 1e-3)
