@@ -254,6 +254,7 @@ class ConvertConfig:
     calib_tokens: int = 20_480       # init=calibrated: how many tokens of them
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # of the weights written; keep: the donor's
     unroll: bool = False             # instead, export the recursive --donor at full size, in Hugging Face's layout
+    hf: bool = False                 # instead, export the recursive --donor as it is, for transformers with remote code
     seed: int = 0                    # of init=random, and of LoRA where the residual is zero
 
 
@@ -262,7 +263,8 @@ def check_ignored(args) -> None:
     from_weights = "lora_init norms rounding"
     conversion = f"loops init rank vectors kv calib_text calib_tokens seed {from_weights}"
     rules = (  # (if this holds, these have no effect, for this reason)
-        (getattr(args, "unroll", False), conversion, "--unroll only exports"),
+        (getattr(args, "unroll", False), f"{conversion} hf", "--unroll only exports"),
+        (getattr(args, "hf", False), conversion, "--hf only exports"),
         (args.init == "calibrated", from_weights, "--init=calibrated fits the weights to text"),
         (args.init != "calibrated", "calib_text calib_tokens", f"--init={args.init} reads no text"),
         (args.init == "random", from_weights, "--init=random takes none of the donor's weights"),
@@ -285,15 +287,20 @@ def main(argv=None):
         raise UserError(f"--out={args.out} holds a training run; give another folder")
     check_ignored(args)
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    if args.unroll:
+    if args.unroll or args.hf:
         export(args, dtype)
     else:
         convert(args, dtype)
 
 
 def export(args: ConvertConfig, dtype: torch.dtype | None) -> None:
-    """Write the recursive model in --donor out at full size."""
-    model = RecursiveTransformer.load(args.donor)
+    """Write the recursive model in --donor for transformers: as it is, or with --unroll at full size."""
+    model = RecursiveTransformer.load(args.donor, dtype=None if args.unroll else dtype)
+    if args.hf:
+        to_hf(model, args.out, tokenizer=args.donor)
+        print0(f"{args.donor} -> {args.out}: {model.num_params()['stored']:,} parameters stored, for transformers: "
+               f"AutoModelForCausalLM.from_pretrained({args.out!r}, trust_remote_code=True)")
+        return
     full = unroll(model, dtype)
     to_hf(full, args.out, tokenizer=args.donor)
     print0(f"{args.donor} unrolled -> {args.out}: {model.config.n_layer} layers, for transformers")

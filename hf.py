@@ -1,5 +1,5 @@
 """Donors: Hugging Face checkpoints of Gemma 1, Llama, Mistral, Qwen 2 and 3, SmolLM3 and GPT-NeoX (Pythia), read
-strictly, one tensor at a time; and full-size models written in the same layout."""
+strictly, one tensor at a time; and our models written for transformers, full-size ones in the same layout."""
 
 import json
 import re
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lib.checks import cast, check_tensors, check_type, widest
 from lib.cli import UserError, is_main, progress
-from lib.donors import DONOR_README, HUB_ID, LICENCES, copy_papers, donor_name, find_donor, read_json
+from lib.donors import copy_papers, donor_name, find_donor, read_json
+from lib.export import looped_config, model_card, write_code
 from lib.folders import replace_folder
 from lib.tokenizer import copy_tokenizer, write_fast_tokenizer
 from model import Config, RecursiveTransformer
@@ -146,6 +147,9 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
     if hf.get("format") == "nanoRRT":
         raise UserError(f"{where} is of a checkpoint of this project, but a donor is a Hugging Face checkpoint: "
                         "export it first with python convert.py --unroll")
+    if arch == "nanorrt":
+        raise UserError(f"{where} is of a looped export to transformers by convert.py --hf: give the checkpoint "
+                        "that it was made from, or as a donor that one's export by convert.py --unroll")
     if arch not in FAMILIES:
         raise UserError(f"{where}: model_type {arch!r} is not supported{REFUSED_TYPES.get(arch, '')}; donors are of "
                         f"type {', '.join(FAMILIES)}")
@@ -379,9 +383,14 @@ def load_any(folder: str, dtype: torch.dtype | None = None) -> RecursiveTransfor
     return RecursiveTransformer.load(path, dtype=dtype)
 
 
+def is_looped(config: Config) -> bool:
+    """False for a full-size model; True for one that has loops, LoRA or vectors per loop."""
+    return config.n_loop != 1 or config.rank > 0 or config.vectors != "tied"
+
+
 def refuse_looped(config: Config, instead: str) -> None:
     """Raise UserError unless the model is a full-size one; `instead` says what to do."""
-    if config.n_loop != 1 or config.rank or config.vectors != "tied":
+    if is_looped(config):
         raise UserError(f"this is a recursive model already ({config.n_loop} loops, rank {config.rank}, vectors "
                         f"{config.vectors}); {instead}")
 
@@ -390,12 +399,12 @@ def refuse_first_loop_kv(config: Config) -> None:
     """Raise UserError if later loops read the first loop's keys and values, which no full-size model can do."""
     if config.kv == "first_loop":
         raise UserError("later loops of this model read the keys and values of the first (kv=first_loop), and a layer "
-                        "of a full-size model computes its own from its own input: it has no full-size form, and no "
-                        "Hugging Face class; use the checkpoint as it is, or convert the donor with --kv=own")
+                        "of a full-size model computes its own from its own input: it has no full-size form; export "
+                        "it looped with convert.py --hf, or convert the donor with --kv=own")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Full-size -> Hugging Face
+# Ours -> Hugging Face
 
 def hf_config(c: Config, dtype: torch.dtype) -> dict:
     """The config.json of a full-size model for transformers: the donor's other settings, and the model's own."""
@@ -412,29 +421,42 @@ def hf_config(c: Config, dtype: torch.dtype) -> dict:
 
 
 def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
-    """Write a full-size model that transformers loads as GemmaForCausalLM, LlamaForCausalLM, and so on.
+    """Write a model for transformers: a full-size one loads as GemmaForCausalLM, LlamaForCausalLM, and so on; a looped
+    one, with each weight stored once, by trust_remote_code=True (lib/export.py).
 
-    `tokenizer`: a folder whose tokenizer files, README and licence are copied along. UserError for a recursive model,
-    for which transformers has no class: `unroll` it first.
+    `tokenizer`: a folder whose tokenizer files, README and licence are copied along, and from whose log the losses are.
+    UserError for a full-size model that the class of its family cannot have.
     """
-    c = model.config
-    refuse_first_loop_kv(c)
-    refuse_looped(c, "it has no Hugging Face class: export unroll(model)")
-    hf = hf_config(c, model.embed.weight.dtype)
-    back = config_from_hf(hf).architecture()
-    lost = [f"{name}={value}" for name, value in c.architecture().items() if value != back[name]]
-    if lost:
-        raise UserError(f"transformers' {c.arch} cannot have {', '.join(lost)}: this model has no Hugging Face class")
-    tensors = hf_tensors(model)
+    c, share = model.config, None
+    if is_looped(c):
+        share = stored_share(model)
+        hf = looped_config(c, str(model.embed.weight.dtype).removeprefix("torch."))
+        tensors = {f"model.{name}": w.contiguous() for name, w in model.state_dict().items()}
+    else:
+        hf, tensors = hf_config(c, model.embed.weight.dtype), hf_tensors(model)
+        back = config_from_hf(hf).architecture()
+        lost = [f"{name}={value}" for name, value in c.architecture().items() if value != back[name]]
+        if lost:
+            raise UserError(f"transformers' {c.arch} cannot have {', '.join(lost)}: this model has no Hugging Face "
+                            "class")
     with replace_folder(folder) as tmp:
         if tokenizer:
             copy_tokenizer(tokenizer, tmp)
             copy_papers(Path(tokenizer), tmp)
             if not (tmp / "tokenizer.json").exists():
                 write_fast_tokenizer(tmp, c.bos_token_id, c.eos_token_id, c.n_ctx)
-            (tmp / "README.md").write_text(model_card(c, tmp), encoding="utf-8")
+            (tmp / "README.md").write_text(model_card(c, share, tmp, Path(tokenizer)), encoding="utf-8")
+        if share:
+            write_code(tmp)
         (tmp / "config.json").write_text(json.dumps(hf, indent=1) + "\n", encoding="utf-8")
         save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
+
+
+def stored_share(model: RecursiveTransformer) -> float:
+    """The parameters of the block that are stored, as a share of the donor's block."""
+    with torch.device("meta"):
+        donor = RecursiveTransformer(replace(model.config, n_loop=1, rank=0, vectors="tied", kv="own"))
+    return model.num_params()["stored_block"] / donor.num_params()["stored_block"]
 
 
 def hf_tensors(model: RecursiveTransformer) -> dict[str, Tensor]:
@@ -447,19 +469,3 @@ def hf_tensors(model: RecursiveTransformer) -> dict[str, Tensor]:
         else:
             tensors[theirs] = w.contiguous()
     return tensors | {name: torch.cat(parts, dim=1).flatten(0, 2).contiguous() for name, parts in fused.items()}
-
-
-def model_card(c: Config, folder: Path) -> str:
-    """The README.md of an export; its licence is the one that README_donor.md in `folder` names."""
-    donor, looped = c.extra.get("_name_or_path", "an unnamed donor"), c.extra.get("recursive")
-    files = sorted(path.name for name in (*LICENCES, DONOR_README) for path in folder.glob(name))
-    readme = (folder / DONOR_README).read_text(encoding="utf-8", errors="replace") if DONOR_README in files else ""
-    front = re.match(r"---\n(.*?\n)---\n", readme, re.S)
-    lines = re.findall(r"^license(?:_name|_link)?:.*$", front[1] if front else "", re.M)
-    lines += [f"base_model: {donor}"] * bool(re.fullmatch(HUB_ID, donor))
-    donor = donor if re.fullmatch(HUB_ID, donor) else Path(donor).name
-    what = (f"A Relaxed Recursive Transformer of {looped['n_loop']} loops and LoRA rank {looped['rank']}, made from "
-            f"{donor} and written out at full size" if looped else donor)
-    return "".join(f"{line}\n" for line in ["---", *lines, "---", ""] if lines) + (
-        f"# {what}\n\nnanoRRT wrote this folder: {c.n_layer} layers, which transformers loads like any other {c.arch} "
-        f"model. The donor's licence applies to it; {', '.join(files) or 'no file of the donor'} was copied along.\n")

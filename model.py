@@ -228,6 +228,7 @@ def rope_angles(pos: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """x (B, T, heads, D) with its pairs (j, j + rotated/2) rotated; dimensions from `rotated` on stay unchanged.
+    Angles are (T, 1, rotated), or (B, T, 1, rotated) where sequences are at positions of their own.
 
     (a, b) becomes (a cos - b sin, b cos + a sin): x times cos, plus x with halves swapped, times signed sin.
     """
@@ -249,10 +250,12 @@ def rope_at(rope: tuple[Tensor, Tensor], config: Config, loop: int | Tensor, i: 
     return rope[0] * on + (1 - on), rope[1] * on
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / sqrt(D)) v at the last T of n positions: q (B, T, H, D), k and v (B, K, n, D) -> (B, T, H, D)."""
-    q, T, n, mask = q.transpose(1, 2), q.size(1), k.size(2), None
-    if 1 < T < n:                                                        # is_causal aligns its mask to the first key
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v at the last T of n positions: q (B, T, H, D), k and v (B, K, n, D) -> (B, T, H, D).
+
+    mask (B, 1, T, n): True where a token attends, for padded sequences; None is to every token up to it."""
+    q, T, n = q.transpose(1, 2), q.size(1), k.size(2)
+    if mask is None and 1 < T < n:                                       # is_causal aligns its mask to the first key
         mask = torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and mask is None,
                                        enable_gqa=q.size(1) != k.size(1))
@@ -350,7 +353,7 @@ class Attention(nn.Module):
                                         for c in (config, for_kv))
 
     def forward(self, x: Tensor, rope, loop: int | Tensor, layer: int, cache) -> Tensor:
-        T, D = len(rope[0]), self.head_dim                               # x (B T, C)
+        T, D = rope[0].size(-3), self.head_dim                               # x (B T, C)
         rope = rope_at(rope, self.config, loop, layer)
         q = self.rotated(self.q(x, loop).view(-1, T, self.n_head, D), self.q_norm, loop, rope)  # (B, T, H, D)
         k = v = None
@@ -400,7 +403,7 @@ class Layer(nn.Module):
         self.norm2, self.mlp = make_norm(config, n_loop), MLP(config)
 
     def forward(self, x: Tensor, rope, loop: int | Tensor, layer: int, cache=None) -> Tensor:
-        """The states (B T, C) after this layer, for x (B T, C) of B sequences of T = len(rope[0]) tokens.
+        """The states (B T, C) after this layer, for x (B T, C) of B sequences of T = rope[0].size(-3) tokens.
 
         `layer` is its index in the block: with `loop` it gives the depth, which the cache needs.
         """

@@ -11,6 +11,7 @@ FOLDERS = ["evaluation", "benchmarks", "experiments"]
 MODULES = {path.stem for path in ROOT.glob("*.py")} - {"bench"}
 ALLOWED = {"lib": {"lib"}, "": MODULES | {"lib"}} | {folder: MODULES | {"lib", folder} for folder in FOLDERS}
 ALLOWED["experiments"] = ALLOWED["experiments"] | {"bench", "benchmarks"}  # what made the results: shapes, a plot
+COPIED = ROOT / "lib" / "modeling_nanorrt.py"  # imported in an exported folder, beside a copy of model.py
 OURS = MODULES | set(FOLDERS) | {"lib", "bench"}
 
 
@@ -28,6 +29,6 @@ def imported(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("folder", ALLOWED)
 def test_imports_go_downwards(folder):
-    for file in (ROOT / folder).glob("*.py"):
+    for file in set((ROOT / folder).glob("*.py")) - {COPIED}:
         allowed = ALLOWED["benchmarks" if file == ROOT / "bench.py" else folder]
         assert imported(file) & OURS <= allowed, file
