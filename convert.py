@@ -254,7 +254,7 @@ class ConvertConfig:
     rounding: Rounding = "round"     # where a stepwise step falls between two layers
     calib_text: str = "assets/books/train"  # init=calibrated: text files or token shards to run the donor on
     calib_tokens: int = 20_480       # init=calibrated: how many tokens of them
-    dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0"] = "keep"  # of the weights written; keep: the donor's; q8_0: with --gguf
+    dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0"] = "keep"  # of the weights; q8_0: of --gguf
     unroll: bool = False             # instead, export the recursive --donor at full size, in Hugging Face's layout
     gguf: str | None = None          # instead, write --donor, as it is or with --unroll, as this file for llama.cpp
     seed: int = 0                    # of init=random, and of LoRA where the residual is zero

@@ -24,6 +24,8 @@ from lib.tokenizer import Tokenizer, copy_tokenizer, write_fast_tokenizer
 
 UNROLL = "--unroll writes every layer of every loop out, which llama.cpp runs as a full-size model"
 
+CONVERTER = "export it with --unroll --out=FOLDER, and convert that with llama.cpp's convert_hf_to_gguf.py"
+
 
 def architecture(c) -> str:
     """llama.cpp's name of the architecture that computes a model of Config `c`. UserError if it has none."""
@@ -34,8 +36,10 @@ def architecture(c) -> str:
         raise UserError("llama.cpp's looped architecture computes keys and values in every loop, and this model in the "
                         "first alone (kv=first_loop); use the checkpoint as it is, or convert with --kv=own")
     if c.arch not in ("llama", "gemma"):
-        raise UserError(f"GGUF files are written for llama and gemma, and this is a {c.arch} model: export it with "
-                        "--unroll --out=FOLDER, and convert that with llama.cpp's convert_hf_to_gguf.py")
+        raise UserError(f"GGUF files are written for llama and gemma, and this is a {c.arch} model: {CONVERTER}")
+    if c.attn_bias or c.mlp_bias or c.parallel or c.rotary_pct != 1:
+        raise UserError("Llama has no biases, parallel attention and MLP, or partial rotation in llama.cpp, and this "
+                        f"model has: {CONVERTER}")
     if c.arch == "gemma" and not c.tie_head:
         raise UserError("llama.cpp's gemma takes the embedding for its head, and this model has a head of its own")
     if c.n_loop > 1 and c.arch != "llama":
@@ -95,20 +99,23 @@ def write_gguf(file, arch: str, c, tensors: dict[str, Tensor], tokenizer, dtype:
         name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         rows = "F16" if kind == "Q8_0" and w.size(-1) % 32 else kind
         new[name] = w, GGMLQuantizationType["F32" if w.dim() == 1 else rows]
-    for name, (w, qtype) in new.items():
-        block, size = GGML_QUANT_SIZES[qtype]
-        writer.add_tensor_info(name, w.shape, np.dtype(np.float32), w.numel() // block * size, qtype)
+    sizes = [w.numel() // GGML_QUANT_SIZES[qtype][0] * GGML_QUANT_SIZES[qtype][1] for w, qtype in new.values()]
+    for (name, (w, qtype)), size in zip(new.items(), sizes, strict=True):
+        writer.add_tensor_info(name, w.shape, np.dtype(np.float32), size, qtype)
 
     def write(path: Path) -> None:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        end = sum(writer.ggml_pad(n, writer.data_alignment) for n in (writer.fout[0].tell(), *sizes))
         try:
             for name, (w, qtype) in progress(new.items(), desc="writing", unit="tensor"):   # one at a time in memory
                 w = cast(w, torch.float16 if qtype.name == "F16" else w.dtype, name)
                 writer.write_tensor_data(quants.quantize(as_stored(w.float(), name, c).numpy(), qtype))
         finally:
             writer.close()
+        if path.stat().st_size != end:                       # numpy's tofile, which it writes with, may fail silently
+            raise OSError("the file is cut short: is the disk full?")
     write_beside(file.parent, file.name, write)
     return notes
 
@@ -196,8 +203,8 @@ def add_tokenizer(writer, folder: Path, c) -> list[str]:
 
 
 def refuse_tokenizer(reason: str):
-    raise UserError(f"the tokenizer has no exact form in a GGUF file: {reason}; export the model with --unroll "
-                    "--out=FOLDER, and convert that with llama.cpp's convert_hf_to_gguf.py, which knows more of them")
+    raise UserError(f"the tokenizer is not written into GGUF files: {reason}. For this model, {CONVERTER}, which knows "
+                    "more of them")
 
 
 def pre_tokenizer(spec: dict, notes: list[str]) -> str:
