@@ -240,6 +240,7 @@ def refused(match, folder, *flags):
     ([pre_tokenizers.Digits(False), GPT2_LIKE], {}, "it cuts text by .*Digits"),
     ([pre_tokenizers.ByteLevel(add_prefix_space=True)], {}, "it cuts text by .*ByteLevel"),
     ([pre_tokenizers.Split(Regex(QWEN2), "removed"), BYTES], {}, "it cuts text by .*Removed"),
+    ([pre_tokenizers.Split(Regex(QWEN2), "isolated", invert=True), BYTES], {}, 'it cuts text by .*"invert": true'),
     ([GPT2_LIKE], {"ignore_merges": True}, "gpt-2 has the other value of ignore_merges"),
     ([split(LLAMA3), BYTES], {}, "llama-bpe has the other value of ignore_merges"),
     ([GPT2_LIKE], {"normalizer": normalizers.Lowercase()}, "its normalizer is Lowercase"),
