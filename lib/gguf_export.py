@@ -23,8 +23,8 @@ from lib.folders import write_beside
 from lib.tokenizer import Tokenizer, copy_tokenizer, write_fast_tokenizer
 
 UNROLL = "--unroll writes every layer of every loop out, which llama.cpp runs as a full-size model"
-
-CONVERTER = "export it with --unroll --out=FOLDER, and convert that with llama.cpp's convert_hf_to_gguf.py"
+CONVERTER = ("use llama.cpp's convert_hf_to_gguf.py on its folder in Hugging Face's layout, as --unroll --out=FOLDER "
+             "writes it")
 
 
 def architecture(c) -> str:
@@ -36,12 +36,13 @@ def architecture(c) -> str:
         raise UserError("llama.cpp's looped architecture computes keys and values in every loop, and this model in the "
                         "first alone (kv=first_loop); use the checkpoint as it is, or convert with --kv=own")
     if c.arch not in ("llama", "gemma"):
-        raise UserError(f"GGUF files are written for llama and gemma, and this is a {c.arch} model: {CONVERTER}")
+        raise UserError(f"GGUF files are written for llama and gemma, and this is a {c.arch} model; {CONVERTER}")
     if c.attn_bias or c.mlp_bias or c.parallel or c.rotary_pct != 1:
         raise UserError("Llama has no biases, parallel attention and MLP, or partial rotation in llama.cpp, and this "
-                        f"model has: {CONVERTER}")
+                        f"model has; {CONVERTER}")
     if c.arch == "gemma" and not c.tie_head:
-        raise UserError("llama.cpp's gemma takes the embedding for its head, and this model has a head of its own")
+        raise UserError("llama.cpp's gemma takes the embedding for its head, and this model has a head of its own; "
+                        "use it as it is, or --unroll --out=FOLDER for transformers")
     if c.n_loop > 1 and c.arch != "llama":
         raise UserError(f"llama.cpp loops over layers of Llama only, and these are {c.arch}'s; {UNROLL}")
     return "nanbeige" if c.n_loop > 1 else c.arch
@@ -55,25 +56,17 @@ def write_gguf(file, arch: str, c, tensors: dict[str, Tensor], tokenizer, dtype:
     scale). llama.cpp wants vectors in float32; rows that are no whole number of blocks are float16.
     """
     try:
-        from gguf import (
-            GGML_QUANT_SIZES,
-            MODEL_ARCH,
-            GGMLQuantizationType,
-            GGUFWriter,
-            LlamaFileType,
-            get_tensor_name_map,
-            quants,
-        )
+        import gguf
     except ImportError:
         raise UserError('--gguf needs the package gguf: pip install -e ".[gguf]"') from None
     file = Path(file)
     check_file(file)
     kind, file_type = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"),
                        "bfloat16": ("BF16", "MOSTLY_BF16"), "q8_0": ("Q8_0", "MOSTLY_Q8_0")}[dtype]
-    writer = GGUFWriter(None, arch)
+    writer = gguf.GGUFWriter(None, arch)
     writer.add_type("model")
     writer.add_name(Path(str(c.extra.get("_name_or_path", file.stem))).name)
-    writer.add_file_type(LlamaFileType[file_type])
+    writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(2)                       # of llama.cpp's block formats
     writer.add_vocab_size(c.vocab_size)
     writer.add_context_length(c.n_ctx)
@@ -93,13 +86,14 @@ def write_gguf(file, arch: str, c, tensors: dict[str, Tensor], tokenizer, dtype:
         writer.add_bool("nanbeige.skip_loop_final_norm", True)
     notes = add_tokenizer(writer, Path(tokenizer), c)
 
-    names = get_tensor_name_map(MODEL_ARCH[c.arch.upper()], c.n_unique)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.arch.upper()], c.n_unique)
     new = {}                                                 # llama.cpp's name -> its tensor and type
     for theirs, w in tensors.items():
         name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         rows = "F16" if kind == "Q8_0" and w.size(-1) % 32 else kind
-        new[name] = w, GGMLQuantizationType["F32" if w.dim() == 1 else rows]
-    sizes = [w.numel() // GGML_QUANT_SIZES[qtype][0] * GGML_QUANT_SIZES[qtype][1] for w, qtype in new.values()]
+        new[name] = w, gguf.GGMLQuantizationType["F32" if w.dim() == 1 else rows]
+    blocks = gguf.GGML_QUANT_SIZES                           # of each type: (weights, bytes) of a block
+    sizes = [w.numel() // blocks[qtype][0] * blocks[qtype][1] for w, qtype in new.values()]
     for (name, (w, qtype)), size in zip(new.items(), sizes, strict=True):
         writer.add_tensor_info(name, w.shape, np.dtype(np.float32), size, qtype)
 
@@ -111,7 +105,7 @@ def write_gguf(file, arch: str, c, tensors: dict[str, Tensor], tokenizer, dtype:
         try:
             for name, (w, qtype) in progress(new.items(), desc="writing", unit="tensor"):   # one at a time in memory
                 w = cast(w, torch.float16 if qtype.name == "F16" else w.dtype, name)
-                writer.write_tensor_data(quants.quantize(as_stored(w.float(), name, c).numpy(), qtype))
+                writer.write_tensor_data(gguf.quants.quantize(as_stored(w.float(), name, c).numpy(), qtype))
         finally:
             writer.close()
         if path.stat().st_size != end:                       # numpy's tofile, which it writes with, may fail silently
@@ -159,7 +153,7 @@ PRE_TOKENIZERS = {  # the patterns that cut a text, one after another -> llama.c
 def add_tokenizer(writer, folder: Path, c) -> list[str]:
     """Add the tokenizer in `folder` to a GGUFWriter: tokens, merges or scores, special ids, chat template. What is
     different in llama.cpp comes back. UserError for a tokenizer that llama.cpp does not have."""
-    from gguf import SpecialVocab, TokenType
+    import gguf
     tokenizer = Tokenizer.load(folder, c.vocab_size)
     with TemporaryDirectory() as tmp:
         copy_tokenizer(folder, tmp)
@@ -172,20 +166,21 @@ def add_tokenizer(writer, folder: Path, c) -> list[str]:
         if not tokenizer.eos_ids:
             refuse_tokenizer("it names no end-of-text token, for which llama.cpp would take id 11")
         spm = bool(model.get("byte_fallback"))               # sentencepiece's: unknown characters as tokens <0xAB>
-        special = SpecialVocab(tmp, load_merges=not spm, n_vocab=c.vocab_size)
+        special = gguf.SpecialVocab(tmp, load_merges=not spm, n_vocab=c.vocab_size)
     added = {token["id"]: token for token in spec["added_tokens"]}
     texts = {i: text for text, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
     kinds = []
     for i in range(c.vocab_size):
         text = texts.setdefault(i, f"[PAD{i}]")              # the model's padding
         if spm and text == model.get("unk_token"):
-            kinds.append(TokenType.UNKNOWN)
+            kinds.append(gguf.TokenType.UNKNOWN)
         elif i in added:
-            kinds.append(TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED)
+            kinds.append(gguf.TokenType.CONTROL if added[i]["special"] else gguf.TokenType.USER_DEFINED)
         elif text == f"[PAD{i}]":
-            kinds.append(TokenType.UNUSED)
+            kinds.append(gguf.TokenType.UNUSED)
         else:
-            kinds.append(TokenType.BYTE if spm and re.fullmatch("<0x[0-9A-F]{2}>", text) else TokenType.NORMAL)
+            is_byte = spm and re.fullmatch("<0x[0-9A-F]{2}>", text)
+            kinds.append(gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL)
     tokens = [texts[i] for i in range(c.vocab_size)]
     writer.add_tokenizer_model("llama" if spm else "gpt2")
     writer.add_tokenizer_pre("default" if spm else pre_tokenizer(spec, notes))
@@ -203,8 +198,7 @@ def add_tokenizer(writer, folder: Path, c) -> list[str]:
 
 
 def refuse_tokenizer(reason: str):
-    raise UserError(f"the tokenizer is not written into GGUF files: {reason}. For this model, {CONVERTER}, which knows "
-                    "more of them")
+    raise UserError(f"the tokenizer is not written into GGUF files: {reason}; {CONVERTER}: it knows more tokenizers")
 
 
 def pre_tokenizer(spec: dict, notes: list[str]) -> str:

@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -235,7 +236,7 @@ def refused(match, folder, *flags):
 
 
 @pytest.mark.parametrize("pre, more, match", [
-    ([split(r"\p{L}+"), BYTES], {}, r"no name for words cut by \\p\{L\}\+\. For this model, export it with --unroll"),
+    ([split(r"\p{L}+"), BYTES], {}, r"no name for words cut by \\p\{L\}\+; use llama.cpp's convert_hf_to_gguf.py"),
     ([pre_tokenizers.Whitespace(), BYTES], {}, "it cuts text by .*Whitespace"),
     ([pre_tokenizers.Digits(False), GPT2_LIKE], {}, "it cuts text by .*Digits"),
     ([pre_tokenizers.ByteLevel(add_prefix_space=True)], {}, "it cuts text by .*ByteLevel"),
@@ -283,9 +284,9 @@ def test_tokenizers_that_are_not_sentencepieces_are_refused(change, match, metas
     ({"n_loop": 2, "kv": "first_loop"}, "computes keys and values in every loop.*--kv=own"),
     ({"n_loop": 2, "arch": "gemma"}, "loops over layers of Llama only, and these are gemma's; --unroll"),
     ({"arch": "gemma", "tie_head": False}, "takes the embedding for its head"),
-    *(({name: value}, "Llama has no biases.*and this model has: export it with --unroll")
+    *(({name: value}, "Llama has no biases.*and this model has; use llama.cpp's convert_hf_to_gguf.py")
       for name, value in {"attn_bias": True, "mlp_bias": True, "parallel": True, "rotary_pct": 0.5}.items()),
-    ({"arch": "gpt_neox", "n_kv_head": 4, "head_dim": 16}, "this is a gpt_neox model: .*convert_hf_to_gguf.py"),
+    ({"arch": "gpt_neox", "n_kv_head": 4, "head_dim": 16}, "this is a gpt_neox model; .*convert_hf_to_gguf.py"),
 ])
 def test_models_that_llama_cpp_lacks_are_refused(changes, match, byte_level, tmp_path):
     save(tmp_path, byte_level, **changes)
@@ -307,6 +308,12 @@ def test_flags_and_files_that_do_not_fit(byte_level, tmp_path):
     with files_end_at(len(before) - 1), pytest.raises(UserError, match=r"cannot write .*model\.gguf"):
         export(tmp_path)
     assert (tmp_path / "model.gguf").read_bytes() == before and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_the_package_is_asked_for(byte_level, tmp_path, monkeypatch):
+    save(tmp_path, byte_level)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused(r'pip install -e "\.\[gguf\]"', tmp_path)
 
 
 def test_numbers_too_large_for_float16_are_refused_by_name(byte_level, tmp_path):
