@@ -127,9 +127,9 @@ class SlotCache:
         keys, values = self.keys[layer], self.values[layer]                     # (places, K, length, D)
         grouped = q.view(q.size(1), self.n_kv_head, -1, q.size(3))              # (M, K, H / K, D)
         if self.query is None:
-            return F.scaled_dot_product_attention(grouped, keys, values, self.mask).view(q.shape)
+            return F.scaled_dot_product_attention(grouped, keys, values, self.mask).reshape(q.shape)
         grouped = grouped.new_zeros(len(keys), *grouped.shape[1:]).index_copy_(0, self.query, grouped)
-        return F.scaled_dot_product_attention(grouped, keys, values, self.mask)[self.query].view(q.shape)
+        return F.scaled_dot_product_attention(grouped, keys, values, self.mask)[self.query].reshape(q.shape)
 
     def store_prompts(self, kv: KVCache, scheduled: list[tuple[int, Request]]) -> None:
         """Copy the prompts' keys and values, without their padding, from `kv` to their slots."""

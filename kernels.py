@@ -321,7 +321,7 @@ def decode_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, loop: T
     k, v = (torch.where(valid[:, :, None, None], c[place], 0).transpose(1, 2) for c in (k, v))     # (M, K, T, D)
     mask = (valid | ~active[:, None])[:, None, None]                        # not empty for idle rows: that gives NaN
     grouped = q.view(len(q), k.size(1), -1, q.size(2))                      # the query heads of a key head as queries
-    y = F.scaled_dot_product_attention(grouped, k, v, mask).view(q.shape)
+    y = F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
     return torch.where(active[:, None, None], y, 0)
 
 

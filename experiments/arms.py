@@ -41,9 +41,15 @@ def paper_arms(low: int, mid: int, top: int) -> tuple[Arm, ...]:
         plain("norms-pick", "tied, average, norms of the first loop", "--init=average --norms=pick", "tied"),
         plain("norms-one", "tied, average, norm gains 1", "--ckpt={work}/gain-1", "tied"),
         plain("norms-zero", "tied, average, norm gains 0", "--ckpt={work}/gain-0", "tied"),
+        plain("stepwise-kv", "tied, stepwise, shared KV", "--init=stepwise --kv=first_loop", "tied"),
+        plain(f"average-r{mid}-kv", f"average + SVD, r {mid}, shared KV",
+              f"--init=average --rank={mid} --kv=first_loop", "relaxed"),
+        plain(f"calibrated-r{mid}-kv", f"calibrated, r {mid}, shared KV",
+              f"--init=calibrated --rank={mid} --kv=first_loop", "calibrated"),
         exits("none", "no exit losses", "last", "tied", "stepwise"),
         exits("weighted", "weighted", "weighted", "tied", "stepwise"),
         exits("self", "aggressive 0.1, self-distilled", self_distilled, "tied", "stepwise"),
+        exits("self-kv", "the same, shared KV", self_distilled, "tied", "stepwise-kv"),
         exits("self-average", "the same, tied average", self_distilled, "tied", "average"),
         exits(f"self-r{mid}", f"the same, average + SVD, r {mid}", self_distilled, "relaxed", f"average-r{mid}"))
 
@@ -83,17 +89,20 @@ STUDIES = {
         seeds=(0, 1, 2, 3, 4), tokens=524_288, exit_tokens=131_072, rate_tokens=131_072, exit_rate_tokens=65_536,
         grid=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), first=(3e-4, 1e-3), arms=paper_arms(6, 24, 48),
         ranks=(6, 24, 48), checked=("stepwise", "average-r24", "low-rank-24", "average-r48")),
-    # The direction only: few tokens, one seed, distilled. Two hours of two cores.
+    # Sharing and plain low rank at two sizes, distilled, on a GPU: a quarter of an hour. out_books: other books, as of
+    # gpu.sh.
     "smollm2": Study(
-        donor="HuggingFaceTB/SmolLM2-135M", data="assets/books/train", valid="assets/books/valid.txt", windows=8,
-        flags="--micro_batch=4 --eval_tokens=4096 --eval_every=32 --save_every=16", seq_len=256, batch_tokens=1024,
-        seeds=(0,), tokens=131_072, exit_tokens=0, rate_tokens=16_384, exit_rate_tokens=0,
-        grid=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3), first=(5e-4, 1e-3), ranks=(64,),
+        donor="HuggingFaceTB/SmolLM2-135M", data="out_books", valid="assets/books/valid.txt", windows=24,
+        flags="--micro_batch=16 --eval_tokens=8192 --eval_every=64 --save_every=128", seq_len=512, batch_tokens=8192,
+        seeds=(0, 1, 2), tokens=1_048_576, exit_tokens=0, rate_tokens=262_144, exit_rate_tokens=0,
+        grid=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), first=(3e-4, 1e-3), ranks=(64,),
         arms=(Arm("stepwise", "tied, stepwise", "--init=stepwise", "tied"),
               Arm("average", "tied, average", "--init=average", "tied"),
+              Arm("low-rank-0", "plain low rank, as large as tied", "--ckpt={work}/low-rank-0", "low rank"),
               Arm("average-r64", "average + SVD, r 64", "--init=average --rank=64", "relaxed"),
+              Arm("calibrated-r64", "calibrated, r 64", "--init=calibrated --rank=64", "calibrated"),
               Arm("low-rank-64", "plain low rank, as large as r 64", "--ckpt={work}/low-rank-64", "low rank"),
-              Arm("calibrated-r64", "calibrated, r 64", "--init=calibrated --rank=64", "calibrated"))),
+              Arm("full", "full size, same tokens", "--loops=1", "full"))),
     # The paper's arms on a GPU: experiments/gpu.sh.
     "smollm2-gpu": Study(
         donor="HuggingFaceTB/SmolLM2-135M", data="out_books", valid="out_books/valid", windows=64,

@@ -190,17 +190,28 @@ def rate_cells(study: Study, at: dict[float, float]) -> list[str]:
 
 
 def smollm2_table(results: Path) -> str:
-    """SmolLM2-135M and its plot: one seed, so intervals over books only."""
+    """SmolLM2-135M and its plot: short runs on the validation text, long ones, if there are any, on the test books."""
     if not read_runs(results / "matrix.jsonl", "smollm2"):
         return "Not run yet: `python -m experiments.matrix --study=smollm2`."
     study, lines = matrix_lines(results, "smollm2")
-    rows = [["SmolLM2-135M, 2 loops", "stored block", "learning rate", "before training",
-             f"after {study.tokens:,} tokens", "above plain low rank [95 %, books]"], donor_cells(lines)]
+    finished = any(run.stage == "main" for run in lines)
+    rows = [["SmolLM2-135M, 2 loops", "stored block", "test books, before training", "validation text, before",
+             f"after {study.rate_tokens:,} tokens", "at the rate",
+             *[f"test books, after {study.tokens:,}", "above plain low rank as large [95 %]"][:2 * finished]]]
+    rows.append(["donor", "100 %", mean_and_spread(mean_loss(lines, Measured("donor", -1, False))),
+                 *[""] * (len(rows[0]) - 3)])
     for arm in study.arms:
-        result = compare(lines, Comparison(Measured("low-rank-64"), Measured(arm.name)))
-        rows.append([*arm_cells(study, lines, arm), interval(result) if result and arm.name != "low-rank-64" else ""])
+        start, trained = Measured(arm.name, -1, False), Measured(arm.name)
+        short, rates = [short_loss(study, lines, each) for each in (start, trained)], tried_rates(arm, lines)
+        rows.append([arm.label, stored_by(arm.name, lines), mean_and_spread(mean_loss(lines, start)),
+                     *("" if loss is None else f"{loss:.3f}" for loss in short),
+                     f"{min(rates, key=rates.__getitem__):g}" if rates else ""])
+        if finished:
+            plain = {"tied": "low-rank-0", "relaxed": "low-rank-64", "calibrated": "low-rank-64"}.get(arm.family)
+            result = compare(lines, Comparison(Measured(plain), trained)) if plain else None
+            rows[-1] += [mean_and_spread(mean_loss(lines, trained)), interval(result) if result else ""]
     plot = "![Loss against the stored share of the block, SmolLM2-135M](../results/frontier_smollm2.png)"
-    return f"{markdown(rows)}\n\n{plot}"
+    return f"{markdown(rows)}\n\n{plot}\n\n{wrap(where(list(lines.values())) + '.')}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

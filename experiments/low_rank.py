@@ -30,6 +30,7 @@ from lib.cli import UserError, parse_args, print0, script
 from lib.data import load_tokens
 from lib.donors import find_donor
 from lib.folders import check_out, replace_folder
+from lib.system import pick_device
 from lib.tokenizer import Tokenizer, copy_tokenizer
 from model import Config, RecursiveTransformer, RelaxedLinear
 
@@ -136,7 +137,7 @@ def main(argv=None) -> int | None:
         return train.main(argv[1:])
     args = parse_args(LowRankConfig, argv)
     check_out(args.out)
-    full, folder = load_full(args.donor, torch.float32), find_donor(args.donor)
+    full, folder = load_full(args.donor, torch.float32).to(pick_device()), find_donor(args.donor)
     tokens = load_tokens(args.calib_text, Tokenizer.load(folder, full.config.vocab_size), full.config.vocab_size)
     with torch.device("meta"):
         recursive = RecursiveTransformer(replace(full.config, n_loop=args.loops, rank=args.size_of))

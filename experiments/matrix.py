@@ -38,7 +38,7 @@ from lib.data import load_tokens, validation
 from lib.donors import find_donor, read_json
 from lib.folders import replace_folder
 from lib.results import append_line, check_writable, read_lines
-from lib.system import run_info, start_processes
+from lib.system import pick_device, run_info, start_processes
 from lib.tokenizer import Tokenizer, copy_tokenizer
 from model import RecursiveTransformer
 from train import TrainConfig, build, donor_config, evaluate
@@ -182,7 +182,7 @@ def start_model(study: Study, run: Run, work: Path) -> RecursiveTransformer:
     if args.init == "calibrated":
         tokens = load_tokens(args.data, Tokenizer.load(folder, config.vocab_size), config.vocab_size)
         windows = calibration_windows(tokens, args.calib_tokens, config, args.data)
-    return build(args, folder, config, torch.device("cpu"), False, windows)[0]
+    return build(args, folder, config, pick_device(), False, windows)[0]
 
 
 def finish(command: list[str], output) -> int:

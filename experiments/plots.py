@@ -16,7 +16,7 @@ CURVES = {"toy": {"tied, then average + SVD by rank": ["stepwise", "average-r6",
                   "calibrated (ours)": ["calibrated-r6", "calibrated-r24", "calibrated-r48"],
                   "plain low rank, nothing shared": ["low-rank-0", "low-rank-6", "low-rank-24"], "full size": ["full"]},
           "smollm2": {"tied, then average + SVD": ["stepwise", "average-r64"], "calibrated (ours)": ["calibrated-r64"],
-                      "plain low rank, nothing shared": ["low-rank-64"]}}
+                      "plain low rank, nothing shared": ["low-rank-0", "low-rank-64"], "full size": ["full"]}}
 
 
 def plot_frontier(axes, results: Path, name: str) -> None:

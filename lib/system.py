@@ -125,13 +125,15 @@ def process_age() -> float:
 
 def run_info() -> dict:
     """The hardware, versions and commit that a figure was measured with."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                         text=True)
+    commit = None                                            # where git or its folder is missing
+    with suppress(OSError):
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip() or None
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu or platform.processor(), "gpu": gpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip() or None,
+            "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
             "time": time.strftime("%F %T")}
 
 

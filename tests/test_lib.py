@@ -317,6 +317,11 @@ def test_peak_of_a_gpu_is_known_by_its_name(monkeypatch, name, tera):
     assert peak_flops(torch.device("cuda"), bf16=False) is None
 
 
+def test_a_figure_without_git_has_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert system.run_info()["commit"] is None
+
+
 def test_only_gpus_have_a_known_peak_and_every_machine_a_peak_of_memory():
     for name in ("cpu", "meta"):
         assert peak_flops(torch.device(name), bf16=True) is None

@@ -190,7 +190,8 @@ def test_signs_and_rates(tmp_path):
 
 
 def test_one_seed_has_intervals_over_books(tmp_path):
-    lines = [line("donor", "start", study="smollm2"), line("low-rank-64", study="smollm2", stored=34),
+    lines = [line("donor", "start", study="smollm2"), line("low-rank-0", study="smollm2", stored=25),
+             line("low-rank-64", loss=[9.0] * 11, study="smollm2", stored=34),
              line("stepwise", loss=[4.0 + i / 10 for i in range(11)], study="smollm2", stored=25)]
     row, = (x for x in smollm2_table(write(tmp_path, *lines)).splitlines() if "stepwise" in x)
     assert re.search(r"\+0\.500 \[\+0\.3\d\d, \+0\.[67]\d\d\]", row) and "| 50 % |" in row.replace("25 %", "50 %")
