@@ -103,6 +103,8 @@ def absorb_norms(layer: Layer) -> Layer:
                 linear.bias = nn.Parameter(bias if linear.bias is None else linear.bias + bias)
             linear.weight *= scale
         set_norm_scale(norm, 1.0)
+    if layer.attn.o.bias is None and layer.norm1.bias is not None:       # beside q's, k's and v's, o has one too
+        layer.attn.o.bias = nn.Parameter(torch.zeros_like(layer.norm1.bias))
     return layer
 
 
@@ -120,9 +122,9 @@ def collect_stats(full: RecursiveTransformer, windows: list[Tensor]) -> Activati
     windows = [idx.to(full.embed.weight.device) for idx in windows]
     ropes = [rope_angles(torch.arange(idx.size(1), device=idx.device), full.config) for idx in windows]
     states = [[upcast(full.first_state(idx)).flatten(0, 1) for idx in windows]]      # before each layer, per window
-    for layer in progress(full.layers, desc="calibration, forward", unit="layer"):
+    for i, layer in enumerate(progress(full.layers, desc="calibration, forward", unit="layer")):
         layer = absorb_norms(layer)
-        states.append([layer(x, rope, 0, 0, None) for x, rope in zip(states[-1], ropes, strict=True)])
+        states.append([layer(x, rope, 0, i, None) for x, rope in zip(states[-1], ropes, strict=True)])
     head = upcast(full.head_weight.detach())
     grads = [loss_gradient(full.norm, head, x, idx) for x, idx in zip(states.pop(), windows, strict=True)]
 
@@ -132,7 +134,7 @@ def collect_stats(full: RecursiveTransformer, windows: list[Tensor]) -> Activati
         add_hooks(layer, f"layers.{i}.", stats, count)
         for j, x in enumerate(states.pop()):
             with torch.enable_grad():
-                y = layer(x.requires_grad_(), ropes[j], 0, 0, None)
+                y = layer(x.requires_grad_(), ropes[j], 0, i, None)
             grads[j], = torch.autograd.grad(y, x, grads[j])
         for name in (f"layers.{i}.{first}" for first in SHARED_INPUT):
             second, mean = stats.inputs[name]
@@ -396,9 +398,9 @@ def calibrate(full: RecursiveTransformer, stats: ActivationStats, n_loop: int = 
     report: if given, filled with "attn.q" -> the errors of `fit` of each stored layer, and so on.
     """
     refuse_looped(full.config, "calibrate its donor")
-    biased = full.config.arch == "gpt_neox"                              # absorbed norms leave biases
-    target = replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors, kv=kv, attn_bias=biased,
-                     mlp_bias=biased)
+    c, biased = full.config, full.config.arch == "gpt_neox"              # absorbed norms leave biases
+    target = replace(c, n_loop=n_loop, rank=rank, vectors=vectors, kv=kv, attn_bias=biased or c.attn_bias,
+                     mlp_bias=biased or c.mlp_bias)
     with torch.device("meta"):                                           # allocate weights in the right dtype only
         model = RecursiveTransformer(target)
     model = model.to(dtype or full.embed.weight.dtype).to_empty(device=full.embed.weight.device)
@@ -406,6 +408,10 @@ def calibrate(full: RecursiveTransformer, stats: ActivationStats, n_loop: int = 
     for k, layer in enumerate(progress(model.layers, desc="calibrating", unit="layer")):
         depths = range(k, full.config.n_layer, target.n_unique)          # the donor layers that layer k replaces
         donors = [absorb_norms(full.layers[i]) for i in depths]
+        for name in ("attn.q_norm", "attn.k_norm") if c.qk_norm else ():  # after the linear layer: nothing absorbs them
+            norms = [upcast(full.layers[i].get_submodule(name).weight) for i in depths[:target.loops_of(name)]]
+            norms = torch.stack(norms)
+            layer.get_submodule(name).weight.copy_(norms if vectors == "per_loop" else norms.mean(0))
         scales = {"attn.q": share_norm_scale(layer.norm1, [full.layers[i].norm1 for i in depths]),
                   "mlp.up": share_norm_scale(layer.norm2, [full.layers[i].norm2 for i in depths])}
         for first, names in SHARED_INPUT.items():

@@ -50,6 +50,10 @@ def check_keys(keys: str, config: Config) -> None:
     if keys == "copy" and config.kv == "first_loop":
         raise UserError("keys='copy' copies KV to the loops that a token skips, and all loops of this model read those "
                         "of the first (kv=first_loop); use keys='exact', which costs nothing here")
+    loops = range(config.n_loop)
+    if keys == "copy" and any(len({config.rotates(loop, i) for loop in loops}) > 1 for i in range(config.n_unique)):
+        raise UserError("keys='copy' copies keys to later loops, and a layer of this model rotates them in some loops "
+                        "only (no_rope); use keys='exact', or loops whose layers agree")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Donors: Hugging Face checkpoints of Gemma, Llama and GPT-NeoX (Pythia), read strictly, one tensor at a time; and
-full-size models written in the same layout."""
+"""Donors: Hugging Face checkpoints of Gemma 1, Llama, Mistral, Qwen 2 and 3, SmolLM3 and GPT-NeoX (Pythia), read
+strictly, one tensor at a time; and full-size models written in the same layout."""
 
 import json
 import re
@@ -34,6 +34,8 @@ LLAMA_NAMES = {
     "layers.{}.attn.k": "model.layers.{}.self_attn.k_proj",
     "layers.{}.attn.v": "model.layers.{}.self_attn.v_proj",
     "layers.{}.attn.o": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
+    "layers.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
     "layers.{}.mlp.gate": "model.layers.{}.mlp.gate_proj",
     "layers.{}.mlp.up": "model.layers.{}.mlp.up_proj",
     "layers.{}.mlp.down": "model.layers.{}.mlp.down_proj",
@@ -66,15 +68,25 @@ class Family:
 SETTINGS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_embd": "hidden_size",
             "n_head": "num_attention_heads", "n_hidden": "intermediate_size", "n_ctx": "max_position_embeddings",
             "tie_head": "tie_word_embeddings", "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}
+UNBIASED = SETTINGS | {"n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "norm_eps": "rms_norm_eps",
+                       "rope_theta": "rope_theta"}
 LLAMA = Family(
     hf_class="Llama", names=LLAMA_NAMES, activations=("silu",),
-    settings=SETTINGS | {"n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "norm_eps": "rms_norm_eps",
-                         "rope_theta": "rope_theta"},
+    settings=UNBIASED | {"attn_bias": "attention_bias", "mlp_bias": "mlp_bias"},
     defaults={"n_ctx": 2048, "norm_eps": 1e-6, "tie_head": False, "rope_theta": 10000.0},
     must_agree={"partial_rotary_factor": "rotary_pct", "rotary_pct": "rotary_pct", "rotary_emb_base": "rope_theta"})
 GEMMA = replace(
     LLAMA, hf_class="Gemma", activations=("gelu_pytorch_tanh", "gelu"),  # early releases say "gelu" and mean tanh
+    settings=UNBIASED | {"attn_bias": "attention_bias"},
     defaults={"n_ctx": 8192, "norm_eps": 1e-6, "tie_head": True, "rope_theta": 10000.0, "head_dim": 256})
+MISTRAL = replace(LLAMA, hf_class="Mistral", settings=UNBIASED,
+                  defaults=LLAMA.defaults | {"n_ctx": 131072, "n_kv_head": 8})
+QWEN2 = replace(LLAMA, hf_class="Qwen2", settings=UNBIASED,
+                defaults=LLAMA.defaults | {"n_ctx": 32768, "n_kv_head": 32, "attn_bias": True, "o_bias": False})
+QWEN3 = replace(LLAMA, hf_class="Qwen3", settings=GEMMA.settings,
+                defaults=LLAMA.defaults | {"n_ctx": 32768, "n_kv_head": 32, "head_dim": 128, "qk_norm": True})
+SMOLLM3 = replace(LLAMA, hf_class="SmolLM3", settings=LLAMA.settings | {"no_rope": "no_rope_layers"},
+                  defaults=LLAMA.defaults | {"n_ctx": 32768, "n_kv_head": 4, "tie_head": True, "rope_theta": 2e6})
 NEOX = Family(
     hf_class="GPTNeoX", names=NEOX_NAMES, activations=("gelu",),
     settings=SETTINGS | {"norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base", "rotary_pct": "rotary_pct",
@@ -83,7 +95,9 @@ NEOX = Family(
               "attn_bias": True, "mlp_bias": True, "parallel": True},
     must_agree={"partial_rotary_factor": "rotary_pct", "rope_theta": "rope_theta", "head_dim": "head_dim",
                 "num_key_value_heads": "n_head"})
-FAMILIES = {"gemma": GEMMA, "llama": LLAMA, "gpt_neox": NEOX}
+FAMILIES = {"gemma": GEMMA, "llama": LLAMA, "gpt_neox": NEOX, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3,
+            "smollm3": SMOLLM3}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Config.rope_llama3
 IN_ROPE = {"rope_theta": "rope_theta", "rotary_pct": "partial_rotary_factor"}  # ours -> theirs in rope_parameters
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|attention\.(bias|masked_bias)$")  # buffers that old checkpoints carry
@@ -104,12 +118,15 @@ def hf_name(name: str, arch: str) -> str:
 
 # Settings that ask for what this code does not do: each is refused by name, since the model would be silently wrong.
 REFUSED = {
-    "rope_scaling": "scaled rotary embeddings", "rope_parameters": "scaled rotary embeddings",
-    "sliding_window": "sliding-window attention", "layer_types": "layers of different kinds",
-    "attention_bias": "attention biases", "mlp_bias": "MLP biases", "attn_logit_softcapping": "soft-capping",
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), "scaled rotary embeddings of another kind than llama3"),
+    **dict.fromkeys(("sliding_window", "use_sliding_window"),
+                    "a window shorter than max_position_embeddings, which you may lower to it"),
+    "layer_types": "layers of different kinds", "attn_logit_softcapping": "soft-capping",
     "final_logit_softcapping": "soft-capping", "quantization_config": "quantised weights",
     "use_bidirectional_attention": "bidirectional attention",
 }
+REFUSED_TYPES = {"gemma2": " (soft-capping, sandwich norms, sliding windows)", "olmo2": " (norms after, not before)",
+                 **dict.fromkeys(("gemma3", "gemma3_text"), " (sandwich norms, sliding windows)")}
 # So are unknown settings whose name suggests the forward pass; other unknown settings are kept for exports.
 ABOUT_FORWARD = re.compile(r"rope|rotary|alibi|attn|attention|norm|scal|multiplier|softcap|window|bias|residual|expert"
                            r"|moe|clip|activation|hidden_act|interleav")
@@ -117,7 +134,8 @@ HARMLESS = re.compile(  # about training and generation, and what transformers w
     r"_.*|.*(dropout|pdrop|_token_id|_version|flash.*|implementation|initializer_range)|(max|min)_length|num_labels"
     r"|(model_type|id2label|label2id|problem_type|architectures|(torch_)?dtype|use_cache|pretraining_tp|tokenizer_class)"
     r"|output_(attentions|hidden_states|scores)|return_dict.*|torchscript|is_(encoder_)?decoder|chunk_size_feed_forward"
-    r"|max_window_layers|is_llama_config|exported_by|recursive|repetition_penalty|do_sample|temperature|top_[kp]")
+    r"|max_window_layers|no_rope_layer_interval|is_llama_config|exported_by|recursive|repetition_penalty|do_sample"
+    r"|temperature|top_[kp]")
 NOT_EXPORTED = {"model_type", "architectures", "dtype", "torch_dtype", "exported_by", "auto_map", "hidden_act",
                 "hidden_activation", "rope_scaling", "rope_parameters"}  # an export has its own, or has none
 
@@ -129,8 +147,10 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
         raise UserError(f"{where} is of a checkpoint of this project, but a donor is a Hugging Face checkpoint: "
                         "export it first with python convert.py --unroll")
     if arch not in FAMILIES:
-        raise UserError(f"{where}: model_type {arch!r} is not supported; donors are of type {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: model_type {arch!r} is not supported{REFUSED_TYPES.get(arch, '')}; donors are of "
+                        f"type {', '.join(FAMILIES)}")
     family = FAMILIES[arch]
+    hf = {"sliding_window": 4096} | hf if arch == "mistral" else hf      # as its class in transformers
     refuse_unsupported(hf, arch, where)
     values = family.defaults | {ours: hf[theirs] for ours, theirs in family.settings.items() if theirs in hf}
     for name in ("n_embd", "n_head", "n_layer", "n_hidden", "vocab_size"):
@@ -138,17 +158,21 @@ def config_from_hf(hf: dict, where="config.json") -> Config:
             raise UserError(f"{where}: setting '{family.settings[name]}' is missing; "
                             f"is it the config.json of a {arch} model?")
     values |= {name: rope_setting(hf, family, name, where) for name in IN_ROPE if name in family.settings}
+    values["rope_llama3"] = rope_llama3(hf, values["n_ctx"], where)
     handled = NOT_EXPORTED | set(family.must_agree) | set(family.settings.values())
     try:
         for name, value in values.items():
             if value is not None or name not in ("n_kv_head", "head_dim"):
                 check_type(Config, name, value)
+        if "no_rope" in family.settings:
+            values["no_rope"] = unrotated_layers(hf, values["n_layer"])
         derived = {"n_kv_head": values["n_head"], "head_dim": values["n_embd"] // max(values["n_head"], 1)}
         values |= {name: value for name, value in derived.items() if values.get(name) is None}
         config = Config(arch=arch, **values, extra={key: value for key, value in hf.items() if key not in handled})
     except UserError as e:                                               # it begins with our name of the setting
         name, *rest = str(e).partition("=")
-        raise UserError(f"{where}: {family.settings.get(name, name)}{''.join(rest)}") from None
+        name = (family.settings | {"rope_llama3": " ".join(LLAMA3)}).get(name, name)
+        raise UserError(f"{where}: {name}{''.join(rest)}") from None
     for key, name in family.must_agree.items():
         for given in (source.get(key) for source in (hf, *rope_dicts(hf))):
             if given not in (None, getattr(config, name)):
@@ -170,6 +194,29 @@ def rope_setting(hf: dict, family: Family, name: str, where) -> float:
     if any(v != values[0] for v in values):
         raise UserError(f"{where}: {key} is given as {' and as '.join(map(repr, values))}; keep the right one")
     return float(values[0]) if type(values[0]) is int else values[0]
+
+
+def rope_llama3(hf: dict, n_ctx: int, where) -> list[float] | None:
+    """The LLAMA3 settings of config.json, None without that scaling. UserError if it is given twice and they differ."""
+    found = [[({LLAMA3[3]: n_ctx} | rope | hf).get(name) for name in LLAMA3] if is_llama3(rope) else None
+             for rope in rope_dicts(hf) if rope]
+    if any(one != found[0] for one in found):
+        raise UserError(f"{where}: rope_scaling and rope_parameters differ; keep the right one")
+    return found[0] if found else None
+
+
+def is_llama3(rope: dict) -> bool:
+    return "llama3" in (rope.get("rope_type"), rope.get("type"))         # "type" is the old key
+
+
+def unrotated_layers(hf: dict, n_layer: int) -> list[int] | None:
+    """The layers without rotation: those with a 0 in no_rope_layers, or every no_rope_layer_interval-th."""
+    flags, interval = hf.get("no_rope_layers"), hf.get("no_rope_layer_interval", 4)
+    if type(interval) is not int or interval < 1 or flags and len(flags) < n_layer:
+        raise UserError(f"no_rope={flags} needs one entry for each of the {n_layer} layers, or null beside a "
+                        f"no_rope_layer_interval that is positive ({interval!r})")
+    flags = flags or [(i + 1) % interval for i in range(n_layer)]
+    return [i for i in range(n_layer) if not flags[i]] or None
 
 
 def refuse_unsupported(hf: dict, arch: str, where) -> None:
@@ -199,15 +246,19 @@ def refuse_unsupported(hf: dict, arch: str, where) -> None:
 
 def is_harmless(key: str, value, hf: dict) -> bool:
     """True if a setting in REFUSED has a value that changes nothing."""
-    if key == "sliding_window":
-        return hf.get("use_sliding_window") is False
+    if key in ("sliding_window", "use_sliding_window"):                  # off, or as wide as the longest text
+        arch, window = hf["model_type"], hf.get("sliding_window", 4096)
+        used = hf.get("use_sliding_window", arch not in ("qwen2", "qwen3", "smollm3")) or arch == "mistral"
+        n_ctx = hf.get("max_position_embeddings", FAMILIES[arch].defaults["n_ctx"])
+        return not used or window is None or type(window) is type(n_ctx) is int and window >= n_ctx
     if key == "layer_types":
         return isinstance(value, list) and all(kind == "full_attention" for kind in value)
-    plain = {"rope_type": "default", "type": "default", "factor": 1,     # "type" is the old key
-             "original_max_position_embeddings": hf.get("max_position_embeddings")}
-    return key.startswith("rope_") and isinstance(value, dict) and all(
-        v is None or k in ("rope_theta", "partial_rotary_factor") or k in plain and v == plain[k]
-        for k, v in value.items())
+    if not key.startswith("rope_") or not isinstance(value, dict):
+        return False
+    kind, read = ("llama3", LLAMA3) if is_llama3(value) else ("default", ())
+    plain = {"rope_type": kind, "type": kind, "factor": 1, LLAMA3[3]: hf.get("max_position_embeddings")}
+    return all(v is None or k in ("rope_theta", "partial_rotary_factor", *read) or k in plain and v == plain[k]
+               for k, v in value.items())
 
 
 @cache
@@ -349,14 +400,19 @@ def refuse_first_loop_kv(config: Config) -> None:
 def hf_config(c: Config, dtype: torch.dtype) -> dict:
     """The config.json of a full-size model for transformers: the donor's other settings, and the model's own."""
     family = FAMILIES[c.arch]
-    return {"pad_token_id": None, "attention_bias": False} | c.extra | {
+    hf = {"pad_token_id": None} | c.extra | {
         "exported_by": "nanoRRT", "model_type": c.arch, "architectures": [family.hf_class + "ForCausalLM"],
         "hidden_act": family.activations[0], "torch_dtype": str(dtype).removeprefix("torch.")} | {
         theirs: getattr(c, ours) for ours, theirs in family.settings.items()}
+    if c.rope_llama3:
+        hf["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3, c.rope_llama3, strict=True))
+    if "no_rope" in family.settings:
+        hf["no_rope_layers"] = [int(c.rotates(0, i)) for i in range(c.n_layer)]
+    return hf
 
 
 def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
-    """Write a full-size model that transformers loads as GemmaForCausalLM, LlamaForCausalLM or GPTNeoXForCausalLM.
+    """Write a full-size model that transformers loads as GemmaForCausalLM, LlamaForCausalLM, and so on.
 
     `tokenizer`: a folder whose tokenizer files, README and licence are copied along. UserError for a recursive model,
     for which transformers has no class: `unroll` it first.

@@ -17,6 +17,7 @@ Paper: Relaxed Recursive Transformers, https://arxiv.org/abs/2410.20672
 
 import functools
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from lib import checks
 from lib.cli import UserError
 from lib.folders import replace_folder, settled
+
+Arch = Literal["gemma", "llama", "gpt_neox", "mistral", "qwen2", "qwen3", "smollm3"]  # the last four as llama
 
 
 @dataclass
@@ -46,12 +49,16 @@ class Config:
     head_dim: int = 48         # D, not always n_embd // n_head (Gemma 7B)
     n_hidden: int = 512        # width of the MLP
     n_ctx: int = 512           # longest sequence the donor was trained on
-    arch: Literal["gemma", "llama", "gpt_neox"] = "gemma"  # the family: decides norm, MLP and embedding scale
+    arch: Arch = "gemma"       # the family: decides norm, MLP and embedding scale
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rotary_pct: float = 1.0    # share of each head that is rotated (Pythia: 0.25)
     tie_head: bool = True      # the head is the embedding (Gemma)
+    rope_llama3: list[float] | None = None  # factor, low and high frequency factor, original context (Llama 3.1)
+    no_rope: list[int] | None = None  # depths (loop * n_unique + layer) whose q and k are not rotated (SmolLM3)
+    qk_norm: bool = False      # RMSNorm over each head of q and k, before the rotation (Qwen 3)
     attn_bias: bool = False    # biases on q, k, v, o (Pythia)
+    o_bias: bool = True        # with attn_bias, on o too (not Qwen 2)
     mlp_bias: bool = False     # biases on the MLP (Pythia)
     parallel: bool = False     # attention and MLP read the same input (Pythia)
     bos_token_id: int | None = None  # the donor's begin-of-text id
@@ -78,7 +85,11 @@ class Config:
 
     def loops_of(self, name: str) -> int:
         """In how many loops a part of a stored layer runs, by its name: `attn.k`, `layers.0.mlp.up.weight`."""
-        return self.kv_loops if {"k", "v"} & set(name.split(".")) else self.n_loop
+        return self.kv_loops if {"k", "k_norm", "v"} & set(name.split(".")) else self.n_loop
+
+    def rotates(self, loop: int, i: int) -> bool:
+        """True if layer i rotates q and k at `loop`: by its depth, or with kv="first_loop" by that of the keys."""
+        return min(loop, self.kv_loops - 1) * self.n_unique + i not in (self.no_rope or ())
 
     def architecture(self) -> dict:
         """The settings that determine what the model computes."""
@@ -205,7 +216,12 @@ def rope_angles(pos: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """cos and signed sin (T, 1, rotated), in fp32, that `rotate` needs at positions `pos` (T,)."""
     rotated = int(config.head_dim * config.rotary_pct)
     exponent = torch.arange(0, rotated, 2, device=pos.device, dtype=torch.float32) / rotated
-    angle = pos.float()[:, None, None] * (1.0 / config.rope_theta**exponent)  # in the donors' order
+    freq = 1.0 / config.rope_theta**exponent                             # in the donors' order
+    if config.rope_llama3:                                               # low frequencies are divided by `factor`
+        factor, low, high, n_ctx = config.rope_llama3
+        keep = ((n_ctx / (2 * math.pi / freq) - low) / (high - low)).clamp(0, 1)
+        freq = (1 - keep) * freq / factor + keep * freq
+    angle = pos.float()[:, None, None] * freq
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
@@ -221,6 +237,16 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return torch.cat([rotate(x[..., :rotated], rope), x[..., rotated:]], -1)
     wide = upcast(x)
     return torch.addcmul(wide * cos, wide.roll(rotated // 2, -1), sin).type_as(x)
+
+
+def rope_at(rope: tuple[Tensor, Tensor], config: Config, loop: int | Tensor, i: int) -> tuple[Tensor, Tensor]:
+    """`rope` where layer i rotates at `loop`, an int or (T,); elsewhere cos 1 and sin 0, which `rotate` nothing."""
+    still = [n for n in range(config.n_loop) if not config.rotates(n, i)] if config.no_rope else []
+    if not still:
+        return rope
+    on = 1 - sum(loop == n for n in still)                               # 0 or 1, or (T,) of them
+    on = on[:, None, None] if isinstance(loop, Tensor) else on
+    return rope[0] * on + (1 - on), rope[1] * on
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -317,21 +343,33 @@ class Attention(nn.Module):
         for_kv = replace(config, n_loop=config.kv_loops, kv="own")       # LoRA and biases of loops that compute them
         self.k = RelaxedLinear(C, K * D, for_kv, config.attn_bias)
         self.v = RelaxedLinear(C, K * D, for_kv, config.attn_bias)
-        self.o = RelaxedLinear(H * D, C, config, config.attn_bias)
+        self.o = RelaxedLinear(H * D, C, config, config.attn_bias and config.o_bias)
+        self.config, self.q_norm, self.k_norm = config, None, None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps, config.arch == "gemma", c.vector_loops)
+                                        for c in (config, for_kv))
 
     def forward(self, x: Tensor, rope, loop: int | Tensor, layer: int, cache) -> Tensor:
         T, D = len(rope[0]), self.head_dim                               # x (B T, C)
-        q = rotate(self.q(x, loop).view(-1, T, self.n_head, D), rope)    # (B, T, H, D)
+        rope = rope_at(rope, self.config, loop, layer)
+        q = self.rotated(self.q(x, loop).view(-1, T, self.n_head, D), self.q_norm, loop, rope)  # (B, T, H, D)
         k = v = None
         kv_loop = loop if cache is None else cache.kv_loop(loop)
         if kv_loop is not None:
-            k = rotate(self.k(x, kv_loop).view(-1, T, self.n_kv_head, D), rope)  # (B, T, K, D)
+            k = self.k(x, kv_loop).view(-1, T, self.n_kv_head, D)        # (B, T, K, D)
+            k = self.rotated(k, self.k_norm, kv_loop, rope)
             v = self.v(x, kv_loop).view(-1, T, self.n_kv_head, D)        # (B, T, K, D)
         if cache is None:
             y = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2))    # (B, T, H, D)
         else:
             y = cache.attend(loop, layer, q, k, v)
         return self.o(y.reshape(x.size(0), -1), loop)                    # (B T, C)
+
+    def rotated(self, x: Tensor, norm: RMSNorm | None, loop: int | Tensor, rope) -> Tensor:
+        """x (B, T, heads, D) after the norm of its heads, if there is one, and the rotation."""
+        if norm is not None:
+            x = norm(x.transpose(1, 2), loop).transpose(1, 2)            # T next to D: so are weights of each row
+        return rotate(x, rope)
 
 
 class MLP(nn.Module):

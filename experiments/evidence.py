@@ -11,6 +11,9 @@ from experiments.matrix import Lines, chosen_rate, read_runs, tried_rates
 from experiments.tables import markdown, percent, where, wrap
 from experiments.verdicts import MISSING, Result, compare, gap_shares, losses, mean_loss, verdicts
 
+KV_ARMS = {"stepwise": "stepwise-kv", "average-r24": "average-r24-kv", "calibrated-r24": "calibrated-r24-kv",
+           "exits-self": "exits-self-kv"}                    # with each loop's own KV -> with the first loop's
+
 
 def matrix_lines(results: Path, study: str = "toy") -> tuple[Study, Lines]:
     """A study and its lines. Raises LookupError without any."""
@@ -212,6 +215,24 @@ def smollm2_table(results: Path) -> str:
             rows[-1] += [mean_and_spread(mean_loss(lines, trained)), interval(result) if result else ""]
     plot = "![Loss against the stored share of the block, SmolLM2-135M](../results/frontier_smollm2.png)"
     return f"{markdown(rows)}\n\n{plot}\n\n{wrap(where(list(lines.values())) + '.')}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/choices.md
+
+def shared_kv_table(results: Path) -> str:
+    """Each loop's own keys and values beside those of the first loop, trained alike."""
+    study, lines = matrix_lines(results)
+    rows = [["", "stored block: own, shared", "loss with own KV", "with shared KV", "shared above own [95 %]"]]
+    for name, shared in KV_ARMS.items():
+        arm = study.arm(name)
+        for loop in (0, -1) if arm.base else (-1,):
+            pair = Measured(name, loop), Measured(shared, loop)
+            result, of = compare(lines, Comparison(*pair)), (arm.base or name, study.arm(shared).base or shared)
+            rows.append([label(study, pair[0]), ", ".join(stored_by(each, lines) for each in of),
+                         *(mean_and_spread(mean_loss(lines, each)) for each in pair),
+                         interval(result) if result else ""])
+    return markdown(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

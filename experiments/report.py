@@ -30,6 +30,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
                         "smollm2": evidence.smollm2_table, "decode": tables.decode_table},
     "docs/exits.md": {"exits": evidence.exits_table, "calibrated": tables.calibrated_table},
     "docs/calibration.md": {"start": tables.start_table, "read": tables.read_table, "saved": evidence.saved_table},
+    "docs/choices.md": {"shared_kv": evidence.shared_kv_table},
     "docs/batching.md": {"batching_details": tables.batching_details_table},
     "docs/scale.md": {"scale": tables.scale_table},
 }

@@ -226,7 +226,8 @@ def batching_details(case: dict) -> str:
     c, asked, trained = case["model"], case["settings"], bool(case["settings"]["ckpt"])
     about = (f"**{c['n_loop']} loops of {c['n_layer'] // c['n_loop']} layers, C = {c['n_embd']}, rank {c['rank']}, "
              f"{'trained exits' if trained else 'random weights'}**: {case['requests']} requests, prompts of "
-             f"{asked['prompt_len']} tokens, {asked['new_tokens']} new ones on average, {asked['rounds']} rounds")
+             f"{asked['prompt_len']} tokens, {asked['new_tokens']} new ones on average, {asked['rounds']} rounds; "
+             f"{case['gpu'] or case['cpu']}")
     if trained:
         about += (f"; texts at full depth have a loss of {case['full_depth_loss']:.3f}, and "
                   f"{percent(case['distinct'])} of a text's tokens are distinct")

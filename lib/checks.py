@@ -65,6 +65,12 @@ def check_config(c) -> None:
         name = "head_dim" if c.rotary_pct == 1 else "rotary_pct"
         raise UserError(f"{name}={getattr(c, name)} rotates {rotated} of each head's {c.head_dim} dimensions; "
                         "use an even head_dim, and a rotary_pct above 0 and up to 1")
+    rope = c.rope_llama3
+    if rope and not (len(rope) == 4 and min(rope) > 0 and rope[1] < rope[2]):
+        raise UserError(f"rope_llama3={rope} must be four positive numbers: factor, low_freq_factor, high_freq_factor "
+                        "(the larger of the two) and original_max_position_embeddings")
+    if c.no_rope and not set(c.no_rope) <= set(range(c.n_layer)):
+        raise UserError(f"no_rope={c.no_rope} names depths that the {c.n_layer} layers do not have")
     for name in ("bos_token_id", "eos_token_id"):
         ids = getattr(c, name)
         if not all(0 <= i < c.vocab_size for i in (ids if isinstance(ids, list) else [ids or 0])):

@@ -26,7 +26,7 @@ def find_donor(donor: str) -> Path:
     try:
         wanted = ["*.json", "*.safetensors", "*.tiktoken", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt",
                   "README.md", *LICENCES]
-        return Path(snapshot_download(donor, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(donor, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as e:  # the hub client raises many kinds
         raise UserError(f"donor {donor} is no folder, and cannot be downloaded either ({str(e).splitlines()[0]}); give "
                         "a local folder") from None

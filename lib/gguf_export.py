@@ -8,6 +8,7 @@ Source: llama.cpp's src/models, src/llama-vocab.cpp and conversion/. The file it
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,7 @@ from lib.tokenizer import Tokenizer, copy_tokenizer, write_fast_tokenizer
 UNROLL = "--unroll writes every layer of every loop out, which llama.cpp runs as a full-size model"
 CONVERTER = ("use llama.cpp's convert_hf_to_gguf.py on its folder in Hugging Face's layout, as --unroll --out=FOLDER "
              "writes it")
+ARCHS = {"llama": "llama", "mistral": "llama", "gemma": "gemma", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> theirs
 
 
 def architecture(c) -> str:
@@ -35,17 +37,22 @@ def architecture(c) -> str:
     if c.kv == "first_loop":
         raise UserError("llama.cpp's looped architecture computes keys and values in every loop, and this model in the "
                         "first alone (kv=first_loop); use the checkpoint as it is, or convert with --kv=own")
-    if c.arch not in ("llama", "gemma"):
-        raise UserError(f"GGUF files are written for llama and gemma, and this is a {c.arch} model; {CONVERTER}")
-    if c.attn_bias or c.mlp_bias or c.parallel or c.rotary_pct != 1:
-        raise UserError("Llama has no biases, parallel attention and MLP, or partial rotation in llama.cpp, and this "
-                        f"model has; {CONVERTER}")
-    if c.arch == "gemma" and not c.tie_head:
+    if c.arch not in ARCHS:
+        raise UserError(f"GGUF files are written for {', '.join(ARCHS)}, and this is a {c.arch} model; {CONVERTER}")
+    arch = ARCHS[c.arch]
+    if (c.attn_bias, c.qk_norm) != (arch == "qwen2", arch == "qwen3") or c.attn_bias and c.o_bias or (
+            c.mlp_bias or c.parallel or c.no_rope or c.rotary_pct != 1):
+        raise UserError(f"llama.cpp's {arch} has no such biases, norms of heads, parallel attention and MLP, or "
+                        f"rotation of a part, and this model has; {CONVERTER}")
+    if c.rope_llama3 and arch != "llama":
+        raise UserError("llama.cpp scales rotary embeddings as Llama 3.1 does in Llama only, and this is "
+                        f"{arch}; {CONVERTER}")
+    if arch == "gemma" and not c.tie_head:
         raise UserError("llama.cpp's gemma takes the embedding for its head, and this model has a head of its own; "
                         "use it as it is, or --unroll --out=FOLDER for transformers")
-    if c.n_loop > 1 and c.arch != "llama":
+    if c.n_loop > 1 and arch != "llama":
         raise UserError(f"llama.cpp loops over layers of Llama only, and these are {c.arch}'s; {UNROLL}")
-    return "nanbeige" if c.n_loop > 1 else c.arch
+    return "nanbeige" if c.n_loop > 1 else arch
 
 
 def write_gguf(file, arch: str, c, tensors: dict[str, Tensor], tokenizer, dtype: str) -> list[str]:
@@ -86,13 +93,15 @@ def write_gguf(file, arch: str, c, tensors: dict[str, Tensor], tokenizer, dtype:
         writer.add_bool("nanbeige.skip_loop_final_norm", True)
     notes = add_tokenizer(writer, Path(tokenizer), c)
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.arch.upper()], c.n_unique)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHS[c.arch].upper()], c.n_unique)
     new = {}                                                 # llama.cpp's name -> its tensor and type
     for theirs, w in tensors.items():
         name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         rows = "F16" if kind == "Q8_0" and w.size(-1) % 32 else kind
         new[name] = w, gguf.GGMLQuantizationType["F32" if w.dim() == 1 else rows]
     blocks = gguf.GGML_QUANT_SIZES                           # of each type: (weights, bytes) of a block
+    if c.rope_llama3:
+        new["rope_freqs.weight"] = rope_divisors(c), gguf.GGMLQuantizationType.F32
     sizes = [w.numel() // blocks[qtype][0] * blocks[qtype][1] for w, qtype in new.values()]
     for (name, (w, qtype)), size in zip(new.items(), sizes, strict=True):
         writer.add_tensor_info(name, w.shape, np.dtype(np.float32), size, qtype)
@@ -118,11 +127,19 @@ def as_stored(w: Tensor, name: str, c) -> Tensor:
     """The values (fp32) that llama.cpp's tensor `name` has for our `w`."""
     if c.arch == "gemma" and name.endswith("norm.weight"):
         return w + 1.0                                       # its RMSNorm multiplies by the weight, Gemma's by 1 + it
-    if c.arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+    if ARCHS[c.arch] == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
         # Llama's rotary embedding turns dimensions 2i and 2i + 1 of a head there; in Hugging Face's order, and ours,
-        # i and i + D/2. nanbeige does as Llama; Gemma is in Hugging Face's order.
+        # i and i + D/2. nanbeige does as Llama; Gemma and Qwen are in Hugging Face's order.
         return w.view(-1, 2, c.head_dim // 2, w.size(-1)).transpose(1, 2).reshape(w.shape)
     return w
+
+
+def rope_divisors(c) -> Tensor:
+    """What llama.cpp divides the rotary frequencies (D/2,) by, for Llama 3.1's scaling: see `rope_angles`, model.py."""
+    factor, low, high, n_ctx = c.rope_llama3
+    freq = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    keep = ((n_ctx / (2 * math.pi / freq) - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - keep) / factor + keep)
 
 
 def check_file(file: Path) -> None:

@@ -230,7 +230,7 @@ def watched(full, idx):
 
 @each_arch
 def test_stats_are_those_of_each_linear_layer(arch):
-    full, idx = tiny(arch).double(), tokens(4, 9)
+    full, idx = tiny(arch, no_rope=[1, 5]).double(), tokens(4, 9)
     stats, want = collect_stats(full, [idx]), watched(full, idx)
     assert len(stats.inputs) == 24 and set(stats.gradients) == set(want)
     for entry, kinds in calibrate.SHARED_INPUT.items():
@@ -366,12 +366,13 @@ def calibrated(full, n_loop=2, rank=3, vectors="tied", idx=None):
 @each_arch
 @pytest.mark.parametrize("n_loop", [2, 3])
 def test_full_rank_is_the_donor(arch, n_loop):
-    """Also with tied norm weights: they are absorbed. GPT-NeoX needs biases per loop."""
+    """Also with tied norm weights: they are absorbed. Biases, and norms of q and k, are needed per loop."""
     full, idx = tiny(arch).double(), tokens(2, 9)
-    model = calibrated(full, n_loop, 1000, "per_loop" if arch == "gpt_neox" else "tied")
+    vectors = "per_loop" if full.config.attn_bias or full.config.qk_norm else "tied"
+    model = calibrated(full, n_loop, 1000, vectors)
     close(last(model, idx), last(full, idx), 1e-9)
     close(last(unroll(model), idx), last(full, idx), 1e-9)
-    assert model.config.vectors == ("per_loop" if arch == "gpt_neox" else "tied") and model.config.n_loop == n_loop
+    assert model.config.vectors == vectors and model.config.n_loop == n_loop
 
 
 @each_arch
@@ -406,6 +407,16 @@ def test_every_layer_fits_the_donors_better_than_the_papers_start(arch, vectors,
                     if model is ours and vectors == "per_loop" and arch == "gpt_neox":
                         assert y.mean(0).abs().max() < 1e-9                                # the bias takes up the mean
         assert wrong[0] < wrong[1], kind
+
+
+@pytest.mark.parametrize("vectors", ["tied", "per_loop"])
+def test_neox_without_biases_of_its_attention(vectors):
+    """Absorbed norms leave biases on q, k and v, and GPT-NeoX has them on o too then: zeros at the start."""
+    full, idx = tiny("gpt_neox", attn_bias=False).double(), tokens(2, 9)
+    close(last(calibrated(full, 1, 0, vectors), idx), last(full, idx), 1e-9)
+    model = calibrated(full, 2, 1000, "per_loop")
+    close(last(model, idx), last(full, idx), 1e-9)
+    assert model.config.attn_bias and model.config.o_bias
 
 
 def test_what_is_not_a_linear_layer_is_the_donors():

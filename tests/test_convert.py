@@ -318,11 +318,11 @@ def refused(donor, message, **flags):
 
 
 @pytest.mark.parametrize("changes", [
-    {"model_type": "mistral"}, {"model_type": None}, {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-    {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, {"sliding_window": 4096},
+    {"model_type": "mixtral"}, {"model_type": None}, {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+    {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, {"sliding_window": 63},
     {"layer_types": ["full_attention", "sliding_attention"] * 3}, {"attn_logit_softcapping": 50.0},
-    {"final_logit_softcapping": 30.0}, {"attention_bias": True}, {"mlp_bias": True},
+    {"final_logit_softcapping": 30.0},
     {"quantization_config": {"quant_method": "gptq"}}, {"hidden_act": "relu"}, {"hidden_activation": "gelu"},
     {"rope_parameters": {"type": "linear", "factor": 4.0}}, {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
     {"rope_parameters": "yarn"}, {"partial_rotary_factor": 0.5}, {"rotary_pct": 0.25}, {"rotary_emb_base": 500.0},

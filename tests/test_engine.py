@@ -81,8 +81,10 @@ def draw_case(i):
     torch.manual_seed(i)
     rng, (copied, j) = random.Random(i), divmod(i, 19)
     (kind, n_loop), keys = (divmod(j, 3) if j < 18 else (0, -1)), ("exact", "copy")[copied]
-    model = draw_model(i, n_loop + 2, list(ARCHS)[(i + j // 3) % 3], rank=(0, 3)[j % 2],
-                       vectors=("tied", "per_loop")[(i + j // 6) % 2], n_layer=(n_loop + 2) * (1 + (i % 6 == 1)))
+    n_layer = (n_loop + 2) * (1 + (i % 6 == 1))
+    model = draw_model(i, n_loop + 2, list(ARCHS)[(i + j // 3 + 1) % len(ARCHS)], rank=(0, 3)[j % 2], n_layer=n_layer,
+                       vectors=("tied", "per_loop")[(i + j // 6) % 2],
+                       no_rope=None if copied or j % 2 else list(range(0, n_layer, 2)))
     rule = Rule(("never", "fixed", *SCORED)[kind], exit_loop=rng.randrange(n_loop + 1) if kind else 0)
     if kind > 1:
         rule.gate = draw_gate(model)

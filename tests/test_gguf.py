@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -57,15 +58,16 @@ def values(tensor) -> torch.Tensor:
 
 NAMES = {"embed": "token_embd", "norm": "output_norm", "head": "output", "norm1": "attn_norm", "norm2": "ffn_norm",
          "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v", "attn.o": "attn_output", "mlp.gate": "ffn_gate",
-         "mlp.up": "ffn_up", "mlp.down": "ffn_down"}
+         "mlp.up": "ffn_up", "mlp.down": "ffn_down", "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm"}
 
 
 def in_gguf(name: str, w: torch.Tensor, c: Config) -> tuple[str, torch.Tensor]:
     """llama.cpp's name and values (fp32) of our tensor."""
-    module, w = name.removesuffix(".weight"), w.float().clone()
+    module, _, kind = name.rpartition(".")
+    w = w.float().clone()
     if c.arch == "gemma" and w.dim() == 1:
         w = w + 1
-    if c.arch == "llama" and module.endswith(("attn.q", "attn.k")):
+    if c.arch in ("llama", "mistral") and module.endswith(("attn.q", "attn.k")):
         rows, half = w.clone(), c.head_dim // 2
         for head in range(len(w) // c.head_dim):
             for i in range(half):                            # dimensions i and i + D/2 are turned together here
@@ -73,13 +75,16 @@ def in_gguf(name: str, w: torch.Tensor, c: Config) -> tuple[str, torch.Tensor]:
                 w[at + 2 * i], w[at + 2 * i + 1] = rows[at + i], rows[at + i + half]
     if module.startswith("layers."):
         _, i, rest = module.split(".", 2)
-        return f"blk.{i}.{NAMES[rest]}.weight", w
-    return f"{NAMES[module]}.weight", w
+        return f"blk.{i}.{NAMES[rest]}.{kind}", w
+    return f"{NAMES[module]}.{kind}", w
 
 
 KINDS = {"a tied Llama": {"n_loop": 2}, "three loops": {"n_loop": 3, "n_layer": 6}, "full size": {},
          "a head of its own": {"tie_head": False, "n_loop": 2},
-         "Gemma": {"arch": "gemma", "n_kv_head": 1, "head_dim": 12}}
+         "Gemma": {"arch": "gemma", "n_kv_head": 1, "head_dim": 12}, "Mistral": {"arch": "mistral", "n_loop": 2},
+         "Llama 3.1": {"n_loop": 2, "rope_llama3": [8.0, 0.5, 4.0, 32]},
+         "Qwen 2": {"arch": "qwen2", "head_dim": 16, "attn_bias": True, "o_bias": False},
+         "Qwen 3": {"arch": "qwen3", "head_dim": 10, "qk_norm": True}}
 each_kind = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 
 
@@ -89,6 +94,13 @@ def test_every_tensor_is_the_models(changes, dtype, byte_level, tmp_path):
     model = save(tmp_path, byte_level, **changes)
     found, keys = export(tmp_path, dtype=dtype)
     want = dict(in_gguf(name, w, model.config) for name, w in model.state_dict().items())
+    if changes.get("rope_llama3"):                           # what divides each frequency of a head's 10 dimensions
+        turns = [32 / (2 * math.pi * 5000 ** (i / 5)) for i in range(5)]     # in the original context of 32
+        keep = [min(max((t - 0.5) / 3.5, 0), 1) for t in turns]
+        want["rope_freqs.weight"] = 1 / torch.tensor([(1 - k) / 8 + k for k in keep])
+        assert keep[0] == 1 and 0 < keep[1] < 1 and keep[2] == 0
+        close(values(found["rope_freqs.weight"]), want.pop("rope_freqs.weight"), 1e-6)
+        del found["rope_freqs.weight"]
     assert found.keys() == want.keys()
     for name, w in want.items():
         kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}[dtype]
@@ -103,7 +115,8 @@ def test_every_tensor_is_the_models(changes, dtype, byte_level, tmp_path):
             assert ((got - w).view(len(w), -1, 32).abs() <= step * (0.5 + 127 * 2**-11)).all(), name
         else:
             assert torch.equal(got, w.to(getattr(torch, "float16" if kind == "F16" else dtype)).float()), name
-    assert {n for n in want if want[n].size(-1) % 32} == {n for n in want if "attn_output" in n}
+    odd = {n for n in want if want[n].size(-1) % 32 and want[n].dim() > 1}
+    assert odd == {n for n in want if "attn_output" in n and changes.get("head_dim") != 16}
     assert keys["general.file_type"] == {"float32": 0, "bfloat16": 32, "float16": 1, "q8_0": 7}[dtype]
 
 
@@ -111,7 +124,7 @@ def test_every_tensor_is_the_models(changes, dtype, byte_level, tmp_path):
 def test_keys(changes, byte_level, tmp_path):
     c = save(tmp_path, byte_level, **changes).config
     _, keys = export(tmp_path)
-    arch = "nanbeige" if c.n_loop > 1 else c.arch
+    arch = "nanbeige" if c.n_loop > 1 else c.arch            # (Mistral's own is tested in a loop)
     want = {"vocab_size": c.vocab_size, "context_length": 48, "block_count": c.n_unique, "embedding_length": 64,
             "feed_forward_length": 96, "attention.head_count": 4, "attention.head_count_kv": c.n_kv_head,
             "attention.key_length": c.head_dim, "attention.value_length": c.head_dim, "rope.freq_base": 5000.0,
@@ -124,9 +137,9 @@ def test_keys(changes, byte_level, tmp_path):
 
 def test_every_setting_of_a_model_has_a_key_or_is_refused():
     written = {"vocab_size", "n_layer", "n_loop", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "n_ctx",
-               "arch", "norm_eps", "rope_theta", "extra"}
-    in_tensors_or_tokenizer = {"tie_head", "bos_token_id", "eos_token_id"}
-    refused = {"rank", "vectors", "kv", "rotary_pct", "attn_bias", "mlp_bias", "parallel"}
+               "arch", "norm_eps", "rope_theta", "rope_llama3", "extra"}
+    in_tensors_or_tokenizer = {"tie_head", "bos_token_id", "eos_token_id", "attn_bias", "o_bias", "qk_norm"}
+    refused = {"rank", "vectors", "kv", "rotary_pct", "no_rope", "mlp_bias", "parallel"}
     assert {f.name for f in fields(Config)} == written | in_tensors_or_tokenizer | refused
 
 
@@ -284,8 +297,13 @@ def test_tokenizers_that_are_not_sentencepieces_are_refused(change, match, metas
     ({"n_loop": 2, "kv": "first_loop"}, "computes keys and values in every loop.*--kv=own"),
     ({"n_loop": 2, "arch": "gemma"}, "loops over layers of Llama only, and these are gemma's; --unroll"),
     ({"arch": "gemma", "tie_head": False}, "takes the embedding for its head"),
-    *(({name: value}, "Llama has no biases.*and this model has; use llama.cpp's convert_hf_to_gguf.py")
-      for name, value in {"attn_bias": True, "mlp_bias": True, "parallel": True, "rotary_pct": 0.5}.items()),
+    *(({name: value}, "llama has no such biases.*and this model has; use llama.cpp's convert_hf_to_gguf.py")
+      for name, value in {"attn_bias": True, "mlp_bias": True, "parallel": True, "rotary_pct": 0.5, "qk_norm": True,
+                          "no_rope": [3]}.items()),
+    ({"arch": "qwen2", "attn_bias": True}, "qwen2 has no such biases"),
+    ({"arch": "qwen3", "qk_norm": True, "rope_llama3": [8.0, 1.0, 4.0, 32]}, "does in Llama only, and this is qwen3"),
+    ({"arch": "qwen3", "qk_norm": True, "n_loop": 2}, "loops over layers of Llama only, and these are qwen3's"),
+    ({"arch": "smollm3"}, "this is a smollm3 model; .*convert_hf"),
     ({"arch": "gpt_neox", "n_kv_head": 4, "head_dim": 16}, "this is a gpt_neox model; .*convert_hf_to_gguf.py"),
 ])
 def test_models_that_llama_cpp_lacks_are_refused(changes, match, byte_level, tmp_path):

@@ -19,6 +19,9 @@ ARCHS = {
     "llama": {"arch": "llama", "n_kv_head": 2, "head_dim": 10, "tie_head": False},
     "gpt_neox": {"arch": "gpt_neox", "n_kv_head": 4, "head_dim": 8, "rotary_pct": 0.25, "attn_bias": True,
                  "mlp_bias": True, "parallel": True, "tie_head": False},
+    "qwen2": {"arch": "qwen2", "n_kv_head": 1, "head_dim": 8, "attn_bias": True, "o_bias": False,
+              "rope_llama3": [8.0, 1.0, 4.0, 24]},
+    "qwen3": {"arch": "qwen3", "n_kv_head": 2, "head_dim": 10, "qk_norm": True},
 }
 each_arch = pytest.mark.parametrize("arch", ARCHS)
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from test_model import close, last, randomise, tokens
 
 from convert import load_full, to_hf, to_recursive, unroll
-from model import Config, rope_angles
+from model import Config, KVCache, rope_angles
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -16,6 +16,9 @@ transformers.logging.disable_progress_bar()
 
 SIZES = {"vocab_size": 53, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
          "max_position_embeddings": 64, "attn_implementation": "eager"}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # of six frequencies one is kept, one between, four divided
+IDS = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 CASES = {
     "gemma-mqa": ("Gemma", {"num_key_value_heads": 1, "head_dim": 16}),
     "gemma-gqa-untied": ("Gemma", {"num_key_value_heads": 2, "head_dim": 20, "tie_word_embeddings": False}),
@@ -28,8 +31,20 @@ CASES = {
     "neox-unbiased": ("GPTNeoX", {"attention_bias": False}),
     "neox-rotary-100": ("GPTNeoX", {"rope_parameters": {"partial_rotary_factor": 1.0}}),
     "neox-tied": ("GPTNeoX", {"tie_word_embeddings": True}),
+    "llama-3.1": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3}),
+    "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "gemma-biased": ("Gemma", {"num_key_value_heads": 2, "head_dim": 12, "attention_bias": True}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral-nemo": ("Mistral", {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 64}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "qwen2-mha-tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True, "sliding_window": 8}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-biased": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 10, "attention_bias": True, "rms_norm_eps": 0.1}),
+    "smollm3": ("SmolLM3", IDS | {"num_key_value_heads": 2}),
+    "smollm3-listed": ("SmolLM3", IDS | {"tie_word_embeddings": False, "no_rope_layers": [0, 1, 0, 0, 1],
+                                         "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
 }
-FAMILIES = ["gemma-mqa", "llama-gqa", "neox"]
+FAMILIES = ["gemma-mqa", "llama-gqa", "neox", "llama-3.1", "mistral", "qwen2", "qwen3", "smollm3"]
 
 
 def hf_model(case):
@@ -55,7 +70,7 @@ def layer_outputs(model, layers, run, idx):
 
 
 @torch.no_grad()
-def assert_same(theirs, ours, lengths=(1, 7, 17), tol=2e-5):
+def assert_same(theirs, ours, lengths=(1, 7, 17, 61), tol=2e-5):
     """Logits within `tol`; a failure prints the difference at each layer."""
     for length in lengths:
         idx = tokens(2, length)
@@ -81,6 +96,18 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     theirs = hf_model(case)
     theirs.save_pretrained(tmp_path)
     assert_same(theirs, load_full(tmp_path))
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_logits_with_a_cache_are_those_of_transformers(case, tmp_path):
+    """A prompt of 7 tokens, then one at a time, beyond the original context where that is shorter."""
+    theirs, idx = hf_model(case), tokens(2, 41)
+    theirs.save_pretrained(tmp_path)
+    ours = load_full(tmp_path)
+    cache = KVCache(ours.config, 2, 41)
+    parts = [ours.logits(ours(part, cache)[-1]) for part in idx.split([7] + [1] * 34, dim=1)]
+    close(torch.cat(parts, 1), theirs(idx).logits)
 
 
 @pytest.mark.parametrize("case", FAMILIES)

@@ -1,6 +1,7 @@
 """kv="first_loop": every loop reads the keys and values of the first."""
 
 import json
+import math
 import random
 from dataclasses import replace
 from functools import partial
@@ -53,17 +54,25 @@ def reference(model, idx):
         return x @ weight.T + y
 
     def norm(name, x, loop):
-        scale, bias = (w[f"{name}.{part}"] if f"{name}.{part}" in w else torch.zeros(c.n_embd).double()
-                       for part in ("weight", "bias"))
+        if f"{name}.weight" not in w:                        # q and k have norms in Qwen 3 alone
+            return x
+        scale, bias = w[f"{name}.weight"], w.get(f"{name}.bias", torch.zeros(1).double())
         scale, bias = (v[loop] if v.dim() == 2 else v for v in (scale, bias))
         if c.arch == "gpt_neox":
             x = x - x.mean(-1, keepdim=True)
         y = x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()
         return y * (scale + (1.0 if c.arch == "gemma" else 0.0)) + bias
 
-    def rotated(x, t):
+    def rotated(x, t, i):
         half = int(c.head_dim * c.rotary_pct) // 2
-        angle = (torch.tensor(float(t)) * (1.0 / c.rope_theta ** (torch.arange(half) / half))).double()
+        freq = 1.0 / c.rope_theta ** (torch.arange(half) / half)
+        if c.rope_llama3:
+            factor, low, high, n_ctx = c.rope_llama3
+            turns = n_ctx / (2 * math.pi / freq)             # in the original context; rounded as ours
+            share = (turns - low) / (high - low)
+            mixed = (1 - share) * freq / factor + share * freq
+            freq = torch.where(turns < low, freq / factor, torch.where(turns > high, freq, mixed))
+        angle = (torch.tensor(float(t)) * freq * (i not in (c.no_rope or ()))).double()  # all loops as the first
         a, b, rest = x[:half], x[half:2 * half], x[2 * half:]
         cos, sin = angle.float().cos().double(), angle.float().sin().double()
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest])
@@ -77,14 +86,14 @@ def reference(model, idx):
     for loop in range(c.n_loop):
         for i in range(n):
             at, h = f"layers.{i}.attn", norm(f"layers.{i}.norm1", x, loop)
-            q = heads(linear(f"{at}.q", h, loop), c.n_head)
+            q = norm(f"{at}.q_norm", heads(linear(f"{at}.q", h, loop), c.n_head), loop)
             if loop == 0:
-                keys[i] = heads(linear(f"{at}.k", h, 0), c.n_kv_head)
+                keys[i] = norm(f"{at}.k_norm", heads(linear(f"{at}.k", h, 0), c.n_kv_head), 0)
                 values[i] = heads(linear(f"{at}.v", h, 0), c.n_kv_head)
             y = torch.zeros_like(q)
             for head in range(c.n_head):
                 for t in range(len(x)):
-                    scores = torch.stack([rotated(q[t, head], t) @ rotated(keys[i][s, head // group], s)
+                    scores = torch.stack([rotated(q[t, head], t, i) @ rotated(keys[i][s, head // group], s, i)
                                           for s in range(t + 1)]) / c.head_dim**0.5
                     y[t, head] = scores.softmax(0) @ values[i][:t + 1, head // group]
             y = x + linear(f"{at}.o", y.flatten(1), loop)
@@ -102,9 +111,10 @@ def reference(model, idx):
 
 @each_arch
 @each_shape
+@pytest.mark.parametrize("no_rope", [None, [0, 3]])          # in three loops, 3 is the second layer's second depth
 @torch.no_grad()
-def test_states_are_those_written_out(arch, n_loop, rank, vectors):
-    model, idx = shared(arch, n_loop, rank=rank, vectors=vectors), tokens(2, 7)
+def test_states_are_those_written_out(arch, n_loop, rank, vectors, no_rope):
+    model, idx = shared(arch, n_loop, rank=rank, vectors=vectors, no_rope=no_rope), tokens(2, 7)
     states = model(idx)
     for row in range(2):
         for ours, want in zip(states, reference(model, idx[row]), strict=True):
@@ -178,6 +188,8 @@ def test_counts(arch, n_loop, rank, vectors):
         lora, bias = rank * (d_in + d_out), d_out * c.attn_bias
         per_loop += lora + bias * (vectors == "per_loop")
         per_run += d_in * d_out + lora + bias
+    per_loop += c.qk_norm * c.head_dim * (vectors == "per_loop")         # k's norm
+    per_run += c.qk_norm * c.head_dim
     skipped = c.n_unique * (n_loop - 1)
     assert o["stored"] - n["stored"] == o["stored_block"] - n["stored_block"] == skipped * per_loop
     assert o["run"] - n["run"] == o["run_block"] - n["run_block"] == skipped * per_run
@@ -308,8 +320,8 @@ def test_the_engine_is_sequential_decoding_under_random_schedules(seed, static):
     """Ragged prompts, exits by plan or by a rule, requests that arrive and are cancelled in between; without ghosts,
     and each position of the cache holds the first loop's keys of its own token."""
     rng, n_loop = random.Random(seed), 2 + seed % 2
-    model = draw_model(seed, n_loop, list(ARCHS)[seed % 3], rank=(0, 2)[seed % 4 > 1], n_layer=2 * n_loop,
-                       vectors=("tied", "per_loop")[seed % 5 > 2], kv="first_loop")
+    model = draw_model(seed, n_loop, list(ARCHS)[seed % len(ARCHS)], rank=(0, 2)[seed % 4 > 1], n_layer=2 * n_loop,
+                       vectors=("tied", "per_loop")[seed % 5 > 2], kv="first_loop", no_rope=[0] if seed % 2 else None)
     rule = Rule(("never", "fixed", "max_prob")[seed % 3], threshold=0.3, exit_loop=rng.randrange(n_loop))
     case, slots = Case(model, rule), rng.randint(1, 6)
     engine = case.engine(slots, static=static, head=rng.choice([1, rng.randint(0, slots)]),
@@ -361,13 +373,13 @@ def donor_with_shared_keys(full, n_loop, idx):
 @pytest.mark.parametrize("n_loop", [2, 3])
 @torch.no_grad()
 def test_full_rank_is_the_donor_with_shared_keys(arch, n_loop):
-    """Also the calibrated one; GPT-NeoX has biases, and needs them per loop."""
+    """Also the calibrated one; biases and the norms of q and k are needed per loop."""
     full, idx = tiny(arch).double(), tokens(2, 9)
     want = full.logits(donor_with_shared_keys(full, n_loop, idx))
     model = to_recursive(full, n_loop, "average", 1000, vectors="per_loop", kv="first_loop")
     assert model.config.kv == "first_loop" and model.layers[0].attn.k.lora_a.shape[0] == 1
     close(last(model, idx), want, 2e-4)                                  # the SVD is in fp32
-    vectors = "per_loop" if arch == "gpt_neox" else "tied"
+    vectors = "per_loop" if full.config.attn_bias or full.config.qk_norm else "tied"
     model = to_calibrated(full, list(tokens(12, 60).split(4)), n_loop, 1000, vectors, kv="first_loop")
     close(last(model, idx), want, 1e-9)
     assert (last(full, idx) - want).abs().max() > 0.1                    # the donor itself computes something else
@@ -382,8 +394,8 @@ def test_keys_start_as_the_other_layers_with_the_lora_of_the_first_loop(arch, ve
     model = to_recursive(full, 3, "average", 2, vectors=vectors, kv="first_loop")
     want, rest = own.state_dict(), model.state_dict()
     for name, w in rest.items():
-        stacked = ".attn.k." in name or ".attn.v." in name
-        stacked &= "lora_" in name or ("bias" in name and vectors == "per_loop")
+        stacked = any(f".attn.{kind}." in name for kind in ("k", "v", "k_norm"))
+        stacked &= "lora_" in name or (("bias" in name or "norm" in name) and vectors == "per_loop")
         assert torch.equal(w, want[name][:1] if stacked else want[name]), name
     assert want.keys() == rest.keys()
 
