@@ -2,6 +2,7 @@
 
     python convert.py --donor=assets/donor --loops=2 --init=average --rank=64 --out=out_relaxed
     python convert.py --donor=assets/donor --loops=2 --init=calibrated --rank=64 --out=out_calibrated   # (calibrate.py)
+    python convert.py --unroll --gguf=unrolled.gguf --donor=out_relaxed    # or --out=FOLDER, for transformers
 """
 
 from collections.abc import Callable, Iterable
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from calibrate import calibration_windows, to_calibrated
-from hf import Donor, load_any, load_full, refuse_first_loop_kv, refuse_looped, to_hf
+from hf import Donor, hf_tensors, load_any, load_full, refuse_first_loop_kv, refuse_looped, to_hf
 from lib.checks import cast
 from lib.cli import UserError, parse_args, print0, progress, script, table
 from lib.data import load_tokens
-from lib.donors import copy_papers
+from lib.donors import copy_papers, find_donor
 from lib.folders import check_out, replace_folder
+from lib.gguf_export import architecture, write_gguf
 from lib.tokenizer import Tokenizer, copy_tokenizer
 from model import Config, RecursiveTransformer, RelaxedLinear, is_matrix
 
@@ -252,9 +254,10 @@ class ConvertConfig:
     rounding: Rounding = "round"     # where a stepwise step falls between two layers
     calib_text: str = "assets/books/train"  # init=calibrated: text files or token shards to run the donor on
     calib_tokens: int = 20_480       # init=calibrated: how many tokens of them
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"  # of the weights written; keep: the donor's
+    dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0"] = "keep"  # of the weights; q8_0: of --gguf
     unroll: bool = False             # instead, export the recursive --donor at full size, in Hugging Face's layout
     hf: bool = False                 # instead, export the recursive --donor as it is, for transformers with remote code
+    gguf: str | None = None          # instead, write --donor, as it is or with --unroll, as this file for llama.cpp
     seed: int = 0                    # of init=random, and of LoRA where the residual is zero
 
 
@@ -263,6 +266,7 @@ def check_ignored(args) -> None:
     from_weights = "lora_init norms rounding"
     conversion = f"loops init rank vectors kv calib_text calib_tokens seed {from_weights}"
     rules = (  # (if this holds, these have no effect, for this reason)
+        (getattr(args, "gguf", None), f"out hf {conversion}", "--gguf only exports, into its file"),
         (getattr(args, "unroll", False), f"{conversion} hf", "--unroll only exports"),
         (getattr(args, "hf", False), conversion, "--hf only exports"),
         (args.init == "calibrated", from_weights, "--init=calibrated fits the weights to text"),
@@ -280,12 +284,16 @@ def check_ignored(args) -> None:
 def main(argv=None):
     args = parse_args(ConvertConfig, argv)
     torch.manual_seed(args.seed)
+    check_ignored(args)
+    if args.gguf:
+        return export_gguf(args)
+    if args.dtype == "q8_0":
+        raise UserError("--dtype=q8_0 is a format of GGUF files: give a --gguf=FILE, or another dtype")
     if Path(args.out).resolve() == Path(args.donor).resolve():
         raise UserError(f"--out={args.out} is the donor itself and would replace it; give another folder")
     check_out(args.out)
     if (Path(args.out) / "train.pt").exists():
         raise UserError(f"--out={args.out} holds a training run; give another folder")
-    check_ignored(args)
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     if args.unroll or args.hf:
         export(args, dtype)
@@ -308,6 +316,20 @@ def export(args: ConvertConfig, dtype: torch.dtype | None) -> None:
     if of_merged:
         print0(f"rounding to {str(full.embed.weight.dtype).removeprefix('torch.')} changes the merged weights by "
                f"{of_merged:.2%} of their size, {of_added:.1%} of what LoRA adds to them; --dtype=float32 avoids it")
+
+
+def export_gguf(args: ConvertConfig) -> None:
+    """Write the model in --donor as the file --gguf, with --unroll at full size."""
+    model = load_any(args.donor)
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.") if args.dtype == "keep" else args.dtype
+    if args.unroll:                                                      # LoRA is rounded once, in the file
+        model = unroll(model, torch.float32 if model.config.rank else None)
+    c = model.config
+    arch = architecture(c)                                               # UserError before the work
+    for note in write_gguf(args.gguf, arch, c, hf_tensors(model), find_donor(args.donor), dtype):
+        print0(f"note: {note}")
+    print0(f"{args.donor} -> {args.gguf}: {arch}, {c.n_unique} layers" + f" x {c.n_loop} loops" * (c.n_loop > 1)
+           + f", {dtype}, {Path(args.gguf).stat().st_size / 1e6:.1f} MB; next: llama-cli -m {args.gguf}")
 
 
 def convert(args: ConvertConfig, dtype: torch.dtype | None) -> None:

@@ -260,6 +260,8 @@ def write_beside(folder, name: str, write: Callable[[Path], object]) -> None:
     try:
         write(tmp)
         os.replace(tmp, Path(folder) / name)
-    except (OSError, SafetensorError) as e:
+    except BaseException as e:
         tmp.unlink(missing_ok=True)
-        raise UserError(f"cannot write {Path(folder) / name} ({e}); the checkpoint is as it was") from e
+        if isinstance(e, (OSError, SafetensorError)):
+            raise UserError(f"cannot write {Path(folder) / name} ({e}); the checkpoint is as it was") from e
+        raise
