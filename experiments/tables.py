@@ -213,6 +213,21 @@ def read_table(results: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # docs/batching.md, docs/scale.md
 
+def kv_policies_table(results: Path) -> str:
+    """Loss on one text by what later tokens find of the loops that a token skipped."""
+    names = {"exact": "recomputed", "copy": "copied from the exit loop", "overwritten": "one cache, overwritten",
+             "shared": "shared: the first loop's"}
+    rows = [["KV", "bytes of a token, bf16", "loss without exits", "with the gate", "mean loops"]]
+    lines = read_lines(results / "kv_policies.jsonl")
+    if not lines:
+        raise LookupError("no line in kv_policies.jsonl")
+    for line in lines:
+        for full, gate in zip(line["rows"][::2], line["rows"][1::2], strict=True):
+            rows.append([names[full["policy"]], f"{full['bytes_per_token']:,}", f"{full['loss']:.3f}",
+                         f"{gate['loss']:.3f}", f"{gate['mean_loops']:.2f}"])
+    return markdown(rows)
+
+
 def batching_details_table(results: Path) -> str:
     """Every row of the batching benchmark, with trained exits and, where it was run, with random weights."""
     parts = [batching_details(batching_case(results, trained=True))]

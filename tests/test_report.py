@@ -213,7 +213,7 @@ KEPT = {  # file -> the tables that cannot be made without its lines
     "matrix": {"sizes", "verdicts", "arms", "conclusions", "gap", "signs", "rates", "exits", "saved", "shared_kv"},
     "exits_calibrated": {"calibrated"}, "calibrated": {"start", "read"}, "stepwise": {"stepwise"},
     "serving": {"batching", "batching_details"}, "decode": {"decode"}, "loss": {"scale"}, "train": {"scale"},
-    "lora": {"scale"}, "convert": {"scale"}}
+    "lora": {"scale"}, "convert": {"scale"}, "kv_policies": {"kv_policies"}}
 
 
 @pytest.mark.parametrize("content", [None, "", '{"what": "bench"}\n{"what'])
