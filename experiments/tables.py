@@ -91,10 +91,10 @@ def stepwise_table(results: Path) -> str:
 
 
 
-def batching_case(results: Path, trained: bool) -> dict:
+def batching_case(results: Path, trained: bool, kv: str = "own") -> dict:
     """The newest line of serving.jsonl of a checkpoint with trained exits, or of random weights."""
     for line in reversed(read_lines(results / "serving.jsonl")):
-        if bool(line["settings"]["ckpt"]) == trained:
+        if bool(line["settings"]["ckpt"]) == trained and line["model"].get("kv", "own") == kv:
             return line
     raise LookupError(f"no line of {'trained exits' if trained else 'random weights'} in serving.jsonl")
 
@@ -229,18 +229,21 @@ def kv_policies_table(results: Path) -> str:
 
 
 def batching_details_table(results: Path) -> str:
-    """Every row of the batching benchmark, with trained exits and, where it was run, with random weights."""
+    """Every row of the batching benchmark, with trained exits and, where they were run, with shared KV and with random
+    weights."""
     parts = [batching_details(batching_case(results, trained=True))]
-    with suppress(LookupError):
-        parts.append(batching_details(batching_case(results, trained=False)))
+    for case in ({"trained": True, "kv": "first_loop"}, {"trained": False}):
+        with suppress(LookupError):
+            parts.append(batching_details(batching_case(results, **case)))
     return "\n\n".join(parts)
 
 
 def batching_details(case: dict) -> str:
     """A row for each variant: its speed by number of slots, and the rest with the number that is fastest."""
     c, asked, trained = case["model"], case["settings"], bool(case["settings"]["ckpt"])
-    about = (f"**{c['n_loop']} loops of {c['n_layer'] // c['n_loop']} layers, C = {c['n_embd']}, rank {c['rank']}, "
-             f"{'trained exits' if trained else 'random weights'}**: {case['requests']} requests, prompts of "
+    shared = ", shared KV" * (c.get("kv") == "first_loop")
+    about = (f"**{c['n_loop']} loops of {c['n_layer'] // c['n_loop']} layers, C = {c['n_embd']}, rank {c['rank']}"
+             f"{shared}, {'trained exits' if trained else 'random weights'}**: {case['requests']} requests, prompts of "
              f"{asked['prompt_len']} tokens, {asked['new_tokens']} new ones on average, {asked['rounds']} rounds; "
              f"{case['gpu'] or case['cpu']}")
     if trained:
