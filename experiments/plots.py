@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench import plot_batching
 from experiments.claims import Measured
-from experiments.evidence import matrix_lines
+from experiments.evidence import matrix_lines, short_loss
 from experiments.tables import batching_case, read_starts
 from experiments.verdicts import mean_loss
 from lib.cli import UserError, print0
@@ -20,18 +20,28 @@ CURVES = {"toy": {"tied, then average + SVD by rank": ["stepwise", "average-r6",
 
 
 def plot_frontier(axes, results: Path, name: str) -> None:
-    """Loss on the test books against the stored share of the donor's block: dashed before training, solid after."""
+    """Loss against the stored share of the donor's block: dashed before training, solid after. On the test books, or,
+    where only short runs were made, on the validation text."""
     study, lines = matrix_lines(results, name)
+    finished = any(run.stage == "main" for run in lines) or not any(run.stage == "rate" for run in lines)
+
+    def loss(arm: str, trained: bool) -> float | None:
+        if not finished:
+            return short_loss(study, lines, Measured(arm, -1, trained))
+        found = mean_loss(lines, Measured(arm, -1, trained))
+        return found and found[0]
     stored = {run.arm: line["params"]["stored_block"] for run, line in lines.items()}
     for i, (label, arms) in enumerate(CURVES[name].items()):
         for trained, style in ((False, "o--"), (True, "o-")):
-            points = [(100 * stored[arm] / stored["donor"], loss[0]) for arm in arms
-                      if (loss := mean_loss(lines, Measured(arm, -1, trained)))]
+            points = [(100 * stored[arm] / stored["donor"], at) for arm in arms if (at := loss(arm, trained))]
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=f"C{i}", markersize=4, alpha=1 if trained else 0.5,
                           label=f"{label}, {'after' if trained else 'before'} training")
-    axes.axhline(mean_loss(lines, Measured("donor", -1, False))[0], color="k", linewidth=0.8, label="donor")
-    axes.set(xlabel="stored share of the donor's block, %", ylabel=f"loss on the test books, {study.tokens:,} tokens")
+    donor = loss("donor", False) if finished else next(
+        line["valid"]["donor"] for run, line in lines.items() if run.stage == "rate")
+    axes.axhline(donor, color="k", linewidth=0.8, label="donor")
+    text, tokens = ("test books", study.tokens) if finished else ("validation text", study.rate_tokens)
+    axes.set(xlabel="stored share of the donor's block, %", ylabel=f"loss on the {text}, {tokens:,} tokens")
 
 
 def plot_starts(axes, results: Path) -> None:

@@ -350,7 +350,7 @@ def line(folder: Path, ckpt: str | None, *rows: tuple) -> None:
             for name, exits, keys, slots, speed in rows]
     settings = {"ckpt": ckpt, "prompt_len": 16, "new_tokens": 24, "rounds": 2}
     case = {"settings": settings, "model": {"n_loop": 2, "n_layer": 12, "n_embd": 192, "rank": 0}, "requests": 9,
-            "rows": made, "full_depth_loss": 2.5, "distinct": 0.75}
+            "cpu": "CPU", "gpu": "NVIDIA H200" if ckpt is None else None, "rows": made, "full_depth_loss": 2.5, "distinct": 0.75}
     with open(folder / "serving.jsonl", "a") as f:
         f.write(json.dumps(case) + "\n")
 
@@ -371,6 +371,7 @@ def test_tables_show_the_newest_line_and_each_variant_at_its_best(tmp_path):
          "3.00"]]
     trained, random = batching_details_table(tmp_path).split("\n\n**")
     assert "loss of 2.500, and 75 % of" in trained.replace("\n", " ") and "random weights" in random
+    assert "2 rounds; CPU" in trained.replace("\n", " ") and "2 rounds; NVIDIA H200" in random.replace("\n", " ")
     assert ("| depthwise+exits | gate | recomputed | 1.50 | 110 (109 to 111) | 120 (119 to 121) | 1.20 | 1.25 | 120 % "
             "| 0.50 | 3.000 | 25 % | 20 / 20 / 20 / 20 / 20 |") in trained
     assert "| drawn | copy | 1.50 | 6 (5 to 7) | 0.06 |" in random and "same text" not in random

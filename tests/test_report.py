@@ -197,6 +197,20 @@ def test_one_seed_has_intervals_over_books(tmp_path):
     assert re.search(r"\+0\.500 \[\+0\.3\d\d, \+0\.[67]\d\d\]", row) and "| 50 % |" in row.replace("25 %", "50 %")
 
 
+def test_the_frontier_of_short_runs_is_on_the_validation_text(tmp_path):
+    lines = [line("donor", "start", loss=3.9, stored=100, study="smollm2")]
+    for arm, final in (("low-rank-0", 4.2), ("low-rank-64", 4.1)):
+        lines.append(line(arm, "rate", 100, 3e-4, final=final, study="smollm2"))
+        lines.append(line(arm, "rate", 100, 1e-3, final=4.6, study="smollm2"))
+    for each in lines[1:]:
+        each["valid"]["donor"] = 3.5
+    axes = Figure().subplots()
+    plot_frontier(axes, write(tmp_path, *lines), "smollm2")
+    before, after, donor = ([list(point) for point in x.get_xydata()] for x in axes.lines)
+    assert [y for _, y in before] == [5.0, 5.0] and [y for _, y in after] == [4.2, 4.1] and donor[0][1] == 3.5
+    assert axes.get_ylabel() == "loss on the validation text, 262,144 tokens"
+
+
 def test_points_of_the_frontier(tmp_path):
     lines = [line("donor", "start", loss=3.9, stored=100), line("average-r6", "start", loss=6.0, stored=55),
              line("average-r6", loss=4.5, stored=55), line("average-r6", seed=1, loss=4.7, stored=55),
