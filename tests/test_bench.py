@@ -350,7 +350,8 @@ def line(folder: Path, ckpt: str | None, *rows: tuple) -> None:
             for name, exits, keys, slots, speed in rows]
     settings = {"ckpt": ckpt, "prompt_len": 16, "new_tokens": 24, "rounds": 2}
     case = {"settings": settings, "model": {"n_loop": 2, "n_layer": 12, "n_embd": 192, "rank": 0}, "requests": 9,
-            "cpu": "CPU", "gpu": "NVIDIA H200" if ckpt is None else None, "rows": made, "full_depth_loss": 2.5, "distinct": 0.75}
+            "cpu": "CPU", "gpu": "NVIDIA H200" if ckpt is None else None, "rows": made, "full_depth_loss": 2.5,
+            "distinct": 0.75}
     with open(folder / "serving.jsonl", "a") as f:
         f.write(json.dumps(case) + "\n")
 
