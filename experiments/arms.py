@@ -89,8 +89,7 @@ STUDIES = {
         seeds=(0, 1, 2, 3, 4), tokens=524_288, exit_tokens=131_072, rate_tokens=131_072, exit_rate_tokens=65_536,
         grid=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), first=(3e-4, 1e-3), arms=paper_arms(6, 24, 48),
         ranks=(6, 24, 48), checked=("stepwise", "average-r24", "low-rank-24", "average-r48")),
-    # Sharing and plain low rank at two sizes, distilled, on a GPU: a quarter of an hour. out_books: other books, as of
-    # gpu.sh.
+    # Sharing and plain low rank at two sizes, distilled, on a GPU. out_books: other books, as gpu.sh writes them.
     "smollm2": Study(
         donor="HuggingFaceTB/SmolLM2-135M", data="out_books", valid="assets/books/valid.txt", windows=24,
         flags="--micro_batch=16 --eval_tokens=8192 --eval_every=64 --save_every=128", seq_len=512, batch_tokens=8192,

@@ -267,7 +267,7 @@ class MatrixConfig:
     study: str = "toy"                         # toy: the shipped donor; smollm2: SmolLM2-135M
     only: str = ""                             # arms, separated by commas; empty: all
     jobs: int = 1                              # runs at a time, each on one thread
-    seeds: int | None = None                   # how many; not set: 5, of smollm2 1
+    seeds: int | None = None                   # how many; not set: all of the study's
     donor: str | None = None                   # another full-size model than the study's: a folder or an id
     data: str | None = None                    # other text to train on
     valid: str | None = None                   # other text to choose learning rates on
