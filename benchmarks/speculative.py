@@ -7,6 +7,7 @@
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class SpeculativeConfig:
     prompt_len: int = 32                   # tokens of a prompt
     new_tokens: int = 64                   # tokens that are generated
     device: str = "auto"                   # auto, cpu, cuda
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on GPUs
     save: str | None = None                # also append the JSON line to this file
 
 
@@ -109,7 +111,8 @@ def count_accepted(cycles: list[list[list[int]]], gamma: int, n: int) -> list[in
 def bench_speculative(config: SpeculativeConfig) -> dict:
     """Acceptance and tokens/s of greedy speculative decoding beside plain decoding, prompts included, by gamma."""
     device, n, gammas = pick_device(config.device), config.new_tokens, by_comma("gammas", config.gammas, positive=True)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
     model = load_any(find_donor(config.ckpt), dtype).to(device)
     c, draft_loop = model.config, config.draft_loop - 1
     check_draft(c, max(gammas), draft_loop)
