@@ -264,10 +264,11 @@ def show(rows: list[dict]) -> str:
     lines = [["slots", "variant", "exits", "KV", "tok/s", "min - max", "over best", "over sequence", "bound",
               "of bound", "loops", "same text", "loss", "ghosts", "prompts / block / decision / head / rest"]]
     for row in rows:
-        parts = row["time"] or {}
+        parts = row["time"] or {}                            # none of transformers and decode, which have no bound
         lines.append([
             row["slots"], *label(row), f"{row['tokens_per_s']:,.0f}", " - ".join(f"{s:,.0f}" for s in row["range"]),
-            *(cell(row[k]) for k in ("over_best", "over_sequence", "bound", "of_bound", "mean_loops")),
+            *(cell(row[k]) for k in ("over_best", "over_sequence")),
+            *(cell(row[k] if parts else None) for k in ("bound", "of_bound")), cell(row["mean_loops"]),
             cell(row["agreement"], ".1%"), cell(row["loss"], ".3f"), cell(row["ghosts"], ".0%"),
             " / ".join(f"{100 * parts[name]:.0f}" for name in PARTS if name in parts) + " %" * bool(parts)])
     return table(lines)

@@ -257,11 +257,12 @@ def batching_details(case: dict) -> str:
         speeds = {row["slots"]: f"{row['tokens_per_s']:,.0f} ({row['range'][0]:,.0f} to {row['range'][1]:,.0f})"
                   for row in (best, *others)}
         text = [f"{best['agreement']:.2f}", f"{best['loss']:.3f}"] if trained else []
-        engine = ["", ""] if best["time"] is None else [
-            percent(best["ghosts"]), " / ".join(f"{100 * share:.0f}" for share in best["time"].values())]
+        bound, engine = ["", ""], ["", ""]
+        if best["time"]:                                     # not transformers' generate, nor decode
+            bound = [f"{best['bound']:.2f}", percent(best["of_bound"])]
+            engine = [percent(best["ghosts"]), " / ".join(f"{100 * share:.0f}" for share in best["time"].values())]
         rows.append([best["name"], best["exits"].replace("never", ""), best["kv"], f"{best['mean_loops']:.2f}",
-                     *(speeds.get(slots, "") for slots in sweep), f"{best['over_best']:.2f}", f"{best['bound']:.2f}",
-                     percent(best["of_bound"]), *text, *engine])
+                     *(speeds.get(slots, "") for slots in sweep), f"{best['over_best']:.2f}", *bound, *text, *engine])
     return f"{wrap(about + ':')}\n\n{markdown(rows)}"
 
 
