@@ -41,6 +41,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.tiktoken", "tokenizer.model", "t
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
                    "chat_template.jinja", "chat_template.json", "additional_chat_templates", "generation_config.json")
 GATE_FILE, THRESHOLDS_FILE = "gate.safetensors", "exits.json"  # made for the weights beside them (exits.py)
+CODE_FILES = ("model.py", "modeling_nanorrt.py")  # of a looped export (lib/export.py)
 
 # In a folder: unfinished files; a complete checkpoint; the next folder `previous`, and the last one; the lock.
 NEW, NEXT, HALF, OLD, LOCK = ".new", ".next", ".previous", ".old", ".lock"
@@ -176,7 +177,7 @@ def finish_replacement(folder: Path) -> None:
         half.rename(kept)
     shutil.rmtree(old, ignore_errors=True)
     names = {path.name for path in ready.iterdir()}
-    stale = {GATE_FILE, THRESHOLDS_FILE, *(TOKENIZER_FILES if names & set(TOKENIZER_FILES) else ()),
+    stale = {GATE_FILE, THRESHOLDS_FILE, *CODE_FILES, *(TOKENIZER_FILES if names & set(TOKENIZER_FILES) else ()),
              *(() if "train.pt" in names else ("train.pt", "previous"))} - names
     subfolders = {path.name for path in ready.iterdir() if path.is_dir()}
     for path in (new, *(folder / name for name in stale | subfolders)):

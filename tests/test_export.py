@@ -281,6 +281,13 @@ def test_the_code_stands_alone(tmp_path):
     assert ruff.returncode == 0, ruff.stdout + ruff.stderr               # no name is undefined
 
 
+def test_the_code_goes_with_the_looped_model(tmp_path):
+    """An unrolled model in its place needs none, and has none."""
+    ours, _ = both(tmp_path / "hf")
+    to_hf(unroll(ours), tmp_path / "hf")
+    assert not list((tmp_path / "hf").glob("*.py"))
+
+
 def test_what_needs_our_other_files_is_left_out():
     """And nothing else: every other definition of model.py is copied as it is."""
     source = (LIB.parent / "model.py").read_text(encoding="utf-8")
