@@ -1,4 +1,5 @@
-"""Losses on several texts right after conversion, without training: average + SVD and calibrated.
+"""Losses on several texts right after conversion, without training: average + SVD, calibrated, and plain low rank that
+stores as much and shares nothing.
 
     python -m experiments.calibrated --donor=FOLDER --calib_text=SHARDS --texts=books=SHARDS/valid,other=FILE.jsonl
 
@@ -7,19 +8,21 @@ Prints one JSON line per case: loss at each exit on every text, the error (C1) b
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 import torch
 
 from calibrate import calibrate, calibration_windows, collect_stats, mean_errors
 from convert import load_full, to_recursive
+from experiments.low_rank import to_low_rank, weighted_svds
 from lib.cli import parse_args, print0, script
 from lib.data import batch, load_tokens
 from lib.donors import find_donor
 from lib.results import append_line
 from lib.system import Processes, peak_memory, run_info, start_processes
 from lib.tokenizer import Tokenizer
+from model import RecursiveTransformer
 from train import evaluate
 
 
@@ -35,6 +38,7 @@ class CaseConfig:
     ranks: str = "0,16,32,64"              # LoRA ranks, separated by commas
     vectors: str = "tied"                  # norm weights and biases: tied, per_loop, or both separated by a comma
     rounds: int = 8                        # of the fit, at most
+    inits: str = "average,calibrated,low_rank"  # only these, by comma
     device: str = "auto"                   # auto, cpu, cuda
     save: str | None = None                # file to append the lines to
 
@@ -64,7 +68,7 @@ def main(argv=None) -> None:
     tokenizer = Tokenizer.load(find_donor(args.donor), V)
     texts, calib_text = read_texts(args, tokenizer, V), load_tokens(args.calib_text, tokenizer, V)
     loops, ranks, counts = ([int(n) for n in given.split(",")] for given in (args.loops, args.ranks, args.calib_tokens))
-    cases = list(product(loops, ranks, args.vectors.split(",")))
+    cases, inits = list(product(loops, ranks, args.vectors.split(","))), args.inits.split(",")
     common = {"what": "calibrated", "settings": asdict(args), **run_info(), "donor_loss": losses(full, texts, procs)}
     print0(f"donor: {common['donor_loss']}")
 
@@ -73,14 +77,21 @@ def main(argv=None) -> None:
         if args.save:
             append_line(args.save, common | line)
 
-    for n_loop, rank, vectors in cases:
+    for n_loop, rank, vectors in cases if "average" in inits else ():
         model = to_recursive(full, n_loop, "average", rank, vectors=vectors)
         report(init="average", loops=n_loop, rank=rank, vectors=vectors, loss=losses(model, texts, procs))
     for n in counts:
         start = time.perf_counter()
         stats = collect_stats(full, calibration_windows(calib_text, n, full.config, args.calib_text))
         reading_s = time.perf_counter() - start
-        for n_loop, rank, vectors in cases:
+        svds = weighted_svds(full, stats) if "low_rank" in inits else {}
+        for n_loop, rank, vectors in cases if svds else ():
+            with torch.device("meta"):
+                recursive = RecursiveTransformer(replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors))
+            model = to_low_rank(full, svds, recursive.num_params()["stored_block"])
+            report(init="low_rank", loops=n_loop, rank=rank, vectors=vectors, calib_tokens=n,
+                   loss=losses(model, texts, procs))
+        for n_loop, rank, vectors in cases if "calibrated" in inits else ():
             start, errors = time.perf_counter(), {}
             model = calibrate(full, stats, n_loop, rank, vectors, args.rounds, report=errors)
             fitting_s = time.perf_counter() - start

@@ -12,11 +12,11 @@ import sys
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 import train
 from calibrate import (
     SHARED_INPUT,
+    ActivationStats,
     absorb_norms,
     balanced,
     calibration_windows,
@@ -63,10 +63,10 @@ def set_zeros(linear: RelaxedLinear, device) -> None:
 
 
 @torch.no_grad()
-def weighted_svds(full: RecursiveTransformer, windows: list[Tensor], ridge: float = 1e-3) -> dict[str, tuple]:
+def weighted_svds(full: RecursiveTransformer, stats: ActivationStats, ridge: float = 1e-3) -> dict[str, tuple]:
     """"layers.0.attn.q" -> (A, B, S): W = B A in full, the singular values S (of D^(1/2) W C^(1/2)) descending. By (C1)
     the loss rises by half the squares of those that are cut off."""
-    stats, found = collect_stats(full, windows), {}
+    found = {}
     for i, layer in enumerate(full.layers):
         absorbed = absorb_norms(layer)                                   # the stats are of its inputs
         scales = {"attn.q": norm_scale(layer.norm1), "mlp.up": norm_scale(layer.norm2)}
@@ -105,9 +105,10 @@ def ranks_by_need(svds: dict[str, tuple], budget: int) -> dict[str, int]:
 
 
 @torch.no_grad()
-def to_low_rank(full: RecursiveTransformer, windows: list[Tensor], stored_block: int) -> LowRank:
-    """The plain low-rank model of a donor that stores at most `stored_block` parameters in its block."""
-    svds, weights = weighted_svds(full, windows), full.state_dict()
+def to_low_rank(full: RecursiveTransformer, svds: dict[str, tuple], stored_block: int) -> LowRank:
+    """The plain low-rank model, from the `weighted_svds` of a donor, that stores at most `stored_block` parameters in
+    its block."""
+    weights = full.state_dict()
     others = full.num_params()["stored_block"] - sum(p.numel() for p in (full.get_submodule(n).weight for n in svds))
     ranks = ranks_by_need(svds, stored_block - others)
     model = LowRank(replace(full.config, rank=max(ranks.values()), extra=full.config.extra | {"ranks": ranks}))
@@ -142,7 +143,8 @@ def main(argv=None) -> int | None:
     with torch.device("meta"):
         recursive = RecursiveTransformer(replace(full.config, n_loop=args.loops, rank=args.size_of))
     size = recursive.num_params()["stored_block"]
-    model = to_low_rank(full, calibration_windows(tokens, args.calib_tokens, full.config, "--calib_text"), size)
+    windows = calibration_windows(tokens, args.calib_tokens, full.config, "--calib_text")
+    model = to_low_rank(full, weighted_svds(full, collect_stats(full, windows)), size)
     with replace_folder(args.out) as tmp:
         copy_tokenizer(folder, tmp)
         model.write(tmp)

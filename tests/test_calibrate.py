@@ -30,6 +30,7 @@ from calibrate import (
 from convert import load_full, svd_factors, unroll
 from experiments import calibrated as starts
 from experiments import calibrated_cost
+from experiments.low_rank import to_low_rank, weighted_svds
 from lib.cli import UserError
 from lib.data import Tokens, batch, load_tokens, write_shards
 from lib.tokenizer import Tokenizer
@@ -572,15 +573,19 @@ def test_the_table_of_starts(home, tmp_path):  # noqa: F811
             "--seq_len=16", "--tokens=640", "--ranks=0,4", "--vectors=tied,per_loop", "--device=cpu"]
     starts.main([*flags, "--calib_tokens=640,1280", f"--save={tmp_path}/lines"])
     lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
-    assert [line["init"] for line in lines] == ["average"] * 4 + ["calibrated"] * 8
-    assert [line.get("calib_tokens") for line in lines[4:]] == [640] * 4 + [1280] * 4
+    assert [line["init"] for line in lines] == ["average"] * 4 + (["low_rank"] * 4 + ["calibrated"] * 4) * 2
+    assert [line.get("calib_tokens") for line in lines[4:]] == [640] * 8 + [1280] * 8
     tokenizer, full = Tokenizer.load(home / "donor"), load_full(str(home / "donor"), torch.float32)
     text = load_tokens(f"{home}/train.txt", tokenizer, full.config.vocab_size)
     model = to_calibrated(full, calibration_windows(text, 1280, full.config, "it"), 2, 4, "per_loop")
     idx, targets = batch(load_tokens(f"{home}/valid.txt", tokenizer, full.config.vocab_size), range(40), 16, seed=7)
     want = [F.cross_entropy(model.logits(s).flatten(0, 1), targets.flatten()).item() for s in model(idx)]
     assert lines[-1]["loss"] == {"ours": pytest.approx(want, rel=1e-4)} and lines[-1]["rank"] == 4
-    assert all(len(line["errors"]) >= 1 and line["peak_gib"] > 0 for line in lines[4:])
+    assert all(len(line["errors"]) >= 1 and line["peak_gib"] > 0 for line in lines if line["init"] == "calibrated")
+    stats = collect_stats(full, calibration_windows(text, 1280, full.config, "it"))
+    model = to_low_rank(full, weighted_svds(full, stats), model.num_params()["stored_block"])
+    want = F.cross_entropy(model.logits(model(idx)[0]).flatten(0, 1), targets.flatten()).item()
+    assert lines[-5]["loss"] == {"ours": [pytest.approx(want, rel=1e-4)]} and lines[-5]["vectors"] == "per_loop"
 
 
 def test_the_cost_of_a_large_one_is_put_together_from_pieces(tmp_path, monkeypatch):

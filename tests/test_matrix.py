@@ -18,12 +18,12 @@ from test_runs import settings_of
 from tiny import DONOR, weights
 
 import train
-from calibrate import calibration_windows
+from calibrate import SHARED_INPUT, absorb_norms, calibration_windows, collect_stats
 from convert import load_full
-from experiments import low_rank, matrix
+from experiments import low_rank, matrix, sharing
 from experiments.arms import STUDIES, paper_arms
 from experiments.claims import claims
-from experiments.low_rank import LowRank, ranks_by_need, to_low_rank
+from experiments.low_rank import LowRank, ranks_by_need, to_low_rank, weighted_svds
 from experiments.matrix import Run, chosen_rate, flags, next_runs, tried_rates
 from lib.cli import UserError, parse_args
 from lib.data import load_tokens
@@ -277,20 +277,21 @@ def test_the_gpu_script_is_ready():
 def donor(home):
     full = load_full(home / "donor", torch.float32)
     tokens = load_tokens(f"{home}/train.txt", Tokenizer.load(home / "donor", DONOR.vocab_size), DONOR.vocab_size)
-    return full, calibration_windows(tokens, 2048, full.config, "text")
+    windows = calibration_windows(tokens, 2048, full.config, "text")
+    return full, windows, weighted_svds(full, collect_stats(full, windows))
 
 
 def test_full_ranks_give_the_donor_back(donor):
-    full, windows = donor
-    model = to_low_rank(full, windows, 10 * full.num_params()["stored_block"])
+    full, windows, svds = donor
+    model = to_low_rank(full, svds, 10 * full.num_params()["stored_block"])
     assert model.config.extra["ranks"]["layers.0.attn.q"] == 32 and model.config.extra["ranks"]["layers.0.attn.k"] == 8
     torch.testing.assert_close(model(windows[0])[0], full(windows[0])[0], atol=2e-4, rtol=1e-3)
 
 
 def test_it_stores_what_it_may_and_nothing_of_w(donor, tmp_path):
-    full, windows = donor
+    full, windows, svds = donor
     budget = int(0.6 * full.num_params()["stored_block"])
-    model = to_low_rank(full, windows, budget)
+    model = to_low_rank(full, svds, budget)
     assert budget - 2 * DONOR.n_hidden < model.num_params()["stored_block"] <= budget
     assert not any(name.endswith(("q.weight", "down.weight")) for name in model.state_dict())
     model.save(tmp_path / "saved")
@@ -301,9 +302,9 @@ def test_it_stores_what_it_may_and_nothing_of_w(donor, tmp_path):
 
 def test_the_svd_is_weighted_and_cut_where_it_costs_least(donor):
     """Its loss is lower than of the best approximation of the weights alone with uniform ranks."""
-    full, windows = donor
+    full, windows, svds = donor
     size = 0.5 * full.num_params()["stored_block"]
-    ours = to_low_rank(full, windows, int(size))
+    ours = to_low_rank(full, svds, int(size))
     plain, share = deepcopy(full), 0.5
     for layer in plain.layers:
         for linear in (layer.attn.q, layer.attn.k, layer.attn.v, layer.attn.o, layer.mlp.gate, layer.mlp.up,
@@ -317,6 +318,58 @@ def test_the_svd_is_weighted_and_cut_where_it_costs_least(donor):
         return sum(torch.nn.functional.cross_entropy(model.logits(model(idx)[0])[:, :-1].flatten(0, 1),
                                                      idx[:, 1:].flatten()).item() for idx in windows)
     assert loss(full) < loss(ours) < loss(plain)
+
+
+def test_a_layer_shares_where_that_is_cheapest(donor):
+    """All do if the halves of the donor are equal, and then half the block has no error."""
+    full, windows, _ = donor
+    twice, n = deepcopy(full), full.config.n_layer // 2
+    for k in range(n):
+        twice.layers[n + k] = deepcopy(twice.layers[k])
+    for model, shares in ((full, False), (twice, True)):
+        found = sharing.all_options(model, collect_stats(model, windows))
+        assert list(found) == [f"layers.{k}.{name}" for k in range(n) for names in SHARED_INPUT.values()
+                               for name in names]
+        whole = sum(options[0][1] for options in found.values())
+        for share in (0.5, 0.7, 0.9):
+            chosen = {name: sharing.choose(found, share * whole, ways) for name, ways in sharing.WAYS.items()}
+            chosen["shared, one rank"] = sharing.one_rank(found, share * whole)
+            size, error = ({name: sum(option[i] for option in chosen[name]) for name in chosen} for i in (1, 2))
+            assert all(s <= share * whole for s in size.values())
+            # The steps between ranks may leave a little of the budget.
+            assert error["any of them"] <= 1.1 * min(error["low rank"], error["shared, ranks by need"]) + 1e-12
+        assert ({option[0] for option in chosen["any of them"]} == {"shared"}) == shares
+        assert (error["any of them"] < 1e-9) == shares
+
+
+def test_the_errors_of_the_ways_to_store(donor):
+    """Against (C1) written out, at a rank at which each has an error."""
+    full, windows, svds = donor
+    stats, n = collect_stats(full, windows), full.config.n_layer // 2
+    layers = [absorb_norms(full.layers[i]) for i in (1, 1 + n)]
+    W = [layer.mlp.up.weight.detach().double() for layer in layers]
+    C, g = ([kind[f"layers.{i}.mlp.up"] for i in (1, 1 + n)] for kind in (stats.inputs, stats.gradients))
+    C = [second.double() for second, _ in C]
+
+    def error(fitted):
+        return sum(torch.einsum("oi,ij,oj,o->", w - f, c, w - f, s).item() / 2
+                   for w, f, c, s in zip(W, fitted, C, g, strict=True))
+    group = sharing.Group(W, C, g, ridge=1e-9)
+    plain = {cost: e for _, cost, e in group.low_rank()}
+    rank = 8
+    squares = torch.cat([torch.linalg.svdvals(s.sqrt()[:, None] * w @ torch.linalg.cholesky(c)).square() / 2
+                         for w, c, s in zip(W, group.C, group.g, strict=True)]).sort()[0]
+    assert plain[rank * sum(W[0].shape)] == pytest.approx(squares[:-rank].sum().item(), rel=1e-5)
+    shared = dict((cost, e) for _, cost, e in group.shared())
+    D = sum(g) / sum(g).mean()
+    average = torch.linalg.solve(sum(c * s.sum() for c, s in zip(C, g, strict=True)).T,
+                                 sum(w @ c * s.sum() for w, c, s in zip(W, C, g, strict=True)).T).T
+    assert shared[W[0].numel()] == pytest.approx(error([average] * 2), rel=1e-4) and len(shared) > 2
+    assert sorted(shared.values(), reverse=True) == list(shared.values())
+    fitted = group.fit_product(16, 4)
+    ranks = [torch.linalg.matrix_rank(f, rtol=1e-9).item() for f in (*fitted, fitted[0] - fitted[1])]
+    assert ranks == [20, 20, 8] and group.error(fitted) == pytest.approx(error([f / D.sqrt()[:, None] for f in fitted]),
+                                                                         rel=1e-4)
 
 
 def test_ranks_go_where_an_entry_lowers_the_error_most():
