@@ -40,7 +40,7 @@ from lib.system import pick_device, run_info
 from lib.tokenizer import Tokenizer
 from model import RecursiveTransformer
 
-RANKS = (0, 8, 16, 32, 64, 96, 128, 192)     # of the LoRAs beside a full W'; also U V's, and those of a basis
+RANKS = (0, 8, 16, 24, 32, 48, 64, 96, 128, 192)  # of the LoRAs beside a full W'; also U V's, and those of a basis
 WAYS = {"shared, one rank": ("shared",), "shared, ranks by need": ("shared",), "low rank": ("full", "low rank"),
         "any of them": ("full", "low rank", "shared", "product", "basis")}
 
@@ -50,7 +50,7 @@ class SharingConfig:
     donor: str = "assets/donor"            # full-size model: a folder or a Hugging Face id
     calib_text: str = "assets/books/train"  # text to weigh errors by
     calib_tokens: int = 20_480             # tokens of it
-    stored: str = "0.5,0.55,0.6,0.7,0.8"   # shares of the block's matrices to store, by comma
+    stored: str = "0.43,0.5,0.6,0.7,0.8"   # shares of the block's matrices to store, by comma
     save: str | None = None                # also append a JSON line to this file
 
 
