@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class SampleConfig:
     speculative: int = 0               # tokens that the first loop's exit drafts for the others to verify; 0 = none
     seed: int = 0                      # same seed, same text
     device: str = "auto"               # auto, cpu, cuda
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = float32 on CPUs, as stored on GPUs
 
 
 def check_settings(args: SampleConfig) -> None:
@@ -167,7 +169,8 @@ def main(argv=None):
                         "or sample the shipped donor with --ckpt=assets/donor")
     folder = args.ckpt if Path(args.ckpt).is_dir() else find_donor(args.ckpt)
     device = pick_device(args.device)
-    model = load_any(folder, None if device.type == "cuda" else torch.float32).to(device)  # CPUs are slow in bf16
+    as_asked = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    model = load_any(folder, as_asked.get(args.dtype, None if device.type == "cuda" else torch.float32)).to(device)
     c = model.config
     tokenizer = Tokenizer.load(folder, c.vocab_size)
     if args.speculative:
@@ -177,7 +180,8 @@ def main(argv=None):
     n = len(texts) * args.samples
     many = args.prompts is not None or n > 1
     print(f"{args.ckpt}: {c.arch}, {c.n_layer} layers as {c.n_loop} x {c.n_unique}, rank {c.rank}, "
-          f"{model.num_params()['stored'] / 1e6:.1f} M parameters, on {device.type}"
+          f"{model.num_params()['stored'] / 1e6:.1f} M parameters, on {device.type} in "
+          + str(model.embed.weight.dtype).removeprefix("torch.")
           + f"; {n} texts through {min(n, args.slots)} slots" * many + "\n", file=sys.stderr)
     if many:
         write_many(args, model, tokenizer, texts, rule, marker)

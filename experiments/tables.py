@@ -20,7 +20,9 @@ from model import RecursiveTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_RANKS = {"tied": 0, "relaxed": 32}        # LoRA ranks of the models in exits_calibrated.jsonl
-INITS = {"average": "average + SVD", "calibrated": "calibrated"}
+INITS = {"average": "average + SVD", "calibrated": "calibrated", "low_rank": "plain low rank of that size"}
+SHARING = ("shared, one rank", "shared, ranks by need", "low rank", "any of them")  # ways, of experiments/sharing.py
+DONORS = {"donor": "shipped donor", "smollm2": "SmolLM2-135M"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,9 +192,22 @@ def start_table(results: Path) -> str:
     for rank in ranks:
         row = [str(rank)]
         for n in loops:
-            row += [stored("smollm2", n, rank), final_losses(starts["average", n, rank, None], 2),
-                    final_losses(starts["calibrated", n, rank, 20_480], 2)]
+            row += [stored("smollm2", n, rank), *(final_losses(starts[init, n, rank, read], 2) for init, read in
+                                                  (("average", None), ("calibrated", 20_480), ("low_rank", 20_480)))]
         rows.append(row)
+    return markdown(rows)
+
+
+def sharing_table(results: Path) -> str:
+    """What each way to store the layers costs at equal size, and what they would choose."""
+    rows = [["donor", "stored at most", *(f"{way}: error" for way in SHARING), "the groups then choose"]]
+    for line in read_lines(results / "sharing.jsonl"):
+        for share in dict.fromkeys(row["asked"] for row in line["rows"]):
+            found = [find(line["rows"], asked=share, way=way) for way in SHARING]
+            chosen = ", ".join(f"{n} {way}" for way, n in
+                               sorted(found[-1]["chosen"].items(), key=lambda item: -item[1]))
+            rows.append([DONORS[Path(line["settings"]["donor"]).name], percent(share),
+                         *(f"{row['error']:.4f} ({percent(row['stored'])})" for row in found), chosen])
     return markdown(rows)
 
 
@@ -228,14 +243,30 @@ def kv_policies_table(results: Path) -> str:
     return markdown(rows)
 
 
+def speculative_table(results: Path) -> str:
+    """Exits as a draft: for each model the gamma that is fastest."""
+    rows = [["model", "machine", "plain, tok/s", "γ", "accepted", "tok/s", "speed-up", "formula", "texts equal"]]
+    for line in read_lines(results / "speculative.jsonl"):
+        c, asked, best = line["model"], line["settings"], max(line["rows"], key=lambda row: row["speedup"])
+        name = "SmolLM2-135M" if c["n_embd"] == 576 else "shipped donor"
+        shape = f"{name}, {c['n_loop']} × {c['n_layer'] // c['n_loop']}" + ", shared KV" * (c["kv"] == "first_loop")
+        dtype, tokens = {"float32": "fp32", "bfloat16": "bf16"}[line["dtype"]], asked["rows"] * asked["new_tokens"]
+        rows.append([shape, f"{line['gpu'] or '{} CPU cores'.format(line['threads'])}, {dtype}",
+                     f"{tokens / line['plain_seconds']:.0f}", str(best["gamma"]), percent(best["acceptance"]),
+                     f"{tokens / best['seconds']:.0f}", f"{best['speedup']:.2f}", f"{best['formula']:.2f}",
+                     f"{best['equal_texts']} of {line['texts']}"])
+    return markdown(rows)
+
+
 def batching_details_table(results: Path) -> str:
     """Every row of the batching benchmark, with trained exits and, where they were run, with shared KV and with random
-    weights."""
+    weights: of each shape and machine the newest."""
     parts = [batching_details(batching_case(results, trained=True))]
-    for case in ({"trained": True, "kv": "first_loop"}, {"trained": False}):
-        with suppress(LookupError):
-            parts.append(batching_details(batching_case(results, **case)))
-    return "\n\n".join(parts)
+    with suppress(LookupError):
+        parts.append(batching_details(batching_case(results, trained=True, kv="first_loop")))
+    drawn = {(line["model"]["n_embd"], line["gpu"]): line for line in read_lines(results / "serving.jsonl")
+             if not line["settings"]["ckpt"]}
+    return "\n\n".join([*parts, *map(batching_details, drawn.values())])
 
 
 def batching_details(case: dict) -> str:

@@ -77,6 +77,22 @@ def test_same_seed_same_text_and_other_seed_other_text(ckpt, capsys):
     assert texts[0].startswith("the cat") and texts[0].endswith("(20 new tokens)\n")
 
 
+def test_the_model_runs_in_the_dtype_asked_for(ckpt, capsys, monkeypatch):
+    """One text and, by the engine, several: in fp32 on CPUs unless bfloat16 is asked for."""
+    dtypes, real = [], RecursiveTransformer.logits
+
+    def logits(model, x):
+        dtypes.append(x.dtype)
+        return real(model, x)
+    monkeypatch.setattr(RecursiveTransformer, "logits", logits)
+    for dtype in ("auto", "float32", "bfloat16"):
+        for many in ("--samples=1", "--samples=3"):
+            dtypes.clear()
+            sample.main([f"--ckpt={ckpt}", "--prompt=the cat", "--max_new_tokens=4", many, f"--dtype={dtype}"])
+            want = "bfloat16" if dtype == "bfloat16" else "float32"
+            assert set(dtypes) == {getattr(torch, want)} and f"on cpu in {want}" in capsys.readouterr().err
+
+
 def scripted(monkeypatch, *tokens):
     """Force the model to generate `tokens`, one after the other, and then only "!"."""
     script = iter(tokens)
