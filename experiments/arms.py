@@ -27,6 +27,7 @@ def paper_arms(low: int, mid: int, top: int) -> tuple[Arm, ...]:
         *(plain(f"average-r{r}", f"average + SVD, r {r}", f"--init=average --rank={r}", "relaxed") for r in ranks),
         *(plain(f"low-rank-{r}", f"plain low rank, as large as {f'r {r}' if r else 'tied'}",
                 f"--ckpt={{work}}/low-rank-{r}", "low rank") for r in (0, low, mid)),
+        plain("calibrated-r0", "tied, calibrated", "--init=calibrated", "calibrated"),
         *(plain(f"calibrated-r{r}", f"calibrated, r {r}", f"--init=calibrated --rank={r}", "calibrated")
           for r in ranks),
         plain("random", "tied, random", "--init=random", "tied"),

@@ -54,13 +54,13 @@ def small(command: str) -> tuple[list[str], str, list[str]]:
     launcher, *words = shlex.split(command)
     at = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
     options, (name, *flags) = words[:at], words[at + (words[at] == "-m"):]
-    here = {"TinyLlama/TinyLlama_v1.1": "llama", "assets/books/train": "texts", "assets/books/valid.txt": "small.txt",
-            "pg19#test": "small.txt"}
+    here = {"TinyLlama/TinyLlama_v1.1": "llama", "Qwen/Qwen2.5-Coder-0.5B": "qwen", "assets/books/train": "texts",
+            **dict.fromkeys(("assets/books/valid.txt", "pg19#test", "code.txt", "unseen.txt"), "small.txt")}
     flags = [f"{key}={here.get(value, value)}" if value else key for key, _, value in (f.partition("=") for f in flags)]
     if "--resume" in flags:                                  # as if the run had been stopped: there is more to do
         return [launcher, *options], name, [*flags, "--tokens=1536"]
     if name == "train.py":
-        flags += ["--valid=small.txt"] + ["--data=texts"] * ("--data=" not in command)
+        flags += ["--valid=small.txt"] * ("--valid=" not in command) + ["--data=texts"] * ("--data=" not in command)
     if "--calib_text" in command:
         flags += ["--calib_tokens=1024"]
     return [launcher, *options], name, [*flags, *SMALL[name].split()]
@@ -68,7 +68,7 @@ def small(command: str) -> tuple[list[str], str, list[str]]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A folder that looks like a clone, where commands may write, with a small Llama and small texts."""
+    """A folder that looks like a clone, where commands may write, with a small Llama and Qwen and small texts."""
     folder = tmp_path_factory.mktemp("clone")
     for path in (*ROOT.glob("*.py"), *PACKAGES, ROOT / "assets", ROOT / "results", ROOT / "docs", ROOT / "README.md"):
         (folder / path.name).symlink_to(path)
@@ -78,9 +78,10 @@ def clone(tmp_path_factory):
         (folder / "texts" / f"{i}.txt").write_text(f"{i}. {TEXT}" * 40)
     write_files(folder / "tasks", 0)
     torch.manual_seed(0)
-    config = Config(arch="llama", vocab_size=280, n_layer=4, n_embd=16, n_head=2, head_dim=8, n_hidden=32)
-    to_hf(RecursiveTransformer(config), folder / "llama")
-    train_tokenizer([TEXT * 300], 280, folder / "llama")
+    for name, family in (("llama", {"arch": "llama"}), ("qwen", {"arch": "qwen2", "attn_bias": True, "o_bias": False})):
+        config = Config(**family, vocab_size=280, n_layer=4, n_embd=16, n_head=2, head_dim=8, n_hidden=32)
+        to_hf(RecursiveTransformer(config), folder / name)
+        train_tokenizer([TEXT * 300], 280, folder / name)
     return folder
 
 
