@@ -370,6 +370,10 @@ def test_the_errors_of_the_ways_to_store(donor):
     ranks = [torch.linalg.matrix_rank(f, rtol=1e-9).item() for f in (*fitted, fitted[0] - fitted[1])]
     assert ranks == [20, 20, 8] and group.error(fitted) == pytest.approx(error([f / D.sqrt()[:, None] for f in fitted]),
                                                                          rel=1e-4)
+    size = sum(W[0].shape)
+    assert group.error(fitted) < plain[8 * size]                         # LoRAs of rank 4 without U V
+    for (_, cost, e), rank in zip(group.basis(), sharing.RANKS[1:], strict=False):
+        assert plain[2 * rank * size] < e < plain[rank * size] and cost == rank * (W[0].size(1) + 2 * W[0].size(0))
 
 
 def test_ranks_go_where_an_entry_lowers_the_error_most():
