@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXIT_RANKS = {"tied": 0, "relaxed": 32}        # LoRA ranks of the models in exits_calibrated.jsonl
 INITS = {"average": "average + SVD", "calibrated": "calibrated", "low_rank": "plain low rank of that size"}
 SHARING = ("shared, one rank", "shared, ranks by need", "low rank", "any of them")  # ways, of experiments/sharing.py
-DONORS = {"donor": "shipped donor", "smollm2": "SmolLM2-135M"}
+DONORS = {"donor": "shipped donor", "SmolLM2-135M": "SmolLM2-135M"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
