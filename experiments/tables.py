@@ -46,6 +46,13 @@ def slashed(values: Iterable[float], digits: int = 2) -> str:
     return " / ".join(f"{value:.{digits}f}" for value in values)
 
 
+def some_lines(path: Path) -> list[dict]:
+    """The lines of a file of results. LookupError if it has none."""
+    if lines := read_lines(path):
+        return lines
+    raise LookupError(f"no line in {path.name}")
+
+
 def find(rows: list[dict], **fields) -> dict:
     """The first row with these fields. Raises LookupError if there is none."""
     for row in rows:
@@ -201,7 +208,7 @@ def start_table(results: Path) -> str:
 def sharing_table(results: Path) -> str:
     """What each way to store the layers costs at equal size, and what they would choose."""
     rows = [["donor", "stored at most", *(f"{way}: error" for way in SHARING), "the groups then choose"]]
-    for line in read_lines(results / "sharing.jsonl"):
+    for line in some_lines(results / "sharing.jsonl"):
         for share in dict.fromkeys(row["asked"] for row in line["rows"]):
             found = [find(line["rows"], asked=share, way=way) for way in SHARING]
             chosen = ", ".join(f"{n} {way}" for way, n in
@@ -233,10 +240,7 @@ def kv_policies_table(results: Path) -> str:
     names = {"exact": "recomputed", "copy": "copied from the exit loop", "overwritten": "one cache, overwritten",
              "shared": "shared: the first loop's"}
     rows = [["KV", "bytes of a token, bf16", "loss without exits", "with the gate", "mean loops"]]
-    lines = read_lines(results / "kv_policies.jsonl")
-    if not lines:
-        raise LookupError("no line in kv_policies.jsonl")
-    for line in lines:
+    for line in some_lines(results / "kv_policies.jsonl"):
         for full, gate in zip(line["rows"][::2], line["rows"][1::2], strict=True):
             rows.append([names[full["policy"]], f"{full['bytes_per_token']:,}", f"{full['loss']:.3f}",
                          f"{gate['loss']:.3f}", f"{gate['mean_loops']:.2f}"])
@@ -246,7 +250,7 @@ def kv_policies_table(results: Path) -> str:
 def speculative_table(results: Path) -> str:
     """Exits as a draft: for each model the gamma that is fastest."""
     rows = [["model", "machine", "plain, tok/s", "γ", "accepted", "tok/s", "speed-up", "formula", "texts equal"]]
-    for line in read_lines(results / "speculative.jsonl"):
+    for line in some_lines(results / "speculative.jsonl"):
         c, asked, best = line["model"], line["settings"], max(line["rows"], key=lambda row: row["speedup"])
         name = "SmolLM2-135M" if c["n_embd"] == 576 else "shipped donor"
         shape = f"{name}, {c['n_loop']} × {c['n_layer'] // c['n_loop']}" + ", shared KV" * (c["kv"] == "first_loop")

@@ -227,7 +227,8 @@ KEPT = {  # file -> the tables that cannot be made without its lines
     "matrix": {"sizes", "verdicts", "arms", "conclusions", "gap", "signs", "rates", "exits", "saved", "shared_kv"},
     "exits_calibrated": {"calibrated"}, "calibrated": {"start", "read"}, "stepwise": {"stepwise"},
     "serving": {"batching", "batching_details"}, "decode": {"decode"}, "loss": {"scale"}, "train": {"scale"},
-    "lora": {"scale"}, "convert": {"scale"}, "kv_policies": {"kv_policies"}}
+    "lora": {"scale"}, "convert": {"scale"}, "kv_policies": {"kv_policies"},
+    "speculative": {"speculative"}, "sharing": {"sharing"}}
 
 
 @pytest.mark.parametrize("content", [None, "", '{"what": "bench"}\n{"what'])
@@ -272,8 +273,8 @@ def test_no_page_has_markers_of_a_table_that_is_not_made():
 
 def test_other_results_change_every_table(tmp_path):
     for path in (ROOT / "results").glob("*.jsonl"):
-        other = re.sub(r'((?:loss": \[?|"loops": |"over_best": |"final": )(?=\d\.)|tokens_per_s": )\d', r"\g<1>7",
-                       path.read_text())
+        other = re.sub(r'((?:loss": \[?|"(?:loops|over_best|final|speedup|error)": )(?=\d\.)|tokens_per_s": )\d',
+                       r"\g<1>7", path.read_text())
         if path.name == "calibrated.jsonl":
             other = re.sub(r", \d(?=\.\d+\])", ", 7", other)           # the last loop's
         if path.name == "matrix.jsonl":
