@@ -255,7 +255,7 @@ def speculative_table(results: Path) -> str:
         name = "SmolLM2-135M" if c["n_embd"] == 576 else "shipped donor"
         shape = f"{name}, {c['n_loop']} × {c['n_layer'] // c['n_loop']}" + ", shared KV" * (c["kv"] == "first_loop")
         dtype, tokens = {"float32": "fp32", "bfloat16": "bf16"}[line["dtype"]], asked["rows"] * asked["new_tokens"]
-        rows.append([shape, f"{line['gpu'] or '{} CPU threads'.format(line['threads'])}, {dtype}",
+        rows.append([shape, f"{line['gpu'] or 'CPU, threads: {}'.format(line['threads'])}, {dtype}",
                      f"{tokens / line['plain_seconds']:.0f}", str(best["gamma"]), percent(best["acceptance"]),
                      f"{tokens / best['seconds']:.0f}", f"{best['speedup']:.2f}", f"{best['formula']:.2f}",
                      f"{best['equal_texts']} of {line['texts']}"])
