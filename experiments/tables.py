@@ -207,7 +207,7 @@ def start_table(results: Path) -> str:
 
 def sharing_table(results: Path) -> str:
     """What each way to store the layers costs at equal size, and what they would choose."""
-    rows = [["donor", "stored at most", *(f"{way}: error" for way in SHARING), "the groups then choose"]]
+    rows = [["donor", "stored at most", *(f"{way}: error" for way in SHARING), "the pairs then choose"]]
     for line in some_lines(results / "sharing.jsonl"):
         for share in dict.fromkeys(row["asked"] for row in line["rows"]):
             found = [find(line["rows"], asked=share, way=way) for way in SHARING]
