@@ -30,7 +30,16 @@ from lib.donors import donor_files, find_donor, read_json
 from lib.folders import check_out, own_folder
 from lib.log import by_exit, describe, drop_log_after, log_step, summary, write_log
 from lib.settings import accumulation, check_seq_len, check_texts, check_train_settings, check_vocabulary
-from lib.system import Processes, StopFlag, check_compile, on_first, peak_flops, process_age, start_processes
+from lib.system import (
+    Processes,
+    StopFlag,
+    check_compile,
+    on_first,
+    peak_flops,
+    pick_bf16,
+    process_age,
+    start_processes,
+)
 from lib.tokenizer import Tokenizer
 from losses import chunked_loss, exit_weights
 from model import Config, RecursiveTransformer, read_config
@@ -210,7 +219,7 @@ def build(args: TrainConfig, folder: Path, config: Config, device, resumed: bool
 
 def precision(args: TrainConfig, device: torch.device) -> tuple[bool, torch.autocast]:
     """(whether forward passes run in bfloat16 where that is safe, the autocast context for it)."""
-    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    bf16 = pick_bf16(args.dtype, device)
     return bf16, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 

@@ -19,7 +19,7 @@ from hf import load_any
 from lib.cli import UserError, parse_args, progress, script, table
 from lib.data import load_tokens
 from lib.donors import find_donor
-from lib.system import pick_device
+from lib.system import pick_bf16, pick_device
 from lib.tokenizer import Tokenizer
 from model import KVCache, RecursiveTransformer
 from speculative import check_draft, speculate
@@ -111,8 +111,7 @@ def count_accepted(cycles: list[list[list[int]]], gamma: int, n: int) -> list[in
 def bench_speculative(config: SpeculativeConfig) -> dict:
     """Acceptance and tokens/s of greedy speculative decoding beside plain decoding, prompts included, by gamma."""
     device, n, gammas = pick_device(config.device), config.new_tokens, by_comma("gammas", config.gammas, positive=True)
-    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if pick_bf16(config.dtype, device) else torch.float32
     model = load_any(find_donor(config.ckpt), dtype).to(device)
     c, draft_loop = model.config, config.draft_loop - 1
     check_draft(c, max(gammas), draft_loop)

@@ -15,14 +15,13 @@ import torch
 
 from calibrate import calibrate, calibration_windows, collect_stats, mean_errors
 from convert import load_full, to_recursive
-from experiments.low_rank import to_low_rank, weighted_svds
+from experiments.low_rank import stored_block, to_low_rank, weighted_svds
 from lib.cli import parse_args, print0, script
 from lib.data import batch, load_tokens
 from lib.donors import find_donor
 from lib.results import append_line
 from lib.system import Processes, peak_memory, run_info, start_processes
 from lib.tokenizer import Tokenizer
-from model import RecursiveTransformer
 from train import evaluate
 
 
@@ -86,9 +85,8 @@ def main(argv=None) -> None:
         reading_s = time.perf_counter() - start
         svds = weighted_svds(full, stats) if "low_rank" in inits else {}
         for n_loop, rank, vectors in cases if svds else ():
-            with torch.device("meta"):
-                recursive = RecursiveTransformer(replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors))
-            model = to_low_rank(full, svds, recursive.num_params()["stored_block"])
+            size = stored_block(replace(full.config, n_loop=n_loop, rank=rank, vectors=vectors))
+            model = to_low_rank(full, svds, size)
             report(init="low_rank", loops=n_loop, rank=rank, vectors=vectors, calib_tokens=n,
                    loss=losses(model, texts, procs))
         for n_loop, rank, vectors in cases if "calibrated" in inits else ():

@@ -104,13 +104,19 @@ def ranks_by_need(svds: dict[str, tuple], budget: int) -> dict[str, int]:
     return ranks
 
 
+def stored_block(config: Config) -> int:
+    """How many parameters a model of this config stores in its block."""
+    with torch.device("meta"):
+        return RecursiveTransformer(config).num_params()["stored_block"]
+
+
 @torch.no_grad()
-def to_low_rank(full: RecursiveTransformer, svds: dict[str, tuple], stored_block: int) -> LowRank:
-    """The plain low-rank model, from the `weighted_svds` of a donor, that stores at most `stored_block` parameters in
-    its block."""
+def to_low_rank(full: RecursiveTransformer, svds: dict[str, tuple], budget: int) -> LowRank:
+    """The plain low-rank model, from the `weighted_svds` of a donor, that stores at most `budget` parameters in its
+    block."""
     weights = full.state_dict()
     others = full.num_params()["stored_block"] - sum(p.numel() for p in (full.get_submodule(n).weight for n in svds))
-    ranks = ranks_by_need(svds, stored_block - others)
+    ranks = ranks_by_need(svds, budget - others)
     model = LowRank(replace(full.config, rank=max(ranks.values()), extra=full.config.extra | {"ranks": ranks}))
     model.load_state_dict({name: w for name, w in weights.items() if name in model.state_dict()}, strict=False)
     for name, (a, b, _) in svds.items():
@@ -140,9 +146,7 @@ def main(argv=None) -> int | None:
     check_out(args.out)
     full, folder = load_full(args.donor, torch.float32).to(pick_device()), find_donor(args.donor)
     tokens = load_tokens(args.calib_text, Tokenizer.load(folder, full.config.vocab_size), full.config.vocab_size)
-    with torch.device("meta"):
-        recursive = RecursiveTransformer(replace(full.config, n_loop=args.loops, rank=args.size_of))
-    size = recursive.num_params()["stored_block"]
+    size = stored_block(replace(full.config, n_loop=args.loops, rank=args.size_of))
     windows = calibration_windows(tokens, args.calib_tokens, full.config, "--calib_text")
     model = to_low_rank(full, weighted_svds(full, collect_stats(full, windows)), size)
     with replace_folder(args.out) as tmp:

@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 EXIT_RANKS = {"tied": 0, "relaxed": 32}        # LoRA ranks of the models in exits_calibrated.jsonl
 INITS = {"average": "average + SVD", "calibrated": "calibrated", "low_rank": "plain low rank of that size"}
 SHARING = ("shared, one rank", "shared, ranks by need", "low rank", "any of them")  # ways, of experiments/sharing.py
-DONORS = {"donor": "shipped donor", "SmolLM2-135M": "SmolLM2-135M"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +212,7 @@ def sharing_table(results: Path) -> str:
             found = [find(line["rows"], asked=share, way=way) for way in SHARING]
             chosen = ", ".join(f"{n} {way}" for way, n in
                                sorted(found[-1]["chosen"].items(), key=lambda item: -item[1]))
-            rows.append([DONORS[Path(line["settings"]["donor"]).name], percent(share),
+            rows.append([line["settings"]["donor"].replace("assets/donor", "shipped donor"), percent(share),
                          *(f"{row['error']:.4f} ({percent(row['stored'])})" for row in found), chosen])
     return markdown(rows)
 

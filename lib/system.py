@@ -78,6 +78,11 @@ def pick_device(device: str = "auto") -> torch.device:
     return chosen
 
 
+def pick_bf16(dtype: str, device: torch.device) -> bool:
+    """Whether to run in bfloat16, by a setting that is auto (on GPUs), float32 or bfloat16."""
+    return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+
+
 def check_compile(device: torch.device) -> None:
     """Raise UserError, before minutes of work, if torch.compile does not work here."""
     try:
