@@ -388,6 +388,13 @@ def share_norm_scale(norm: Norm, donors: list[Norm]) -> Tensor:
     return norm_scale(norm).view(-1, norm.weight.size(-1))[0]            # as rounded to its dtype
 
 
+def recursive_config(full: Config, n_loop: int, rank: int, vectors: str = "tied", kv: str = "own") -> Config:
+    """The config of a donor's recursive model: absorbed norms leave biases where they have some (GPT-NeoX)."""
+    biased = full.arch == "gpt_neox"
+    return replace(full, n_loop=n_loop, rank=rank, vectors=vectors, kv=kv, attn_bias=biased or full.attn_bias,
+                   mlp_bias=biased or full.mlp_bias)
+
+
 @torch.no_grad()
 def calibrate(full: RecursiveTransformer, stats: ActivationStats, n_loop: int = 2, rank: int = 0, vectors: str = "tied",
               rounds: int = 8, stop: float = 0.02, ridge: float = 1e-3, dtype: torch.dtype | None = None,
@@ -398,20 +405,26 @@ def calibrate(full: RecursiveTransformer, stats: ActivationStats, n_loop: int = 
     report: if given, filled with "attn.q" -> the errors of `fit` of each stored layer, and so on.
     """
     refuse_looped(full.config, "calibrate its donor")
-    c, biased = full.config, full.config.arch == "gpt_neox"              # absorbed norms leave biases
-    target = replace(c, n_loop=n_loop, rank=rank, vectors=vectors, kv=kv, attn_bias=biased or c.attn_bias,
-                     mlp_bias=biased or c.mlp_bias)
+    target = recursive_config(full.config, n_loop, rank, vectors, kv)
     with torch.device("meta"):                                           # allocate weights in the right dtype only
         model = RecursiveTransformer(target)
     model = model.to(dtype or full.embed.weight.dtype).to_empty(device=full.embed.weight.device)
+    return fit_layers(model, full, stats, rounds, stop, ridge, report)
+
+
+@torch.no_grad()
+def fit_layers(model: RecursiveTransformer, full: RecursiveTransformer, stats: ActivationStats, rounds: int = 8,
+               stop: float = 0.02, ridge: float = 1e-3, report: dict | None = None) -> RecursiveTransformer:
+    """Fill a recursive model, whose LoRAs may have a rank for each layer, as `calibrate` does; returns it."""
+    target, c = model.config, full.config
     model.load_state_dict({n: w for n, w in full.state_dict().items() if not n.startswith("layers.")}, strict=False)
     for k, layer in enumerate(progress(model.layers, desc="calibrating", unit="layer")):
-        depths = range(k, full.config.n_layer, target.n_unique)          # the donor layers that layer k replaces
+        depths = range(k, c.n_layer, target.n_unique)                    # the donor layers that layer k replaces
         donors = [absorb_norms(full.layers[i]) for i in depths]
         for name in ("attn.q_norm", "attn.k_norm") if c.qk_norm else ():  # after the linear layer: nothing absorbs them
             norms = [upcast(full.layers[i].get_submodule(name).weight) for i in depths[:target.loops_of(name)]]
             norms = torch.stack(norms)
-            layer.get_submodule(name).weight.copy_(norms if vectors == "per_loop" else norms.mean(0))
+            layer.get_submodule(name).weight.copy_(norms if target.vectors == "per_loop" else norms.mean(0))
         scales = {"attn.q": share_norm_scale(layer.norm1, [full.layers[i].norm1 for i in depths]),
                   "mlp.up": share_norm_scale(layer.norm2, [full.layers[i].norm2 for i in depths])}
         for first, names in SHARED_INPUT.items():

@@ -9,8 +9,11 @@ class Arm:
     name: str
     label: str
     flags: str                             # of train.py; {work} is the folder of the starts that matrix.py prepares
-    family: str                            # tied, relaxed, calibrated, low rank, full or scratch
+    family: str                            # tied, relaxed, calibrated, by need, low rank, full or scratch
     base: str = ""                         # exits: the arm that is trained on
+
+
+RANKS_PER_LAYER = ("low rank", "by need")  # the families that low_rank.py loads and trains
 
 
 def paper_arms(low: int, mid: int, top: int) -> tuple[Arm, ...]:
@@ -53,6 +56,14 @@ def paper_arms(low: int, mid: int, top: int) -> tuple[Arm, ...]:
         exits("self-kv", "the same, shared KV", self_distilled, "tied", "stepwise-kv"),
         exits("self-average", "the same, tied average", self_distilled, "tied", "average"),
         exits(f"self-r{mid}", f"the same, average + SVD, r {mid}", self_distilled, "relaxed", f"average-r{mid}"))
+
+
+def arms_of_size(ranks: tuple[int, ...], flags: str = "") -> tuple[Arm, ...]:
+    """Plain low rank and calibrated sharing, of the sizes that these LoRA ranks have with two loops."""
+    return tuple(Arm(f"{name}-{r}", f"{label}, as large as r {r}", f"--ckpt={{work}}/{name}-{r} {flags}", family)
+                 for r in ranks for name, label, family in (
+                     ("low-rank", "plain low rank", "low rank"), ("one-rank", "calibrated", "calibrated"),
+                     ("by-need", "calibrated, ranks by need", "by need")))
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,18 @@ STUDIES = {
               Arm("calibrated-r64", "calibrated, r 64", "--init=calibrated --rank=64", "calibrated"),
               Arm("low-rank-64", "plain low rank, as large as r 64", "--ckpt={work}/low-rank-64", "low rank"),
               Arm("full", "full size, same tokens", "--loops=1", "full"))),
+    # The same ways to store at 60, 70, 80 %, and at 52, 59, 68, 75 %: short runs, for a CPU.
+    "sizes": Study(
+        donor="assets/donor", data="assets/books/train", valid="assets/books/valid.txt", windows=64,
+        flags="--micro_batch=8 --eval_tokens=8192 --eval_every=64 --save_every=64", seq_len=256, batch_tokens=2048,
+        seeds=(0, 1, 2), tokens=131_072, exit_tokens=0, rate_tokens=65_536, exit_rate_tokens=0,
+        grid=(3e-5, 1e-4, 3e-4, 1e-3), first=(1e-4, 3e-4), arms=arms_of_size((11, 22, 33), "--distill=none"),
+        ranks=()),
+    "smollm2-sizes": Study(
+        donor="HuggingFaceTB/SmolLM2-135M", data="out_books", valid="assets/books/valid.txt", windows=8,
+        flags="--micro_batch=4 --eval_tokens=4096 --eval_every=100 --save_every=10", seq_len=512, batch_tokens=2048,
+        seeds=(0,), tokens=65_536, exit_tokens=0, rate_tokens=16_384, exit_rate_tokens=0,
+        grid=(3e-5, 1e-4, 3e-4, 1e-3), first=(1e-4, 3e-4), arms=arms_of_size((8, 32, 64, 88)), ranks=()),
     # The paper's arms on a GPU: experiments/gpu.sh.
     "smollm2-gpu": Study(
         donor="HuggingFaceTB/SmolLM2-135M", data="out_books", valid="out_books/valid", windows=64,

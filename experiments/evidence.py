@@ -256,3 +256,19 @@ def saved_table(results: Path) -> str:
     return arms_table(study, lines, sorted(
         (arm for arm in study.arms if re.fullmatch(r"(average|calibrated)-r\d+|low-rank-\d+", arm.name)),
         key=lambda arm: int(re.search(r"\d+$", arm.name)[0])))
+
+
+def equal_size_table(results: Path) -> str:
+    """Sharing with one LoRA rank and with ranks by need beside plain low rank of the same sizes, before and after short
+    runs."""
+    rows = [["donor", "stored block", "plain low rank", "calibrated, one rank", "calibrated, ranks by need",
+             "ranks by need above plain low rank, after [95 %]"]]
+    for name, donor in (("smollm2-sizes", "SmolLM2-135M"), ("sizes", "shipped donor")):
+        study, lines = matrix_lines(results, name)
+        for rank in dict.fromkeys(arm.name.rpartition("-")[2] for arm in study.arms):
+            names = [f"{way}-{rank}" for way in ("low-rank", "one-rank", "by-need")]
+            cells = [" / ".join(filter(None, (mean_and_spread(mean_loss(lines, Measured(arm, -1, trained)))
+                                              for trained in (False, True)))) for arm in names]
+            above = compare(lines, Comparison(Measured(names[0]), Measured(names[2])))
+            rows.append([donor, stored_by(names[1], lines), *cells, interval(above) if above else ""])
+    return markdown(rows)

@@ -1,15 +1,21 @@
-"""The baseline that shares nothing: plain low rank. Every linear layer of the donor becomes B A, by a weighted SVD.
+"""Models of equal size, most with a rank for each linear layer.
+
+    low_rank   the baseline that shares nothing: every linear layer of the donor becomes B A, by a weighted SVD
+    by_need    the recursive model of two loops, calibrated
+    one_rank   the same with equal ranks, as train.py makes it
 
     python -m experiments.low_rank --size_of=24 --out=out_low_rank       # stores as much as average + SVD, r 24
     python -m experiments.low_rank --train --ckpt=out_low_rank --out=...  # then every setting of train.py
 
-W is cut in the norm of calibrate.py's error (C1), D^(1/2) W C^(1/2), so both methods read the same text and weigh its
+W is cut in the norm of calibrate.py's error (C1), D^(1/2) W C^(1/2), so both ways read the same text and weigh its
 directions alike. Ranks go where they lower that error most for each number stored, over all layers at once.
 """
 
 import heapq
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
 
 import torch
 
@@ -19,47 +25,52 @@ from calibrate import (
     ActivationStats,
     absorb_norms,
     balanced,
+    calibrate,
     calibration_windows,
     collect_stats,
+    fit_layers,
     linears,
     norm_scale,
+    recursive_config,
     weighted_moments,
 )
 from convert import load_full
+from experiments.sharing import all_options, choose
 from lib.cli import UserError, parse_args, print0, script
 from lib.data import load_tokens
 from lib.donors import find_donor
 from lib.folders import check_out, replace_folder
 from lib.system import pick_device
 from lib.tokenizer import Tokenizer, copy_tokenizer
-from model import Config, RecursiveTransformer, RelaxedLinear
+from model import Config, RecursiveTransformer
+
+Way = Literal["low_rank", "by_need", "one_rank"]
 
 
-class LowRank(RecursiveTransformer):
-    """A full-size model whose linear layers are B A: as RelaxedLinear with one loop and a W' of zeros, which is
-    neither stored nor trained. config.extra["ranks"] has the rank of each: "layers.0.attn.q" -> R."""
+class RankPerLayer(RecursiveTransformer):
+    """Each linear layer has LoRAs of a rank of its own, config.extra["ranks"]: "layers.0.attn.q" -> R. A full-size one
+    is plain low rank: its W' are zeros, which are neither stored nor trained."""
 
     def __init__(self, config: Config):
         super().__init__(config)
         for name, rank in config.extra["ranks"].items():
             linear = self.get_submodule(name)
-            linear.lora_a = torch.nn.Parameter(linear.lora_a.data[:, :rank].clone())
-            linear.lora_b = torch.nn.Parameter(linear.lora_b.data[:, :, :rank].clone())
             linear.rank = rank
-            set_zeros(linear, linear.weight.device)
+            linear.lora_a = torch.nn.Parameter(linear.lora_a.data[:, :rank].clone()) if rank else None
+            linear.lora_b = torch.nn.Parameter(linear.lora_b.data[:, :, :rank].clone()) if rank else None
+        self.drop_weights()
+
+    def drop_weights(self) -> None:
+        for linear in map(self.get_submodule, self.config.extra["ranks"] if self.config.n_loop == 1 else ()):
+            zeros = torch.zeros(linear.weight.shape, device=linear.lora_a.device)
+            del linear.weight
+            linear.register_buffer("weight", zeros, persistent=False)
 
     @classmethod
-    def load(cls, folder, device="cpu", dtype=None) -> "LowRank":
+    def load(cls, folder, device="cpu", dtype=None) -> "RankPerLayer":
         model = super().load(folder, device, dtype)
-        for name in model.config.extra["ranks"]:
-            set_zeros(model.get_submodule(name), device)
+        model.drop_weights()                                             # loading began on the meta device
         return model
-
-
-def set_zeros(linear: RelaxedLinear, device) -> None:
-    shape = linear.weight.shape
-    del linear.weight
-    linear.register_buffer("weight", torch.zeros(shape, device=device), persistent=False)
 
 
 @torch.no_grad()
@@ -111,13 +122,13 @@ def stored_block(config: Config) -> int:
 
 
 @torch.no_grad()
-def to_low_rank(full: RecursiveTransformer, svds: dict[str, tuple], budget: int) -> LowRank:
+def to_low_rank(full: RecursiveTransformer, svds: dict[str, tuple], budget: int) -> RankPerLayer:
     """The plain low-rank model, from the `weighted_svds` of a donor, that stores at most `budget` parameters in its
     block."""
     weights = full.state_dict()
     others = full.num_params()["stored_block"] - sum(p.numel() for p in (full.get_submodule(n).weight for n in svds))
     ranks = ranks_by_need(svds, budget - others)
-    model = LowRank(replace(full.config, rank=max(ranks.values()), extra=full.config.extra | {"ranks": ranks}))
+    model = RankPerLayer(replace(full.config, rank=max(ranks.values()), extra=full.config.extra | {"ranks": ranks}))
     model.load_state_dict({name: w for name, w in weights.items() if name in model.state_dict()}, strict=False)
     for name, (a, b, _) in svds.items():
         linear = model.get_submodule(name)
@@ -125,11 +136,26 @@ def to_low_rank(full: RecursiveTransformer, svds: dict[str, tuple], budget: int)
     return model.eval()
 
 
+@torch.no_grad()
+def to_shared(full: RecursiveTransformer, stats: ActivationStats, budget: int) -> RankPerLayer:
+    """The recursive model of two loops, calibrated, whose LoRAs have ranks by need: it stores at most `budget`
+    parameters in its block."""
+    target = recursive_config(full.config, n_loop=2, rank=0)
+    found, ranks = all_options(full, stats, ("shared",)), {}
+    tied = sum(options[0][1] for options in found.values())              # the first option has a LoRA rank of zero
+    chosen = choose(found, budget - stored_block(target) + tied, ("shared",))
+    for (name, options), (_, cost, _) in zip(found.items(), chosen, strict=True):
+        ranks[name] = (cost - options[0][1]) // (2 * sum(full.get_submodule(name).weight.shape))
+    model = RankPerLayer(replace(target, rank=max(ranks.values()), extra=target.extra | {"ranks": ranks}))
+    return fit_layers(model, full, stats).eval()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class LowRankConfig:
     donor: str = "assets/donor"            # full-size model: a folder or a Hugging Face id
+    way: Way = "low_rank"                  # sharing nothing, or recursive with LoRA ranks by_need or one_rank for all
     size_of: int = 24                      # store as much as the donor with 2 loops and LoRAs of this rank
     loops: int = 2                         # or with this number of loops
     calib_text: str = "assets/books/train" # text to weigh the SVD by
@@ -137,20 +163,32 @@ class LowRankConfig:
     out: str = "out_low_rank"              # folder to write
 
 
+@cache
+def donor_stats(donor: str, text: str, n_tokens: int) -> tuple[RecursiveTransformer, ActivationStats]:
+    full = load_full(donor, torch.float32).to(pick_device())
+    tokens = load_tokens(text, Tokenizer.load(find_donor(donor), full.config.vocab_size), full.config.vocab_size)
+    return full, collect_stats(full, calibration_windows(tokens, n_tokens, full.config, "--calib_text"))
+
+
 def main(argv=None) -> int | None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--train"]:
-        train.RecursiveTransformer = LowRank                 # what --ckpt and --resume load
+        train.RecursiveTransformer = RankPerLayer            # what --ckpt and --resume load
         return train.main(argv[1:])
     args = parse_args(LowRankConfig, argv)
     check_out(args.out)
-    full, folder = load_full(args.donor, torch.float32).to(pick_device()), find_donor(args.donor)
-    tokens = load_tokens(args.calib_text, Tokenizer.load(folder, full.config.vocab_size), full.config.vocab_size)
+    full, stats = donor_stats(args.donor, args.calib_text, args.calib_tokens)
     size = stored_block(replace(full.config, n_loop=args.loops, rank=args.size_of))
-    windows = calibration_windows(tokens, args.calib_tokens, full.config, "--calib_text")
-    model = to_low_rank(full, weighted_svds(full, collect_stats(full, windows)), size)
+    if args.way == "low_rank":
+        model = to_low_rank(full, weighted_svds(full, stats), size)
+    elif args.way == "one_rank":
+        model = calibrate(full, stats, args.loops, args.size_of)
+    elif args.loops == 2:
+        model = to_shared(full, stats, size)
+    else:
+        raise UserError(f"--loops={args.loops}: --way=by_need chooses ranks for two loops only")
     with replace_folder(args.out) as tmp:
-        copy_tokenizer(folder, tmp)
+        copy_tokenizer(find_donor(args.donor), tmp)
         model.write(tmp)
     print0(f"wrote {args.out}: {model.num_params()['stored_block']:,} parameters in its block, at most {size:,}")
 

@@ -24,15 +24,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
 from calibrate import calibration_windows, set_norm_scale
 from convert import load_full, to_recursive
-from experiments.arms import STUDIES, Arm, Study
-from experiments.low_rank import LowRank
-from experiments.low_rank import main as make_low_rank
+from experiments.arms import RANKS_PER_LAYER, STUDIES, Arm, Study
+from experiments.low_rank import RankPerLayer, Way
+from experiments.low_rank import main as make_start
 from lib.cli import UserError, parse_args, print0, script
 from lib.data import load_tokens, validation
 from lib.donors import find_donor, read_json
@@ -173,8 +173,8 @@ def start_model(study: Study, run: Run, work: Path) -> RecursiveTransformer:
     if run.arm == "donor":
         return load_full(study.donor, torch.float32)
     arm = study.arm(run.arm)
-    if arm.family == "low rank":
-        return LowRank.load(work / arm.name, dtype=torch.float32)
+    if arm.family in RANKS_PER_LAYER:
+        return RankPerLayer.load(work / arm.name, dtype=torch.float32)
     args = parse_args(TrainConfig, flags(study, run, {}, work))
     folder, windows = find_donor(args.donor), None
     config = donor_config(folder)
@@ -200,7 +200,7 @@ def train(study: Study, run: Run, given: list[str], work: Path) -> dict:
     """Train, and return what its log says of the validation text, tokens and seconds."""
     out = run.folder(work)
     work.mkdir(parents=True, exist_ok=True)
-    module = ["-m", "experiments.low_rank", "--train"] if study.arm(run.arm).family == "low rank" else ["train.py"]
+    module = ["-m", "experiments.low_rank", "--train"] if study.arm(run.arm).family in RANKS_PER_LAYER else ["train.py"]
     with open(f"{out}.txt", "a") as output:
         code = finish([sys.executable, *module, *given, f"--out={out}", "--resume=auto"], output)
     log = read_lines(out / "log.jsonl")
@@ -222,7 +222,7 @@ def execute(name: str, study: Study, run: Run, lines: Lines, work: Path) -> dict
         model = start_model(study, run, work)
     else:
         line |= {"command": shlex.join(given)} | train(study, run, given, work)
-        kind = LowRank if study.arm(run.arm).family == "low rank" else RecursiveTransformer
+        kind = RankPerLayer if study.arm(run.arm).family in RANKS_PER_LAYER else RecursiveTransformer
         model = kind.load(run.folder(work), dtype=torch.float32)
     line |= {"params": model.num_params()}
     if run.stage in ("start", "main", "exits"):
@@ -235,7 +235,7 @@ def execute(name: str, study: Study, run: Run, lines: Lines, work: Path) -> dict
 
 def prepare_starts(study: Study, work: Path) -> None:
     """Write the starts that train.py does not make: the half-size model's configuration, tied models whose norm gains
-    are 0 or 1, and the plain low-rank models."""
+    are 0 or 1, and those of low_rank.py."""
     folder, names = find_donor(study.donor), {arm.name for arm in study.arms}
     def missing(start: str) -> bool:
         return any(f"{{work}}/{start} " in arm.flags + " " for arm in study.arms) and not (
@@ -256,10 +256,10 @@ def prepare_starts(study: Study, work: Path) -> None:
             with replace_folder(work / f"gain-{gain}") as tmp:
                 copy_tokenizer(folder, tmp)
                 model.write(tmp)
-    for name in sorted(names):
-        if name.startswith("low-rank-") and missing(name):
-            make_low_rank([f"--donor={study.donor}", f"--size_of={name.rpartition('-')[2]}",
-                           f"--calib_text={study.data}", f"--out={work / name}"])
+    for name, way in ((name, way) for name in sorted(names) for way in get_args(Way)):
+        if name.startswith(f"{way.replace('_', '-')}-") and missing(name):
+            make_start([f"--donor={study.donor}", f"--way={way}", f"--size_of={name.rpartition('-')[2]}",
+                        f"--calib_text={study.data}", f"--out={work / name}"])
 
 
 @dataclass

@@ -73,10 +73,12 @@ class Group:
         rest = [W - F / self.root_D for W, F in zip(self.W, fitted, strict=True)]
         return sum(((R @ C) * R * g[:, None]).sum().item() / 2 for R, C, g in zip(rest, self.C, self.g, strict=True))
 
-    def options(self) -> list[tuple[str, int, float]]:
-        """(way, parameters, error) of every way to store the two."""
-        return [("full", 2 * self.n_out * self.n_in, 0.0), *self.low_rank(), *self.shared(), *self.product(),
-                *self.basis()]
+    def options(self, ways: tuple[str, ...]) -> list[tuple[str, int, float]]:
+        """(way, parameters, error) of every way to store the two, among `ways`."""
+        return [option for way in ways for option in getattr(self, way.replace(" ", "_"))()]
+
+    def full(self):
+        yield "full", 2 * self.n_out * self.n_in, 0.0
 
     def low_rank(self):
         squares = torch.cat([torch.linalg.svdvals(g.sqrt()[:, None] * W @ torch.linalg.cholesky(C)).square() / 2
@@ -122,7 +124,8 @@ class Group:
 
 
 @torch.no_grad()
-def all_options(full: RecursiveTransformer, stats: ActivationStats) -> dict[str, list]:
+def all_options(full: RecursiveTransformer, stats: ActivationStats, ways: tuple[str, ...] = WAYS["any of them"]
+                ) -> dict[str, list]:
     """"layers.3.mlp.up" -> `Group.options`, for two loops of layers 0 to n_layer / 2 - 1."""
     n, found, layers = full.config.n_layer // 2, {}, [absorb_norms(layer) for layer in full.layers]
     for k in progress(range(n), desc="ways to store", unit="layer"):
@@ -132,7 +135,7 @@ def all_options(full: RecursiveTransformer, stats: ActivationStats) -> dict[str,
                 group = Group([layers[i].get_submodule(name).weight for i in depths],
                               [stats.inputs[f"layers.{i}.{first}"][0] for i in depths],
                               [stats.gradients[f"layers.{i}.{name}"] for i in depths])
-                found[f"layers.{k}.{name}"] = group.options()
+                found[f"layers.{k}.{name}"] = group.options(ways)
     return found
 
 

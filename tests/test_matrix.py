@@ -18,12 +18,12 @@ from test_runs import settings_of
 from tiny import DONOR, weights
 
 import train
-from calibrate import SHARED_INPUT, absorb_norms, calibration_windows, collect_stats
+from calibrate import SHARED_INPUT, absorb_norms, calibrate, calibration_windows, collect_stats
 from convert import load_full
 from experiments import low_rank, matrix, sharing
-from experiments.arms import STUDIES, paper_arms
+from experiments.arms import STUDIES, arms_of_size, paper_arms
 from experiments.claims import claims
-from experiments.low_rank import LowRank, ranks_by_need, to_low_rank, weighted_svds
+from experiments.low_rank import RankPerLayer, ranks_by_need, to_low_rank, to_shared, weighted_svds
 from experiments.matrix import Run, chosen_rate, flags, next_runs, tried_rates
 from lib.cli import UserError, parse_args
 from lib.data import load_tokens
@@ -156,7 +156,8 @@ def driver(home, tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "finish", run_here)
     monkeypatch.setattr(matrix, "ProcessPoolExecutor", Inline)
     arms = [arm for arm in paper_arms(2, 4, 8)
-            if arm.name in ("stepwise", "low-rank-4", "scratch", "norms-zero", "exits-self")]
+            if arm.name in ("stepwise", "scratch", "norms-zero", "exits-self")]
+    arms += arms_of_size((4,), "--distill=none")
     study = replace(TOY, donor=f"{home}/donor", data=f"{home}/train.txt", valid=f"{home}/valid.txt", test="books",
                     windows=4, flags="--micro_batch=8 --eval_tokens=128 --device=cpu", seq_len=16, batch_tokens=128,
                     seeds=(0, 1), tokens=512, exit_tokens=256, rate_tokens=256, exit_rate_tokens=128,
@@ -177,7 +178,7 @@ def test_a_matrix_from_its_first_run_to_its_last(driver):
     assert len(by_run) == len(lines) and next_runs(STUDIES["toy"], by_run) == []
     stages = [line["stage"] for line in lines]
     assert {stage: stages.count(stage) for stage in set(stages)} == {
-        "start": 5, "rate": 8, "exit_rate": 2, "main": 8, "exits": 2, "check": 2}
+        "start": 7, "rate": 12, "exit_rate": 2, "main": 12, "exits": 2, "check": 2}
     for line in lines:
         if line["stage"] in ("start", "main", "exits"):
             loops = 1 if line["arm"] in ("donor", "low-rank-4", "scratch") else 2
@@ -193,21 +194,24 @@ def test_a_matrix_from_its_first_run_to_its_last(driver):
         assert "--skip_tokens=512" in line["command"] and line["valid"]["start"] == by_run[base]["valid"]["final"]
     # Only checkpoints that exits start from are left, and starts.
     left = {path.name for path in Path("out_experiments/toy").iterdir() if path.is_dir()}
-    assert left == {"half", "gain-0", "low-rank-4"} | {
+    assert left == {"half", "gain-0", "low-rank-4", "by-need-4", "one-rank-4"} | {
         run.folder(Path()).name for run in by_run if run.arm == "stepwise" and run.stage in ("rate", "main")}
     # A second call has nothing to do.
     assert driver() == lines and not driver.ran
 
 
 def test_the_starts_that_train_does_not_make(driver, home):
-    driver("--seeds=1", "--only=scratch,norms-zero,low-rank-4")
+    driver("--seeds=1", "--only=scratch,norms-zero,low-rank-4,by-need-4,one-rank-4")
     work = Path("out_experiments/toy")
     assert train.donor_config(work / "half").n_layer == 2
     for name, weight in weights(work / "gain-0").items():
         assert (weight == -1).all() == ("norm" in name and name.startswith("layers.")), name     # Gemma stores gain - 1
     recursive = RecursiveTransformer(replace(DONOR, n_loop=2, rank=4))
-    stored = LowRank.load(work / "low-rank-4").num_params()["stored_block"]
-    assert 0 <= recursive.num_params()["stored_block"] - stored < 2 * DONOR.n_hidden
+    for way, kind in (("low-rank", RankPerLayer), ("by-need", RankPerLayer), ("one-rank", RecursiveTransformer)):
+        model = kind.load(work / f"{way}-4")
+        left = recursive.num_params()["stored_block"] - model.num_params()["stored_block"]
+        assert 0 <= left < {"low-rank": 2 * DONOR.n_hidden, "by-need": 40 * DONOR.n_hidden, "one-rank": 1}[way]
+        assert model.config.n_loop == (1 if way == "low-rank" else 2)
 
 
 def test_the_score_is_that_of_each_book(driver, home):
@@ -295,7 +299,7 @@ def test_it_stores_what_it_may_and_nothing_of_w(donor, tmp_path):
     assert budget - 2 * DONOR.n_hidden < model.num_params()["stored_block"] <= budget
     assert not any(name.endswith(("q.weight", "down.weight")) for name in model.state_dict())
     model.save(tmp_path / "saved")
-    torch.testing.assert_close(LowRank.load(tmp_path / "saved")(windows[0])[0], model(windows[0])[0])
+    torch.testing.assert_close(RankPerLayer.load(tmp_path / "saved")(windows[0])[0], model(windows[0])[0])
     with pytest.raises(UserError):                           # by no other name
         RecursiveTransformer.load(tmp_path / "saved")
 
@@ -318,6 +322,27 @@ def test_the_svd_is_weighted_and_cut_where_it_costs_least(donor):
         return sum(torch.nn.functional.cross_entropy(model.logits(model(idx)[0])[:, :-1].flatten(0, 1),
                                                      idx[:, 1:].flatten()).item() for idx in windows)
     assert loss(full) < loss(ours) < loss(plain)
+
+
+def test_sharing_with_ranks_by_need(donor, tmp_path, monkeypatch):
+    """It loses less than with one rank for all; with ranks of zero it is what calibrate makes."""
+    full, windows, _ = donor
+    monkeypatch.setattr(sharing, "RANKS", (0, 1, 2, 4, 8, 12))
+    stats = collect_stats(full, windows)
+    budget = low_rank.stored_block(replace(full.config, n_loop=2, rank=4))
+    model, one_rank = to_shared(full, stats, budget), calibrate(full, stats, 2, 4)
+    ranks = model.config.extra["ranks"]
+    assert len(set(ranks.values())) > 1 and 0.95 * budget < model.num_params()["stored_block"] <= budget
+
+    def loss(model):
+        return sum(torch.nn.functional.cross_entropy(model.logits(model(idx)[-1])[:, :-1].flatten(0, 1),
+                                                     idx[:, 1:].flatten()).item() for idx in windows)
+    assert loss(full) < loss(model) < loss(one_rank)
+    tied = to_shared(full, stats, low_rank.stored_block(replace(full.config, n_loop=2)))
+    assert set(tied.config.extra["ranks"].values()) == {0}
+    torch.testing.assert_close(tied(windows[0])[1], calibrate(full, stats, 2)(windows[0])[1])
+    model.save(tmp_path / "saved")
+    torch.testing.assert_close(RankPerLayer.load(tmp_path / "saved")(windows[0])[1], model(windows[0])[1])
 
 
 def test_a_layer_shares_where_that_is_cheapest(donor):

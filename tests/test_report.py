@@ -224,7 +224,8 @@ def test_points_of_the_frontier(tmp_path):
 
 
 KEPT = {  # file -> the tables that cannot be made without its lines
-    "matrix": {"sizes", "verdicts", "arms", "conclusions", "gap", "signs", "rates", "exits", "saved", "shared_kv"},
+    "matrix": {"sizes", "verdicts", "arms", "conclusions", "gap", "signs", "rates", "exits", "saved", "shared_kv",
+               "equal_size"},
     "exits_calibrated": {"calibrated"}, "calibrated": {"start", "read"}, "stepwise": {"stepwise"},
     "serving": {"batching", "batching_details"}, "decode": {"decode"}, "loss": {"scale"}, "train": {"scale"},
     "lora": {"scale"}, "convert": {"scale"}, "kv_policies": {"kv_policies"},
