@@ -122,8 +122,8 @@ STUDIES = {
         grid=(3e-5, 1e-4, 3e-4, 1e-3), first=(1e-4, 3e-4), arms=arms_of_size((11, 22, 33), "--distill=none"),
         ranks=()),
     "smollm2-sizes": Study(
-        donor="HuggingFaceTB/SmolLM2-135M", data="out_books", valid="assets/books/valid.txt", windows=8,
-        flags="--micro_batch=4 --eval_tokens=4096 --eval_every=100 --save_every=10", seq_len=512, batch_tokens=2048,
+        donor="HuggingFaceTB/SmolLM2-135M", data="out_books", valid="assets/books/valid.txt", windows=3,
+        flags="--micro_batch=2 --eval_tokens=1024 --eval_every=100 --save_every=40", seq_len=512, batch_tokens=1024,
         seeds=(0,), tokens=65_536, exit_tokens=0, rate_tokens=16_384, exit_rate_tokens=0,
         grid=(3e-5, 1e-4, 3e-4, 1e-3), first=(1e-4, 3e-4), arms=arms_of_size((8, 32, 64, 88)), ranks=()),
     # The paper's arms on a GPU: experiments/gpu.sh.
