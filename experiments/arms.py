@@ -11,6 +11,7 @@ class Arm:
     flags: str                             # of train.py; {work} is the folder of the starts that matrix.py prepares
     family: str                            # tied, relaxed, calibrated, by need, low rank, full or scratch
     base: str = ""                         # exits: the arm that is trained on
+    rate_of: str = ""                      # the arm whose learning rate it takes, instead of trying its own
 
 
 RANKS_PER_LAYER = ("low rank", "by need")  # the families that low_rank.py loads and trains
@@ -58,9 +59,11 @@ def paper_arms(low: int, mid: int, top: int) -> tuple[Arm, ...]:
         exits(f"self-r{mid}", f"the same, average + SVD, r {mid}", self_distilled, "relaxed", f"average-r{mid}"))
 
 
-def arms_of_size(ranks: tuple[int, ...], flags: str = "") -> tuple[Arm, ...]:
-    """Plain low rank and calibrated sharing, of the sizes that these LoRA ranks have with two loops."""
-    return tuple(Arm(f"{name}-{r}", f"{label}, as large as r {r}", f"--ckpt={{work}}/{name}-{r} {flags}", family)
+def arms_of_size(ranks: tuple[int, ...], flags: str = "", rates_of: int = 0) -> tuple[Arm, ...]:
+    """Plain low rank and calibrated sharing, of the sizes that these LoRA ranks have with two loops. rates_of: the one of
+    them at which learning rates are tried, for all."""
+    return tuple(Arm(f"{name}-{r}", f"{label}, as large as r {r}", f"--ckpt={{work}}/{name}-{r} {flags}", family,
+                     rate_of=f"{name}-{rates_of}" if rates_of not in (0, r) else "")
                  for r in ranks for name, label, family in (
                      ("low-rank", "plain low rank", "low rank"), ("one-rank", "calibrated", "calibrated"),
                      ("by-need", "calibrated, ranks by need", "by need")))
@@ -125,7 +128,7 @@ STUDIES = {
         donor="HuggingFaceTB/SmolLM2-135M", data="out_books", valid="assets/books/valid.txt", windows=3,
         flags="--micro_batch=2 --eval_tokens=1024 --eval_every=100 --save_every=40", seq_len=512, batch_tokens=1024,
         seeds=(0,), tokens=65_536, exit_tokens=0, rate_tokens=16_384, exit_rate_tokens=0,
-        grid=(3e-5, 1e-4, 3e-4, 1e-3), first=(1e-4, 3e-4), arms=arms_of_size((8, 32, 64, 88)), ranks=()),
+        grid=(3e-5, 1e-4, 3e-4, 1e-3), first=(1e-4, 3e-4), arms=arms_of_size((64, 8, 32, 88), rates_of=64), ranks=()),
     # The paper's arms on a GPU: experiments/gpu.sh.
     "smollm2-gpu": Study(
         donor="HuggingFaceTB/SmolLM2-135M", data="out_books", valid="out_books/valid", windows=64,

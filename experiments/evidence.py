@@ -265,7 +265,7 @@ def equal_size_table(results: Path) -> str:
              "ranks by need above plain low rank, after [95 %]"]]
     for name, donor in (("smollm2-sizes", "SmolLM2-135M"), ("sizes", "shipped donor")):
         study, lines = matrix_lines(results, name)
-        for rank in dict.fromkeys(arm.name.rpartition("-")[2] for arm in study.arms):
+        for rank in sorted({int(arm.name.rpartition("-")[2]) for arm in study.arms}):
             names = [f"{way}-{rank}" for way in ("low-rank", "one-rank", "by-need")]
             cells = [" / ".join(filter(None, (mean_and_spread(mean_loss(lines, Measured(arm, -1, trained)))
                                               for trained in (False, True)))) for arm in names]

@@ -91,6 +91,7 @@ def missing_rates(study: Study, arm: Arm, lines: Lines) -> list[float]:
 
 def chosen_rate(study: Study, arm: Arm, lines: Lines) -> float | None:
     """The learning rate of this arm; None while it is open."""
+    arm = study.arm(arm.rate_of) if arm.rate_of else arm
     if missing_rates(study, arm, lines):
         return None
     tried = tried_rates(arm, lines)
@@ -102,7 +103,8 @@ def next_runs(study: Study, lines: Lines) -> list[Run]:
     rates = {arm.name: chosen_rate(study, arm, lines) for arm in study.arms}
     arms, exits = ([arm for arm in study.arms if bool(arm.base) == based] for based in (False, True))
     runs = [Run("start", name, 0, 0.0) for name in ("donor", *(arm.name for arm in arms))]
-    runs += [Run("rate", arm.name, study.rate_seed, lr) for arm in arms for lr in missing_rates(study, arm, lines)]
+    runs += [Run("rate", arm.name, study.rate_seed, lr) for arm in arms if not arm.rate_of
+             for lr in missing_rates(study, arm, lines)]
     runs += [Run("exit_rate", arm.name, study.rate_seed, lr) for arm in exits if rates[arm.base]
              for lr in missing_rates(study, arm, lines)]
     for seed in study.seeds:
@@ -298,7 +300,7 @@ def chosen_study(config: MatrixConfig) -> Study:
             if name not in {arm.name for arm in study.arms}:
                 raise UserError(f"--only={config.only}: {name!r} is unknown; use "
                                 f"{', '.join(arm.name for arm in study.arms)}, several separated by commas")
-        wanted += [study.arm(name).base for name in wanted]
+        wanted += [other for name in wanted for other in (study.arm(name).base, study.arm(name).rate_of)]
         changes |= {"arms": tuple(arm for arm in study.arms if arm.name in wanted),
                     "checked": tuple(name for name in study.checked if name in wanted)}
     return replace(study, **changes)

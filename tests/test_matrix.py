@@ -96,6 +96,15 @@ def test_a_run_that_diverged_is_the_worst():
     assert chosen_rate(study, arm, lines) == 3e-4 and tried_rates(arm, lines)[1e-3] == math.inf
 
 
+def test_an_arm_with_the_rate_of_another_tries_none_and_waits():
+    arms = arms_of_size((4, 8), rates_of=8)
+    study = replace(TOY, arms=arms, checked=(), seeds=(0,))
+    order = run_all(study, lambda arm, lr: abs(math.log(lr / 3e-4)))
+    assert {run.arm for run in order if run.stage == "rate"} == {arm.name for arm in arms if arm.name.endswith("-8")}
+    assert [run[1:] for run in order if run.stage == "main"] == [(arm.name, 0, 3e-4) for arm in arms]
+    assert all(run.stage != "main" for run in next_runs(study, {}))
+
+
 def test_every_arm_of_a_seed_comes_before_the_next_seed_and_exits_after_their_base():
     order = run_all(TOY, lambda arm, lr: abs(math.log(lr / 3e-4)))
     assert len(set(order)) == len(order)
