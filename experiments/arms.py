@@ -60,8 +60,8 @@ def paper_arms(low: int, mid: int, top: int) -> tuple[Arm, ...]:
 
 
 def arms_of_size(ranks: tuple[int, ...], flags: str = "", rates_of: int = 0) -> tuple[Arm, ...]:
-    """Plain low rank and calibrated sharing, of the sizes that these LoRA ranks have with two loops. rates_of: the one of
-    them at which learning rates are tried, for all."""
+    """Plain low rank and calibrated sharing, of the sizes that these LoRA ranks have with two loops. rates_of: the rank
+    at whose size the learning rates of all are tried."""
     return tuple(Arm(f"{name}-{r}", f"{label}, as large as r {r}", f"--ckpt={{work}}/{name}-{r} {flags}", family,
                      rate_of=f"{name}-{rates_of}" if rates_of not in (0, r) else "")
                  for r in ranks for name, label, family in (
