@@ -119,7 +119,7 @@ STUDIES = {
               Arm("full", "full size, same tokens", "--loops=1", "full"))),
     # The same ways to store at 60, 70, 80 %, and at 52, 59, 68, 75 %: short runs, for a CPU.
     "sizes": Study(
-        donor="assets/donor", data="assets/books/train", valid="assets/books/valid.txt", windows=64,
+        donor="assets/donor", data="assets/books/train", valid="assets/books/valid.txt", windows=16,
         flags="--micro_batch=8 --eval_tokens=8192 --eval_every=64 --save_every=64", seq_len=256, batch_tokens=2048,
         seeds=(0, 1, 2), tokens=131_072, exit_tokens=0, rate_tokens=65_536, exit_rate_tokens=0,
         grid=(3e-5, 1e-4, 3e-4, 1e-3), first=(1e-4, 3e-4), arms=arms_of_size((11, 22, 33), "--distill=none"),
