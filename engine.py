@@ -10,7 +10,8 @@ sequence has ended takes the next request. With 2 loops, counted from 1 here and
     2      "cat" loop 1, ghost "the" loop 2  "dog" loop 1                      a prompt, all loops
     3      "cat" loop 2                      "ran" loop 1, ghost "dog" loop 2  "is" loop 1
 
-With a greedy sampler, each sequence is token for token that of `decode` (exits.py), under every schedule.
+With a greedy sampler, each sequence is token for token that of `decode` (exits.py), under every schedule (in bf16 but
+for near-ties, which rounding decides).
 
 A token that exits early lacks the keys and values (KV) of the loops it skips, which later tokens attend to:
 
@@ -58,7 +59,7 @@ class Request:
 
 class SlotCache:
     """Keys and values of every slot's sequence: k, v (n_unique, slots + 1, n_loop, max_len, K, D), views of what is
-    stored as (n_unique, n_loop, slots + 1, K, max_len, D): a layer's places, loop by loop, each with a slot's part.
+    stored as (n_unique, n_loop, slots + 1, K, max_len, D). A *place* is a (loop, slot): a layer's lie in this order.
 
     Each row of a pass writes and reads at its own slot and loop; idle rows write to the spare slot, the last. With
     kv="first_loop", n_loop here is 1: rows at later loops read the first loop's place, and write to the spare slot.
@@ -74,8 +75,8 @@ class SlotCache:
         self.key_rows, self.value_rows = (tuple(t.flatten(1, 4)) for t in stored)  # of each layer
         self.rope = rope_angles(torch.arange(max_len, device=device), config)
         self.slot = self.pos = torch.zeros(0, dtype=torch.long, device=device)  # (M,) of the next pass's rows
-        self.used = [0] * (slots + 1)                                           # positions that were ever written
-        self.query: Tensor | None = None                                        # see `line_up`
+        self.used = [0] * (slots + 1)                                           # positions to clear at the next prompt
+        self.row_place: Tensor | None = None                                    # see `line_up`
         self.lined_up = False
 
     def place(self, loop: int, slot: int) -> int:
@@ -93,10 +94,10 @@ class SlotCache:
         self.target = torch.tensor([(at * self.n_kv_head + head) * self.max_len + t
                                     for at, t in zip(written, pos, strict=True) for head in heads], device=device)
         self.keys, self.values = (t.narrow(1, first, n).narrow(3, 0, length).unbind() for t in self.by_place)
-        self.query = None if n == len(place) else torch.tensor(place, device=device) - first   # (M,)
+        self.row_place = None if n == len(place) else torch.tensor(place, device=device) - first   # (M,)
         self.lined_up, self.mask = True, None
         if min(pos) < max(pos):
-            last = self.pos if self.query is None else self.pos.new_zeros(n).index_copy(0, self.query, self.pos)
+            last = self.pos if self.row_place is None else self.pos.new_zeros(n).index_copy(0, self.row_place, self.pos)
             unread = torch.arange(length, device=device) > last[:, None]
             self.mask = self.rope[0].new_zeros(n, 1, 1, length, dtype=self.k.dtype)
             self.mask.masked_fill_(unread[:, None, None], -torch.inf)
@@ -106,15 +107,16 @@ class SlotCache:
         """As KVCache's. Where rows are at several loops, all compute KV, and `attend` drops those of later loops."""
         if not self.shared:
             return loop
-        return loop.clamp(max=0) if isinstance(loop, Tensor) else None if loop else 0
+        if isinstance(loop, Tensor):
+            return loop.clamp(max=0)
+        return 0 if loop == 0 else None
 
     def extend(self, loop: int | Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Rotary angles of the n rows of the next pass, as if they were one sequence of n tokens."""
         return self.rope[0][self.pos], self.rope[1][self.pos]
 
     def attend(self, loop: int | Tensor, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
-        """Store k, v (1, M, K, D) of M rows, if given; returns the attention of q (1, M, H, D) to its row's slot and
-        loop."""
+        """The attention of q (1, M, H, D) to its row's slot and loop, after k, v (1, M, K, D), if given, are stored."""
         if not self.lined_up:
             slot = torch.where(loop > 0, self.slots, self.slot) if self.shared else self.slot    # written
             loop = self.kv_loop(loop)
@@ -126,10 +128,10 @@ class SlotCache:
             self.value_rows[layer].index_copy_(0, self.target, v.flatten(0, 2))
         keys, values = self.keys[layer], self.values[layer]                     # (places, K, length, D)
         grouped = q.view(q.size(1), self.n_kv_head, -1, q.size(3))              # (M, K, H / K, D)
-        if self.query is None:
+        if self.row_place is None:
             return F.scaled_dot_product_attention(grouped, keys, values, self.mask).reshape(q.shape)
-        grouped = grouped.new_zeros(len(keys), *grouped.shape[1:]).index_copy_(0, self.query, grouped)
-        return F.scaled_dot_product_attention(grouped, keys, values, self.mask)[self.query].reshape(q.shape)
+        grouped = grouped.new_zeros(len(keys), *grouped.shape[1:]).index_copy_(0, self.row_place, grouped)
+        return F.scaled_dot_product_attention(grouped, keys, values, self.mask)[self.row_place].reshape(q.shape)
 
     def store_prompts(self, kv: KVCache, scheduled: list[tuple[int, Request]]) -> None:
         """Copy the prompts' keys and values, without their padding, from `kv` to their slots."""
@@ -161,7 +163,7 @@ class SlotState:
     -1      -1           does not exist: the slot is free, or its sequence has ended
 
     ghost_pos[:, i] = -1: no ghost runs loop i + 1 in the next pass. forced_exits = n_loop: the rule decides.
-    S slots, G ghosts per slot at most: n_loop - 1 with recomputed KV, 0 with copied KV.
+    S slots, G ghosts per slot at most: n_loop - 1 with recomputed KV, 0 with copied or shared KV.
     """
     x: Tensor             # (S, C) the current token's hidden state: input of its next loop, or of the head
     numbers: Tensor       # (5, S) the next five, which are views of it
@@ -225,7 +227,7 @@ class Engine:
         self.cache = SlotCache(c, slots, max_len, device, dtype)
         self.ghost_loops = torch.arange(1, c.kv_loops if keys == "exact" else 1, device=device)  # (G,)
         self.n_ghosts = len(self.ghost_loops)                                   # G
-        self.n_rows, self.least_loop, self.any_ghosts = 0, 0, self.static       # of the last pass
+        self.n_rows, self.least_loop, self.any_ghosts = 0, 0, self.static       # of the last pass, and after it
         self.state = SlotState.empty(c, slots, max_len, self.n_ghosts, device, dtype)
         self.block_out = torch.zeros(slots * (1 + self.n_ghosts), c.n_embd, device=device, dtype=dtype)
         self.sampled: Tensor  # (4, n): slots, tokens, exit loops (-1 = no token) and status of the head's n rows
@@ -246,8 +248,8 @@ class Engine:
             forced_exits: Sequence[int] | None = None) -> Request:
         """The new request, which waits for a slot; "refused", with a `reason`, if it cannot be served.
 
-        eos_id: the token that ends the sequence, or several. forced_exits: loops after which the new tokens exit;
-        tokens beyond its end exit by the rule. Entry 0 has no effect: the prompt yields that token, after all loops.
+        eos_id: the token that ends the sequence, or several. forced_exits: entry i is the loop of the exit that
+        predicts new token i; beyond its end the rule decides. Entry 0 has no effect: the prompt runs all loops.
         """
         request = Request(prompt, max_new_tokens, eos_id, forced_exits, arrived=self.stats["passes"])
         try:
@@ -276,7 +278,7 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Stop the request and free its slot at once. It keeps the tokens generated so far."""
         if not isinstance(request, Request):
-            raise UserError(f"{request!r} is no request: give what `add` returned")
+            raise UserError(f"{request!r} is not a request: give what `add` returned")
         if request in self.waiting:
             self.waiting.remove(request)
         elif request in self.slot_request:
@@ -375,7 +377,7 @@ class Engine:
 
     def run_prompts(self, scheduled: list[tuple[int, Request]]) -> None:
         """Run the prompts through all loops as one batch, padded at the end, and fill their slots: their last tokens
-        wait for the head. All that the device must know goes there in one copy, for which nothing waits.
+        wait for the head. The prompts and their settings go to the device in one copy, for which nothing waits.
 
         With kv="first_loop" only the last tokens run the later loops, from their slots."""
         c, s, requests = self.model.config, self.state, [request for _, request in scheduled]
@@ -446,14 +448,14 @@ class Engine:
         """After a pass: tokens that exit wait for the head, the others go on to their next loop."""
         s, x = self.state, self.block_out[:self.slots]
         exits = in_flight = s.loop >= 0                                         # (S,)
-        early = self.static or self.least_loop < self.last_loop  # else nothing is left to decide
-        if early:
+        any_early = self.static
+        if self.static or self.least_loop < self.last_loop:  # else nothing is left to decide
             exits = in_flight & ((s.loop == self.last_loop) | self.may_exit(x))
-            early = self.static or bool((exits & (s.loop < self.last_loop)).any())
-        self.any_ghosts |= early
+            any_early = self.static or bool((exits & (s.loop < self.last_loop)).any())
+        self.any_ghosts |= any_early
         if self.n_ghosts and self.any_ghosts:
             self.route_ghosts(exits)
-        elif early and self.keys == "copy":
+        elif any_early and self.keys == "copy":
             self.cache.copy_to_later_loops(exits, s.loop, s.pos)
         torch.where(in_flight[:, None], x, s.x, out=s.x)
         if self.static:
@@ -484,7 +486,8 @@ class Engine:
         the host does not wait long: the device is a pass behind."""
         if self.static and self.head == 1:  # in every pass, for all slots: `run_head` masks those not waiting
             return True
-        n_waiting, n_in_flight = (self.counts if self.static and self.head else self.count())()
+        read = self.counts if self.static and self.head else self.count()
+        n_waiting, n_in_flight = read()
         return n_waiting > 0 and (n_waiting >= self.head > 0 or not n_in_flight)
 
     def count(self) -> Callable[[], list]:

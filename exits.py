@@ -8,8 +8,8 @@ to them. The paper leaves this open; the argument `keys` chooses between two pol
     "copy"   copied KV: the KV of the exit loop stand in for those of later loops, an approximation: no loop runs for
              them, but the text may change (cf. CALM, 2207.07061, which copies the hidden state and projects it anew)
 
-A model with kv="first_loop" needs neither: all loops read the first loop's KV, which every token has, so that what a
-token skips is missing nowhere. For it, "exact" costs nothing, and "copy" is refused.
+A model with kv="first_loop" needs neither: all loops read the first loop's KV, which every token has, so skipped
+loops leave no gaps. For it, "exact" costs nothing, and "copy" is refused.
 
 Loops count from 0 here, from 1 on command lines. evaluation/thresholds.py trains gates and calibrates thresholds.
 """
@@ -105,7 +105,7 @@ class Gate(nn.Module):
         except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as e:
             raise UserError(f"{path} is not the gate of this model ({str(e).splitlines()[0]}); train a new one with "
                             f"python -m evaluation.thresholds --ckpt={folder} --new_gate") from None
-        return gate.to(model.embed.weight.device).eval()
+        return gate.to(upcast(model.embed.weight)).eval()    # fp32, or fp64
 
 
 @dataclass
@@ -174,15 +174,15 @@ def load_rule(folder, model: RecursiveTransformer, name: RuleName, threshold: fl
                             "--threshold (0 to 1)")
         served, dtype = model.embed.weight.dtype, calibrated.get("dtype")
         if dtype and dtype != str(served):                   # scores near the threshold round to either side
-            print(f"the thresholds of {folder} were calibrated in {dtype} and are used in {served}: the agreement of "
-                  f"{calibrated['agreement']} is not ensured", file=sys.stderr)
+            print(f"the thresholds of {folder} were calibrated in {dtype} and are used in {served}: the agreement "
+                  "that was asked for is not ensured", file=sys.stderr)
     if not (0 <= threshold <= 1 or threshold == math.inf):
         raise UserError(f"--threshold={threshold} is out of range: scores are between 0 and 1 (inf = never)")
     return Rule(name, threshold, gate=gate)
 
 
 def read_thresholds(folder) -> dict:
-    """{keys: {"agreement", "confidence", "thresholds": {rule: threshold}}} of the checkpoint, {} if not calibrated."""
+    """{keys: {"agreement", "confidence", "dtype", "thresholds": {rule: threshold}}} of the checkpoint, or {}."""
     path = Path(folder) / THRESHOLDS_FILE
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
@@ -291,7 +291,7 @@ def exits_in_chunks(model: RecursiveTransformer, rule: Rule, x: Tensor, loop: in
 @torch.no_grad()
 def apply_rule(model: RecursiveTransformer, pairs: list, stats: ExitStats, rule: Rule,
                keys: Keys = "exact") -> ExitResult:
-    """Exits of the texts in `pairs`: with recomputed KV from `stats`, with copied KV, which change states, run anew."""
+    """Exits of the texts in `pairs`: of a scored rule with recomputed KV from `stats`, else the texts run again."""
     if keys == "exact" and rule.name in stats.scores:
         exits = stats.scores[rule.name] >= rule.threshold                    # (n_loop - 1, N)
         return stats.exit_at(torch.cat([exits, torch.ones_like(exits[:1])]).int().argmax(0))
@@ -322,7 +322,7 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def whole(number) -> int:
-    """`number` as an int. TypeError for what is no integer: 2.5, True, "2", None."""
+    """`number` as an int. TypeError if it is not an integer: 2.5, True, "2", None."""
     if isinstance(number, bool) or getattr(number, "dtype", None) in (bool, torch.bool):
         raise TypeError(f"{number!r} is not a whole number")
     return operator.index(number)
@@ -425,9 +425,10 @@ def share_kv(model: RecursiveTransformer, cache: KVCache, rule: Rule, idx: Tenso
     """kv="first_loop", or one loop: no KV is missing in the loops after the last exit, and none of them runs."""
     x = model.first_state(idx)
     for loop in range(model.config.n_loop):
-        if not routed.exited.all():
-            x = model.block(x, loop, cache)
-            routed = routed.route_exits(model, rule, x[:, 0], loop)
+        x = model.block(x, loop, cache)
+        routed = routed.route_exits(model, rule, x[:, 0], loop)
+        if routed.exited.all():
+            break
     return routed
 
 
@@ -457,7 +458,7 @@ def recompute_kv_now(model: RecursiveTransformer, cache: KVCache, rule: Rule, id
 
 
 def copy_kv(model: RecursiveTransformer, cache: KVCache, rule: Rule, idx: Tensor, routed: Routed) -> Routed:
-    """Copied KV: rows that have exited copy the loop before's, so in turn their exit's. Once all have, no loop runs."""
+    """Copied KV: a row that has exited copies the previous loop's, which is its exit's. Once all have, no loop runs."""
     x = model.first_state(idx)
     for loop in range(model.config.n_loop):
         cache.exited = routed.exited[:, None] if loop > 0 else None
@@ -471,5 +472,5 @@ def copy_kv(model: RecursiveTransformer, cache: KVCache, rule: Rule, idx: Tensor
 
 
 if __name__ == "__main__":
-    print("error: exits.py is no script: run python -m evaluation.thresholds", *sys.argv[1:], file=sys.stderr)
+    print("error: exits.py is not a script: run python -m evaluation.thresholds", *sys.argv[1:], file=sys.stderr)
     sys.exit(2)

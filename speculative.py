@@ -1,4 +1,5 @@
-"""Exits as a draft: self-speculative decoding. It changes the speed of decoding and not the text.
+"""Exits as a draft: self-speculative decoding. It changes the speed of decoding, and neither a greedy text nor the
+distribution of a sampled one.
 
 The exit of an early loop drafts gamma tokens, one after the other, and the later loops verify all of them in one pass.
 The draft's states and keys are the verification's, so no loop of an accepted token runs twice. A cycle with gamma = 2
@@ -50,10 +51,10 @@ def speculate(model: RecursiveTransformer, prompts: Sequence[Sequence[int]], max
     """Yield after each cycle the lists of each text's new tokens, the accepted drafts and the full model's next one,
     until all texts have ended; a text that has ended has none. The first cycle, of the prompts, drafts nothing.
 
-    probs: logits (N, V) -> probabilities (N, V) to sample from with `draw`; None = greedy, as `decode` (exits.py) by
-    default. Prompts may differ in length, and each accepts its own number of drafts. A text ends with `eos_id`, or any
-    of several ids, after `max_new_tokens`, or where the context is full; or with the token -1, if its logits are not
-    finite: UserError if that befalls all. But for rounding, prompts do not influence one another.
+    probs: logits (N, V) -> probabilities (N, V) to sample from with `draw`; None = greedy, the default of `decode`
+    (exits.py). Prompts may differ in length, and each accepts its own number of drafts. A text ends with `eos_id`, or
+    any of several ids, after `max_new_tokens`, or where the context is full; or with the token -1, if its logits or
+    those of its drafts are not finite: UserError if all fail. But for rounding, prompts do not influence one another.
     """
     c, embedding, B, length = model.config, model.embed.weight, len(prompts), [len(prompt) for prompt in prompts]
     check_draft(c, gamma, draft_loop)
@@ -62,7 +63,8 @@ def speculate(model: RecursiveTransformer, prompts: Sequence[Sequence[int]], max
                         f"{c.n_ctx - 1} tokens, so that one more fits the model's context")
     limit = [min(n + max_new_tokens, c.n_ctx) for n in length]
     ends, last = {-1, *end_ids(eos_id)}, [0] * B                         # last: each text's newest token
-    cache = (KVCache if B == 1 else RaggedCache)(c, B, max(limit) + gamma, embedding.device, embedding.dtype)
+    n_cached = max(limit) + min(gamma, max_new_tokens)                   # drafts beyond the limit are in it for a while
+    cache = (KVCache if B == 1 else RaggedCache)(c, B, n_cached, embedding.device, embedding.dtype)
     idx = pad_sequence([torch.as_tensor(prompt, device=embedding.device) for prompt in prompts], batch_first=True)
     x = model(idx, cache)[-1][range(B), [n - 1 for n in length]]         # (B, C)
     accepted = accept(model.logits(x)[:, None], idx[:, :0], [], probs, draw)
@@ -127,7 +129,7 @@ def accept(logits: Tensor, drafts: Tensor, draft_probs: list[Tensor], probs: Cal
         drafts, failed = drafts.to(p.device), failed.to(p.device)
         p_draft, q_draft = (x[:, :-1].gather(-1, drafts[..., None])[..., 0] for x in (p, q))         # (B, n)
         draws = torch.rand(drafts.shape, generator=draw, dtype=p.dtype, device=p.device)
-        agreed = draws * q_draft < p_draft                               # with probability min(1, p / q); not if NaN
+        agreed = (draws * q_draft < p_draft) & ~failed[:, :-1]           # with probability min(1, p / q)
         n_accepted = agreed.cumprod(1).sum(1)
         p, q = p[rows, n_accepted], q[rows, n_accepted]                  # (B, V)
         rest = (p - q).clamp(min=0)
@@ -146,12 +148,12 @@ def sample_token(probs: Tensor, draw: torch.Generator | None = None) -> Tensor:
 # The cache: rejected drafts leave it, and rows of a batch may differ in length
 
 def rewind(cache: KVCache, length: list[int]) -> None:
-    """Keep the first `length` positions of each row, in all loops. Later ones are overwritten before they are read."""
+    """Keep the first `length` positions of each row, in all loops. Later ones are masked until they are overwritten."""
     if isinstance(cache, RaggedCache):
         cache.start = torch.tensor(length, device=cache.k.device)
         cache.longest, cache.lengths = max(length), [0] * len(cache.lengths)
     else:
-        cache.lengths = length * len(cache.lengths)
+        cache.lengths = [length[0]] * len(cache.lengths)
 
 
 class RaggedCache(KVCache):
@@ -185,5 +187,5 @@ class RaggedCache(KVCache):
 
 
 if __name__ == "__main__":
-    print("error: speculative.py is no script: run python sample.py --speculative=4", *sys.argv[1:], file=sys.stderr)
+    print("error: speculative.py is not a script: run python sample.py --speculative=4", *sys.argv[1:], file=sys.stderr)
     sys.exit(2)

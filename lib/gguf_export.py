@@ -143,13 +143,13 @@ def rope_divisors(c) -> Tensor:
 
 
 def check_file(file: Path) -> None:
-    """Raise UserError if `file` cannot be written, or is there and is no GGUF file."""
+    """Raise UserError if `file` cannot be written, or is there and is not a GGUF file."""
     if not file.parent.is_dir() or file.is_dir():
         raise UserError(f"--gguf={file} must be a file in a folder that exists")
     if file.exists():
         with open(file, "rb") as f:
             if f.read(4) != b"GGUF":
-                raise UserError(f"--gguf={file} is there and is no GGUF file; give another name")
+                raise UserError(f"--gguf={file} is there and is not a GGUF file; give another name")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

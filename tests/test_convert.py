@@ -631,7 +631,7 @@ def test_ids_home_and_owners(tmp_path, monkeypatch, donor):
     (tmp_path / "acme/other").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert load_full("acme/tiny").config.extra["_name_or_path"] == "acme/tiny"
-    with pytest.raises(UserError, match="acme/third is no folder, and cannot be downloaded either"):
+    with pytest.raises(UserError, match="acme/third is not a folder, and cannot be downloaded either"):
         load_full("acme/third")
 
 

@@ -695,8 +695,9 @@ def test_a_gate_and_thresholds_are_added_to_the_checkpoint(looped, prepared):
     assert found["exact"]["dtype"] == "torch.float32"
     calibrated = found["exact"]["thresholds"]
     assert calibrated and all(load_rule(prepared, model, name).threshold == at for name, at in calibrated.items())
-    gate = load_rule(prepared, model, "gate", 0.5).gate
-    assert len(list(decode(model, torch.ones(1, 3).long(), 4, Rule("gate", 0.5, gate=gate)))) == 4
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model = model.to(dtype)
+        assert len(list(decode(model, torch.ones(1, 3).long(), 4, load_rule(prepared, model, "gate", 0.5)))) == 4
 
 
 def test_calibration_and_check_share_no_text_and_are_spread_over_it(home, prepared):
@@ -842,4 +843,4 @@ def test_an_agreement_out_of_reach_is_an_error(home, out, capsys):
 def test_exits_py_names_the_script():
     done = subprocess.run([sys.executable, ROOT / "exits.py", "--ckpt=out"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: exits.py is no script: run python -m evaluation.thresholds --ckpt=out\n"
+    assert done.stderr == "error: exits.py is not a script: run python -m evaluation.thresholds --ckpt=out\n"

@@ -318,7 +318,7 @@ def test_flags_and_files_that_do_not_fit(byte_level, tmp_path):
     with pytest.raises(UserError, match="--dtype=q8_0 is a format of GGUF files"):
         convert.main([f"--donor={tmp_path}", "--dtype=q8_0", f"--out={tmp_path}/x"])
     for file in (tmp_path, tmp_path / "none" / "x.gguf", tmp_path / "config.json"):
-        with pytest.raises(UserError, match="must be a file in a folder that exists|is no GGUF file"):
+        with pytest.raises(UserError, match="must be a file in a folder that exists|is not a GGUF file"):
             convert.main([f"--donor={tmp_path}", f"--gguf={file}"])
     assert RecursiveTransformer.load(tmp_path)
     export(tmp_path)

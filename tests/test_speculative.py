@@ -232,6 +232,10 @@ def test_drafts_after_logits_that_are_not_finite_are_not_accepted():
     logits[:, :, 2], logits[1] = 1.0, torch.nan
     assert accept(logits, torch.tensor([[2, 0], [0, 0]]), [], None, None) == [[2, 2], [-1]]
 
+    def probs(logits):
+        return torch.eye(4)[[0] * len(logits)]               # finite whatever the logits are
+    assert accept(logits[1:], torch.tensor([[0, 0]]), [probs([0])] * 2, probs, None) == [[-1]]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
