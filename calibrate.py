@@ -8,12 +8,12 @@ the gradients g = d loss / d(Wx) of its outputs. For the depths l that share one
     C_l        E[x xᵀ] E[|g|²] plus a ridge: second moments of the input, times how much they matter to the loss
     D          diagonal: the mean of g² per output over these depths, as shares
 
-To second order, and with the moments of x and g taken apart (K-FAC, Martens and Grosse 2015, with only the diagonal of
+To second order, and treating x and g as independent (K-FAC, Martens and Grosse 2015, with only the diagonal of
 E[g gᵀ]: all of it was no better), the loss rises by half of
 
     E = Σ_l tr D (W_l - W' - B_l A_l) C_l (W_l - W' - B_l A_l)ᵀ                                                   (C1)
 
-Three closed forms minimise it in turns, each exactly (but (C3) is exact only the first time; later it takes two steps
+Three closed forms minimise it in turn, each exactly (but (C3) is exact only the first time; later it takes two steps
 of subspace iteration):
 
     weighted tying   W' = (Σ W_l C_l) (Σ C_l)⁻¹                                       without LoRA                 (C2)
@@ -27,8 +27,9 @@ is Average and (C3) is the SVD of Eq. 4. The code keeps A C Aᵀ = I, so that B 
 
 Norm scales are first absorbed into the linear layers that follow; tying them alone would cost more than everything
 else. A bias is one more column of W, for an input that is always 1 and that no LoRA reads. At the end the weights are
-scaled for training, which does not change the function: the shared norms get the donors' mean scale, and A and B half
-of the singular values each. AdamW's steps are equally large for all weights, so otherwise training would undo the fit.
+scaled for training, which does not change the function: the shared norms get the root mean square of the donors'
+scales, A and B half of the singular values each. AdamW's steps are equally large for all weights, so otherwise training
+would undo the fit.
 """
 
 from copy import deepcopy
@@ -88,13 +89,19 @@ def linears(layer: Layer, names: tuple[str, ...]) -> list[tuple[str, RelaxedLine
     return [(name, layer.get_submodule(name)) for name in names if name != "mlp.gate" or layer.mlp.gate is not None]
 
 
+def widened(module: nn.Module) -> nn.Module:
+    """A copy in fp32 or wider."""
+    module = deepcopy(module)
+    for p in module.parameters():
+        p.data = upcast(p.data)
+    return module
+
+
 @torch.no_grad()
 def absorb_norms(layer: Layer) -> Layer:
     """A copy that computes the same, in fp32 or wider, with norm scales of one and norm biases of zero: the linear
     layers that follow absorb them (so GPT-NeoX's attention always gets biases)."""
-    layer = deepcopy(layer)
-    for p in layer.parameters():
-        p.data = upcast(p.data)
+    layer = widened(layer)
     for norm, first in ((layer.norm1, "attn.q"), (layer.norm2, "mlp.up")):
         scale = norm_scale(norm)
         for _, linear in linears(layer, SHARED_INPUT[first]):
@@ -125,8 +132,8 @@ def collect_stats(full: RecursiveTransformer, windows: list[Tensor]) -> Activati
     for i, layer in enumerate(progress(full.layers, desc="calibration, forward", unit="layer")):
         layer = absorb_norms(layer)
         states.append([layer(x, rope, 0, i, None) for x, rope in zip(states[-1], ropes, strict=True)])
-    head = upcast(full.head_weight.detach())
-    grads = [loss_gradient(full.norm, head, x, idx) for x, idx in zip(states.pop(), windows, strict=True)]
+    norm, head = widened(full.norm), upcast(full.head_weight.detach())
+    grads = [loss_gradient(norm, head, x, idx) for x, idx in zip(states.pop(), windows, strict=True)]
 
     stats, count = ActivationStats(), sum(idx.numel() for idx in windows)
     for i in progress(range(len(full.layers))[::-1], desc="calibration, backward", unit="layer"):
@@ -262,7 +269,7 @@ class LayerFit:
         CA, WCA = torch.cat(self.CA, dim=1), torch.cat(self.WCA, dim=1)
         solved = torch.cholesky_solve(CA, self.chol_sum_C)               # (Σ C_l)⁻¹ CA
         eigenvalues, v = torch.linalg.eigh(torch.eye(CA.size(1)).to(CA) - CA.T @ solved)
-        kept = eigenvalues > 1e-10                                       # the rest is read by every LoRA: as in (C2)
+        kept = eigenvalues > 1e-10                                       # what every LoRA reads stays as in (C2)
         change = (self.tied @ CA - WCA) @ v[:, kept] / eigenvalues[kept] @ v[:, kept].T
         return self.tied + change @ solved.T, change
 
@@ -283,7 +290,8 @@ def fit(W: list[Tensor], C: list[Tensor], rank: int, rounds: int = 0, stop: floa
     """W' (out, in), (A, B) of each loop, and the error (C1) at the start and after each round of (C3) and (C4), as a
     share of the outputs' energy. A round that lowers the error by less than the share `stop` is the last."""
     if len(W) == 1:                                                      # nothing is shared: the donor's, B zero
-        (out, n_read), W = W[0][:, :W[0].size(1) - biased].shape, W[0]
+        W, n_read = W[0], W[0].size(1) - biased
+        out = W.size(0)
         rank = min(rank, out, n_read)
         return W, [(W.new_zeros(rank, n_read), W.new_zeros(out, rank))] * (rank > 0), [0.0]
     layer = LayerFit(W, C, rank, biased)
@@ -325,7 +333,7 @@ def fit_linear(linear: RelaxedLinear, donors: list[RelaxedLinear], inputs: list[
                gradients: list[Tensor], scale: Tensor | float, rounds: int, stop: float, ridge: float) -> list[float]:
     """Fill `linear` with the fit of the donors' linear layers, one per loop; returns the errors of `fit`.
 
-    inputs, gradients: those of ActivationStats for each loop. scale (in,): the inputs of `linear` over the donors'.
+    inputs, gradients: those of ActivationStats for each loop. scale (in,): of the inputs of `linear` to the donors'.
     A tied bias is fitted as one more column of W'. Biases per loop take up each loop's mean error, whatever W', A and B
     are, so these are fitted to the inputs less their mean.
     """

@@ -6,7 +6,6 @@
 """
 
 from collections.abc import Callable, Iterable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,8 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from calibrate import calibration_windows, to_calibrated
-from hf import Donor, hf_tensors, load_any, load_full, refuse_first_loop_kv, refuse_looped, to_hf
+from calibrate import calibration_windows, to_calibrated, widened
+from hf import Donor, hf_tensors, is_looped, load_any, load_full, refuse_first_loop_kv, refuse_looped, to_hf
 from lib.checks import cast
 from lib.cli import UserError, parse_args, print0, progress, script, table
 from lib.data import load_tokens
@@ -23,7 +22,7 @@ from lib.donors import copy_papers, find_donor
 from lib.folders import check_out, replace_folder
 from lib.gguf_export import architecture, write_gguf
 from lib.tokenizer import Tokenizer, copy_tokenizer
-from model import Config, RecursiveTransformer, RelaxedLinear, is_matrix
+from model import Config, RecursiveTransformer, is_matrix
 
 __all__ = ["load_any", "load_full", "loop_layers", "source_layers", "svd_factors", "to_hf", "to_recursive", "unroll"]
 
@@ -124,7 +123,7 @@ def loop_layers(config: Config, read: Read, target: Config, init: Init = "stepwi
                 rounding: Rounding = "round", norms: Norms = "init",
                 dtype: torch.dtype | None = None) -> tuple[RecursiveTransformer, dict[str, list[float]]]:
     """The recursive model of config `target` from the tensors of a full-size model of `config` (§2.2, §2.3); dtype
-    None keeps theirs. And for each kind of matrix: [squared norm of the residuals that LoRA keeps, that of all].
+    None keeps theirs. Also, for each kind of matrix, [squared norm of the residuals that LoRA keeps, that of all].
     """
     refuse_looped(config, "convert a full-size model, or unroll this one first")
     for given, allowed in ((init, Init), (lora_init, LoraInit), (rounding, Rounding), (norms, Norms)):
@@ -202,7 +201,7 @@ def unroll(model: RecursiveTransformer, dtype: torch.dtype | None = None) -> Rec
         if not name.startswith("layers."):
             out[name] = cast(w.clone(), store, name)
         elif is_matrix(name):
-            linear = in_fp32(model, name)
+            linear = widened(model.get_submodule(name.removesuffix(".weight")))
             for loop, depth in enumerate(depth_names(c, name)):
                 out[depth] = cast(linear.merged(loop).clone(), store, depth)
         elif "lora_" not in name:                                        # a norm weight or a bias
@@ -215,12 +214,6 @@ def unroll(model: RecursiveTransformer, dtype: torch.dtype | None = None) -> Rec
     return full.eval()
 
 
-def in_fp32(model: RecursiveTransformer, name: str) -> RelaxedLinear:
-    """A copy of the linear layer with this weight, in fp32 or wider."""
-    linear = deepcopy(model.get_submodule(name.removesuffix(".weight")))
-    return linear.to(torch.promote_types(linear.weight.dtype, torch.float32))
-
-
 @torch.no_grad()
 def rounding_errors(model: RecursiveTransformer, full: RecursiveTransformer) -> tuple[float, float]:
     """How far the weights of `full`, the unrolled model, are from W' + B A: as a share of W' + B A, and of B A. 0 for
@@ -228,7 +221,7 @@ def rounding_errors(model: RecursiveTransformer, full: RecursiveTransformer) -> 
     merged = added = rounding = 0.0
     weights = full.state_dict()
     for name in (n for n in model.state_dict() if is_matrix(n) and model.config.rank):
-        linear = in_fp32(model, name)
+        linear = widened(model.get_submodule(name.removesuffix(".weight")))
         for loop, depth in enumerate(depth_names(model.config, name)):
             w = linear.merged(loop)
             merged += w.square().sum().item()
@@ -302,12 +295,13 @@ def main(argv=None):
 
 
 def export(args: ConvertConfig, dtype: torch.dtype | None) -> None:
-    """Write the recursive model in --donor for transformers: as it is, or with --unroll at full size."""
+    """Write the checkpoint of ours in --donor for transformers: as it is, or with --unroll at full size."""
     model = RecursiveTransformer.load(args.donor, dtype=None if args.unroll else dtype)
     if args.hf:
         to_hf(model, args.out, tokenizer=args.donor)
+        trust = ", trust_remote_code=True" * is_looped(model.config)
         print0(f"{args.donor} -> {args.out}: {model.num_params()['stored']:,} parameters stored, for transformers: "
-               f"AutoModelForCausalLM.from_pretrained({args.out!r}, trust_remote_code=True)")
+               f"AutoModelForCausalLM.from_pretrained({args.out!r}{trust})")
         return
     full = unroll(model, dtype)
     to_hf(full, args.out, tokenizer=args.donor)

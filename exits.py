@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lib.cli import UserError, progress
 from lib.data import IGNORE
-from lib.folders import GATE_FILE, THRESHOLDS_FILE, write_beside
+from lib.folders import GATE_FILE, THRESHOLDS_FILE, settled, write_beside
 from model import Config, KVCache, RecursiveTransformer, upcast
 
 RuleName = Literal["never", "fixed", "max_prob", "margin", "entropy", "gate"]
@@ -91,7 +91,7 @@ class Gate(nn.Module):
     @classmethod
     def load(cls, folder, model: RecursiveTransformer) -> "Gate":
         """The gate of the checkpoint in `folder`. UserError if it has none, or that of another model."""
-        path, c = Path(folder) / GATE_FILE, model.config
+        path, c = settled(folder) / GATE_FILE, model.config
         if not path.exists():
             raise UserError(f"{folder} has no gate: train one with python -m evaluation.thresholds --ckpt={folder}, "
                             "or use --rule=max_prob, margin or entropy")
@@ -183,7 +183,7 @@ def load_rule(folder, model: RecursiveTransformer, name: RuleName, threshold: fl
 
 def read_thresholds(folder) -> dict:
     """{keys: {"agreement", "confidence", "dtype", "thresholds": {rule: threshold}}} of the checkpoint, or {}."""
-    path = Path(folder) / THRESHOLDS_FILE
+    path = settled(folder) / THRESHOLDS_FILE
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
         if not all(0 <= t <= 1 for by_keys in found.values() for t in by_keys["thresholds"].values()):

@@ -77,7 +77,7 @@ LLAMA = Family(
     defaults={"n_ctx": 2048, "norm_eps": 1e-6, "tie_head": False, "rope_theta": 10000.0},
     must_agree={"partial_rotary_factor": "rotary_pct", "rotary_pct": "rotary_pct", "rotary_emb_base": "rope_theta"})
 GEMMA = replace(
-    LLAMA, hf_class="Gemma", activations=("gelu_pytorch_tanh", "gelu"),  # early releases say "gelu" and mean tanh
+    LLAMA, hf_class="Gemma", activations=("gelu_pytorch_tanh", "gelu"),  # early releases' hidden_act "gelu" is tanh
     settings=UNBIASED | {"attn_bias": "attention_bias"},
     defaults={"n_ctx": 8192, "norm_eps": 1e-6, "tie_head": True, "rope_theta": 10000.0, "head_dim": 256})
 MISTRAL = replace(LLAMA, hf_class="Mistral", settings=UNBIASED,
@@ -124,7 +124,7 @@ REFUSED = {
                     "a window shorter than max_position_embeddings, which you may lower to it"),
     "layer_types": "layers of different kinds", "attn_logit_softcapping": "soft-capping",
     "final_logit_softcapping": "soft-capping", "quantization_config": "quantised weights",
-    "use_bidirectional_attention": "bidirectional attention",
+    **dict.fromkeys(("use_bidirectional_attention", "is_causal"), "bidirectional attention"),
 }
 REFUSED_TYPES = {"gemma2": " (soft-capping, sandwich norms, sliding windows)", "olmo2": " (norms after, not before)",
                  **dict.fromkeys(("gemma3", "gemma3_text"), " (sandwich norms, sliding windows)")}
@@ -224,13 +224,13 @@ def unrotated_layers(hf: dict, n_layer: int) -> list[int] | None:
 
 
 def refuse_unsupported(hf: dict, arch: str, where) -> None:
-    """Raise UserError for settings that ask for another forward pass; warn once of unknown ones that do not."""
+    """Raise UserError for settings that ask for another forward pass; warn once about unknown ones that do not."""
     family, unknown = FAMILIES[arch], []
     for key, value in hf.items():
-        if not value or key in family.settings.values():                 # off, or read
+        if (not value and key != "is_causal") or key in family.settings.values():    # off, or read
             continue
         if key in ("hidden_act", "hidden_activation"):
-            if value not in family.activations:
+            if value not in family.activations[:1 if key == "hidden_activation" else None]:
                 raise UserError(f"{where}: activation {value!r} is not supported for {arch}; "
                                 f"use {family.activations[0]}")
         elif key in REFUSED:
@@ -250,11 +250,13 @@ def refuse_unsupported(hf: dict, arch: str, where) -> None:
 
 def is_harmless(key: str, value, hf: dict) -> bool:
     """True if a setting in REFUSED has a value that changes nothing."""
+    if key == "is_causal":
+        return value in (True, None)
     if key in ("sliding_window", "use_sliding_window"):                  # off, or as wide as the longest text
         arch, window = hf["model_type"], hf.get("sliding_window", 4096)
         used = hf.get("use_sliding_window", arch not in ("qwen2", "qwen3", "smollm3")) or arch == "mistral"
         n_ctx = hf.get("max_position_embeddings", FAMILIES[arch].defaults["n_ctx"])
-        return not used or window is None or type(window) is type(n_ctx) is int and window >= n_ctx
+        return not used or window is None or (type(window) is type(n_ctx) is int and window >= n_ctx)
     if key == "layer_types":
         return isinstance(value, list) and all(kind == "full_attention" for kind in value)
     if not key.startswith("rope_") or not isinstance(value, dict):
@@ -290,14 +292,14 @@ class Donor:
         for path in sorted(set(self.files.values())):
             with self.open(path) as f:
                 for name in f.keys():  # noqa: SIM118 (not a dict)
-                    if self.files.setdefault(name, path) == path:        # also tensors that the index does not list
+                    if self.files.setdefault(name, path) == path:        # unlisted too; not another file's copies
                         shapes[name] = tuple(f.get_slice(name).get_shape())
                         dtypes[name] = f.get_slice(name).get_dtype()
         head = hf_name("head.weight", self.config.arch)
         alias = {"lm_head.weight": head} if head not in shapes else {}   # GPT-NeoX's head has two names
         self.stored_as = {alias.get(n, n): n for n in shapes if not NOT_WEIGHTS.search(n)}
         found = {n: shapes[stored] for n, stored in self.stored_as.items()}
-        redundant = self.config.tie_head and found.pop(head, None)       # some checkpoints store a tied head as well
+        redundant = self.config.tie_head and found.pop(head, None) is not None  # some store a tied head too
         check_tensors(hf_shapes(self.config), found, self.folder)
         self.dtype = widest(FLOATS.get(dtypes[self.stored_as[n]], torch.float16) for n in found)
         if redundant and not torch.equal(self.load(head), self.load(hf_name("embed.weight", self.config.arch))):
@@ -424,7 +426,7 @@ def to_hf(model: RecursiveTransformer, folder, tokenizer=None) -> None:
     """Write a model for transformers: a full-size one loads as GemmaForCausalLM, LlamaForCausalLM, and so on; a looped
     one, with each weight stored once, by trust_remote_code=True (lib/export.py).
 
-    `tokenizer`: a folder whose tokenizer files, README and licence are copied along, and from whose log the losses are.
+    `tokenizer`: a folder whose tokenizer files, README and licence are copied along, and whose log supplies the losses.
     UserError for a full-size model that the class of its family cannot have.
     """
     c, share = model.config, None

@@ -74,8 +74,6 @@ def check_settings(args: SampleConfig) -> None:
                         "drop them, or give a temperature above 0")
     if args.exit_loop != SampleConfig.exit_loop and args.rule != "fixed":
         raise UserError(f"--exit_loop={args.exit_loop} is for --rule=fixed; the other rules decide token by token")
-
-
     if args.speculative and (args.rule not in (None, "never") or args.show_exits):
         raise UserError(f"--speculative={args.speculative} runs all loops for each token, so none exits early: drop "
                         "it, or drop --rule and --show_exits")
@@ -199,7 +197,7 @@ def write_one(args: SampleConfig, model: RecursiveTransformer, tokenizer: Tokeni
                         f"least one more; shorten the prompt to at most {n_ctx - 1} tokens")
     if args.speculative:
         cycles = generate_speculatively(args, model, [ids], tokenizer.eos_ids, torch.Generator().manual_seed(args.seed))
-        steps = ((token, model.config.n_loop - 1) for new, in cycles for token in new)
+        steps = ((token, model.config.n_loop - 1) for [new] in cycles for token in new)
     else:
         steps = generate(model, torch.tensor([ids], device=model.embed.weight.device), args.max_new_tokens,
                          args.temperature, args.top_k, args.top_p, args.seed, rule, args.keys, tokenizer.eos_ids)
@@ -268,7 +266,8 @@ def submit(args: SampleConfig, model: RecursiveTransformer, tokenizer: Tokenizer
         prompts += [ids] * args.samples
         errors += [error] * args.samples
     n_ctx, longest = model.config.n_ctx, max(1, *map(len, prompts))
-    engine = Engine(model, min(args.slots, len(prompts)), min(n_ctx, longest + args.max_new_tokens), rule, args.keys,
+    slots = 1 if args.speculative else min(args.slots, len(prompts))   # else the engine only checks the prompts
+    engine = Engine(model, slots, min(n_ctx, longest + args.max_new_tokens), rule, args.keys,
                     sampler=make_sampler(args))
     requests = [engine.add(ids, max(1, min(args.max_new_tokens, n_ctx - len(ids))), tokenizer.eos_ids)
                 for ids in prompts]

@@ -63,10 +63,10 @@ class TrainConfig:
     rounding: Rounding = "round"           # where a stepwise step falls between two layers
     calib_tokens: int = 20_480             # init=calibrated: the tokens of --data that the conversion is fitted to
     # on what
-    data: str = "assets/books/train"       # text files or a folder of token shards; several by comma
+    data: str = "assets/books/train"       # text files, folders of them, or folders of token shards, by comma
     valid: str = "assets/books/valid.txt"  # the same, never trained on
-    tokens: int = 300_000                  # tokens to train on, in all
-    skip_tokens: int = 0                   # tokens of --data to pass over: those read by an earlier run of this --seed
+    tokens: int = 300_000                  # tokens to train on, in all, rounded down to whole steps
+    skip_tokens: int = 0                   # tokens to pass over: a run of the same data, seed and seq_len read them
     batch_tokens: int = 2048               # tokens per optimizer step, over all processes
     seq_len: int = 256                     # tokens per sequence
     micro_batch: int = 8                   # sequences per process that go through the model at once
@@ -282,7 +282,8 @@ def prepare(args: TrainConfig, procs: Processes, state: dict | None, began: floa
     texts = {name: load_tokens(getattr(args, name), tokenizer, config.vocab_size) for name in ("data", "valid")}
     check_texts(args, texts)
     history = state["history"] if state else {
-        "donor_config": asdict(config), "tokenizer_hash": tokenizer.hash, "skipped": 0, "seconds": 0.0, "bf16": bf16}
+        "donor_config": asdict(config), "tokenizer_hash": tokenizer.hash, "skipped": 0, "seconds": 0.0, "bf16": bf16,
+        "trained_before": bool(args.ckpt) and (Path(args.ckpt) / "train.pt").exists()}
     # The last evaluation reads as many tokens as the first, also if the run is resumed with another --eval_tokens.
     history.setdefault("eval_tokens", 4 * (state["args"]["eval_tokens"] if state else args.eval_tokens))
 
@@ -389,7 +390,7 @@ def train_step(run: Run, stream: Iterator, lr: float) -> tuple[float, list[float
     else:
         raise UserError(f"loss {total}, gradient norm {norm} at step {run.step}: not finite, training stops; "
                         f"{args.out} holds the last good checkpoint, of step {run.saved}: start anew with "
-                        f"--ckpt={args.out} and a lower --lr, or go on with --resume --skip_nonfinite")
+                        f"--ckpt={args.out} and a lower --lr, or go on with --resume --out={args.out} --skip_nonfinite")
     run.optimizer.zero_grad(set_to_none=True)
     return total, ce, norm
 

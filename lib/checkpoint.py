@@ -76,7 +76,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.state.clear()                              # a second copy of its share: `optim` is what steps
-        optimizer.optim.load_state_dict(optimizer.optim.state_dict())  # moves "step" to the GPU, as fused AdamW needs
+        optimizer = optimizer.optim
+        optimizer.load_state_dict(optimizer.state_dict())    # moves "step" to the GPU, as fused AdamW needs
+    for moments in optimizer.state.values():                 # on a CPU still mapped from train.pt, which is to go
+        moments.update({name: x.clone() for name, x in moments.items()})
 
 
 def check_whole(folder) -> dict:
@@ -136,7 +139,7 @@ def find_state(out: str, resume: Literal["no", "yes", "auto"]) -> dict | None:
             if resume == "auto":
                 return newest_whole(out)
             if resume == "yes" and (newest.exists() or previous.exists()):
-                check_whole(out)
+                check_whole(out)                             # if there is none, load_state says so
             return resume == "yes"
         except UserError as e:
             hint = "; --resume=auto goes back to the checkpoint before it" * (resume == "yes" and previous.exists())
@@ -169,8 +172,8 @@ def resumed_settings(argv, given, state: dict):
                         f"drop the flag, or start a new run from it with --ckpt={given.out} and another --out")
     steps = kept.tokens // kept.batch_tokens
     if steps < state["step"]:
-        raise UserError(f"--tokens={kept.tokens} are {steps} steps, the run in {given.out} has done {state['step']}; "
-                        f"ask for at least --tokens={state['step'] * kept.batch_tokens}")
+        raise UserError(f"--tokens={kept.tokens} is {steps} steps, but the run in {given.out} has done "
+                        f"{state['step']}; ask for at least --tokens={state['step'] * kept.batch_tokens}")
     return replace(kept, resume=given.resume, out=given.out, device=given.device)  # folder and hardware are today's
 
 
@@ -208,7 +211,7 @@ def identify(tokens) -> list[int]:
 
 
 def identify_weights(model: nn.Module) -> list[int]:
-    """[number of weights, CRC-32] of a model: of up to 4,096 weights of each tensor."""
+    """[number of weights, CRC-32] of a model: of all or at least 4,096 weights of each tensor."""
     crc = 0
     for p in model.parameters():
         some = p.detach().flatten()[::max(1, p.numel() // 4096)]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lib.cli import UserError
+from lib.folders import settled
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -79,7 +80,7 @@ def check_config(c) -> None:
 
 def read_config(folder, cls):
     """The instance of `cls` that a checkpoint's config.json describes. UserError if it is missing or not ours."""
-    path = Path(folder) / "config.json"
+    path = settled(folder) / "config.json"
     if not path.exists():
         raise UserError(f"no checkpoint in {folder}: no config.json; give a folder that convert.py or train.py wrote")
     try:

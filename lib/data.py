@@ -4,6 +4,7 @@ python -m lib.data --name=slimpajama --tokens=15e9 --tokenizer=assets/donor --ou
 python -m lib.data --name=FILES --train_tokenizer=4096 --out=out_tokenizer                    trains a tokenizer
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,10 +66,11 @@ def load_tokens(path: str, tokenizer: Tokenizer, vocab_size: int, hub_tokens: in
             if shards and (folder / UNFINISHED).exists():
                 raise UserError(f"the shards in {part} are not all written: give the python -m lib.data command that "
                                 f"began them again, or remove {folder / UNFINISHED} to use those that exist")
+        name, n = (os.path.join(".", part), None) if Path(part).exists() else (part, hub_tokens)  # ./ is no data set
         arrays += [open_shard(shard, tokenizer, vocab_size) for shard in shards] or [
-            read_tokens(part, tokenizer, vocab_size, None if Path(part).exists() else hub_tokens)]
-    if not shards:
-        arrays[-1] = arrays[-1][:-1]                         # no EOS after the last document
+            read_tokens(name, tokenizer, vocab_size, n)]
+    if not shards:                                           # the last part was text: no EOS after its last document
+        arrays[-1] = arrays[-1][:-1]
     tokens = Tokens([a for a in arrays if len(a)], tokenizer.first_id)
     if len(tokens) == 0:
         raise UserError(f"{path} is empty: there is no text in it")

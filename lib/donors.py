@@ -28,8 +28,8 @@ def find_donor(donor: str) -> Path:
                   "README.md", *LICENCES]
         return Path(snapshot_download(donor, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as e:  # the hub client raises many kinds
-        raise UserError(f"donor {donor} is not a folder, and cannot be downloaded either ({str(e).splitlines()[0]}); give "
-                        "a local folder") from None
+        raise UserError(f"donor {donor} is not a folder, and cannot be downloaded either ({str(e).splitlines()[0]}); "
+                        "give a local folder") from None
 
 
 def donor_name(folder: Path) -> str:

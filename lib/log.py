@@ -66,13 +66,13 @@ def summary(run, final: float, seconds: float) -> str:
     rows = [["model", "validation loss", "perplexity", "stored", "run per token"]]
     if run.donor:
         rows.append(["donor", *loss_cells(history["donor"], run.donor.num_params())])
-    converted = run.donor and run.args.init != "random"      # otherwise no weight of the donor is in the model
+    converted = run.donor and run.args.init != "random" and not history.get("trained_before")
     rows += [["converted" if converted else "start", *loss_cells(history["converted"], n)],
              ["uptrained" if converted else "trained", *loss_cells(final, n)]]
     lines = [f"\n{run.steps} steps, {clock(seconds)}, peak memory {peak_memory(run.procs.device):.1f} GiB; checkpoint "
              f"in {run.args.out}", table(rows)]
     if history["skipped"]:
-        lines.append(f"{history['skipped']} steps were skipped: their loss or gradient was not finite")
+        lines.append(f"steps skipped because the loss or gradient was not finite: {history['skipped']}")
     if history.get("bf16", run.bf16) != run.bf16:
         lines.append("the last row is measured in another precision than the rows above: the run was resumed with "
                      "another --dtype or device")

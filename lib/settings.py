@@ -26,8 +26,8 @@ def check_train_settings(args, resumed: bool) -> None:
     if args.tokens < args.batch_tokens:
         raise UserError(f"--tokens={args.tokens} is less than one step of {args.batch_tokens}; ask for more tokens")
     if args.teacher and args.distill == "none":
-        raise UserError(f"--teacher={args.teacher} is distilled from, and --distill=none distils nothing: drop one")
-    if args.exit_distill and args.exit_loss == "last":
+        raise UserError(f"--teacher={args.teacher} has no effect with --distill=none: drop one of the two")
+    if args.exit_distill and (args.exit_loss == "last" or (args.exit_loss == "aggressive" and args.exit_coef == 0)):
         raise UserError("--exit_distill trains the earlier exits; say how much with --exit_loss=aggressive or weighted")
     if not resumed:                                          # runs of older versions may have such settings
         check_used(args)
@@ -46,7 +46,7 @@ def check_used(args) -> None:
         (converts, "rank loops lora_init vectors kv norms rounding calib_tokens", conversion, ""),
         (not args.ckpt, "init", conversion, ""),
         (args.exit_loss == "aggressive", "exit_coef", nothing, "--exit_loss=aggressive"),
-        (args.distill == "none" or distils, "distill", nothing, "a --teacher"),
+        (args.distill == "none" or teaches, "distill", nothing, "a --teacher"),
         (teaches, "distill_weight temperature", nothing, "distillation"))
     for used, names, message, needs in table:
         for name in names.split():
@@ -98,4 +98,5 @@ def check_vocabulary(name: str, folder, vocab_size: int, donor: str, donor_vocab
     if ((vocab_size != donor_vocab_size and not may_pad)
             or not Tokenizer.load(folder, vocab_size).understands(tokenizer)):
         raise UserError(f"{name} has a vocabulary of {vocab_size}, {donor} one of {donor_vocab_size}, or another "
-                        "tokenizer: they must be the same (--donor names the donor of --ckpt)")
+                        "tokenizer: they must be the same"
+                        + (" but for its padding" if may_pad else " (--donor names the donor of --ckpt)"))

@@ -18,7 +18,7 @@ import numpy as np
 from lib.bpe import byte_of_character, find_merges
 from lib.bpe import train_tokenizer as train_tokenizer
 from lib.cli import UserError, print0
-from lib.folders import TOKENIZER_FILES
+from lib.folders import TOKENIZER_FILES, settled
 
 # Text that tokenizers normalise or split differently: case, accents, digits, spaces, scripts. `hash` depends
 # on it, and shards store that hash: never change it.
@@ -52,7 +52,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder, vocab_size: int | None = None) -> "Tokenizer":
         """The tokenizer in `folder`. UserError if it is missing, corrupt, or has ids >= vocab_size."""
-        folder = Path(folder)
+        folder = settled(folder)
         file = find_tokenizer(folder)
         try:
             config = read_optional_json(folder / "tokenizer_config.json")

@@ -256,8 +256,9 @@ def test_stats_do_not_depend_on_order_or_batch_size():
             close(g, want.gradients[name], 1e-12)
 
 
-def test_weights_in_half_precision_are_read_in_full():
-    full, idx = tiny("gemma").bfloat16(), tokens(4, 9)
+@pytest.mark.parametrize("arch", ["gemma", "gpt_neox"])
+def test_weights_in_half_precision_are_read_in_full(arch):
+    full, idx = tiny(arch).bfloat16(), tokens(4, 9)
     stats, want = collect_stats(full, [idx]), collect_stats(copy.deepcopy(full).float(), [idx])
     for name, (second, _) in stats.inputs.items():
         close(second, want.inputs[name][0], 1e-2 if "layers.0" in name else 2e-2)

@@ -1,6 +1,7 @@
 """A run's state on the disk: neither kills nor full disks nor damaged files lose more than minutes, and a run may go
 on with other processes than it began with."""
 
+import gc
 import json
 import os
 import random
@@ -37,7 +38,8 @@ from lib.checkpoint import check_whole, find_state, load_optimizer, load_state
 from lib.cli import UserError
 from lib.folders import check_out, own_folder, replace_folder
 from lib.log import drop_log_after
-from model import RecursiveTransformer
+from lib.tokenizer import Tokenizer
+from model import RecursiveTransformer, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("train.pt", "model.safetensors", "config.json", "tokenizer.tiktoken")
@@ -433,6 +435,34 @@ def test_zero_keeps_its_share_once_also_after_a_resume(out):
                    for k, v in s.items())
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_resumed_optimizer_lets_the_old_file_go(out, zero):
+    """Its moments are no longer those mapped from train.pt, whose space on the disk would stay in use."""
+    def mapped():
+        return str(out / "train.pt") in Path("/proc/self/maps").read_text()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, state = RecursiveTransformer.load(out), load_state(out)
+        optimizer = train.make_optimizer(model, train.TrainConfig(zero=zero))
+        load_optimizer(optimizer, state["optimizer"])
+        assert mapped()
+        del state
+        gc.collect()
+        assert not mapped() and optimizer.param_groups[0]["params"]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_first_save_that_was_interrupted_can_be_read(out):
+    """A kill left .next, which is complete, and nothing beside it."""
+    before, files = RecursiveTransformer.load(out).state_dict(), [path for path in out.iterdir()]
+    (out / ".next").mkdir()
+    for path in files:
+        path.rename(out / ".next" / path.name)
+    assert all(torch.equal(w, before[name]) for name, w in RecursiveTransformer.load(out).state_dict().items())
+    assert Tokenizer.load(out).encode("the cat") and read_config(out).n_loop == 2
 
 
 def worker(out: Path, rank: int) -> int | None:

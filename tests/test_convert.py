@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from test_model import ARCHS, DAMAGE, close, cut, each_arch, edit_config, edit_t
 
 import convert
 from convert import load_any, load_full, source_layers, svd_factors, to_hf, to_recursive, unroll
+from hf import config_from_hf
 from lib.cli import UserError
+from lib.donors import read_json
 from model import RecursiveTransformer, is_matrix
 
 each_init = pytest.mark.parametrize("init", ["stepwise", "average", "lower"])
@@ -322,7 +325,7 @@ def refused(donor, message, **flags):
     {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
     {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, {"sliding_window": 63},
     {"layer_types": ["full_attention", "sliding_attention"] * 3}, {"attn_logit_softcapping": 50.0},
-    {"final_logit_softcapping": 30.0},
+    {"final_logit_softcapping": 30.0}, {"is_causal": False}, {"use_bidirectional_attention": True},
     {"quantization_config": {"quant_method": "gptq"}}, {"hidden_act": "relu"}, {"hidden_activation": "gelu"},
     {"rope_parameters": {"type": "linear", "factor": 4.0}}, {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
     {"rope_parameters": "yarn"}, {"partial_rotary_factor": 0.5}, {"rotary_pct": 0.25}, {"rotary_emb_base": 500.0},
@@ -334,11 +337,20 @@ def test_unsupported_donors_are_refused_by_name(changes, donor):
     refused(donor, re.escape(key) + ".*" + re.escape(repr(value)) + ".* not supported")
 
 
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh"])
+def test_gemma_means_tanh_by_gelu_only_in_hidden_act(hidden_act):
+    hf = read_json(Path(__file__).parent.parent / "assets/donor/config.json")
+    hf |= {"hidden_act": hidden_act, "hidden_activation": None}
+    assert config_from_hf(hf).arch == "gemma"
+    with pytest.raises(UserError, match="activation 'gelu' is not supported for gemma; use gelu_pytorch_tanh"):
+        config_from_hf(hf | {"hidden_activation": "gelu"})
+
+
 def test_settings_that_change_nothing_are_accepted(donor):
     want = last(load_full(donor), tokens(1, 5))
     edit_config(donor / "config.json", rope_scaling=None, sliding_window=4096, use_sliding_window=False, mlp_bias=False,
-                layer_types=["full_attention"] * 6, quantization_config=None, rope_parameters={"rope_type": "default"},
-                eos_token_id=[7, 8])
+                layer_types=["full_attention"] * 6, is_causal=True, quantization_config=None,
+                rope_parameters={"rope_type": "default"}, eos_token_id=[7, 8])
     full = load_full(donor)
     assert torch.equal(last(full, tokens(1, 5)), want) and full.config.eos_token_id == [7, 8]
 

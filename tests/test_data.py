@@ -128,9 +128,14 @@ def test_settings_of_shards_are_refused_where_a_tokenizer_is_trained(tmp_path, f
     assert not (tmp_path / "out").exists()
 
 
-def test_training_reads_no_hub_dataset_into_memory(ranks):
+def test_training_reads_no_hub_dataset_into_memory(ranks, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="python -m lib.data --name=owner/name"):
         load_tokens("owner/name", Tokenizer.load(ranks), 300)
+    monkeypatch.chdir(tmp_path)                              # nor one whose alias is a folder's name
+    Path("slimpajama").mkdir()
+    Path("slimpajama/a.txt").write_text("the cat")
+    tokens = load_tokens("slimpajama", Tokenizer.load(ranks), 300)
+    assert list(tokens[:]) == Tokenizer.load(ranks).encode("the cat")
 
 
 def test_command_line(tmp_path, capsys):

@@ -301,6 +301,14 @@ def test_a_converted_checkpoint_is_a_start(home, tmp_path):
     run(home, tmp_path / "a", "--resume", f"--ckpt={tmp_path}/converted", "--tokens=2816")  # no longer needed
 
 
+def test_the_table_says_converted_only_of_what_conversion_left(home, tmp_path, capsys):
+    run(home, tmp_path / "a", "--tokens=256")
+    assert {"converted", "uptrained"} <= set(capsys.readouterr().out.split())
+    run(home, tmp_path / "b", f"--ckpt={tmp_path}/a", "--tokens=256")
+    said = capsys.readouterr().out
+    assert {"start", "trained"} <= set(said.split()) and not {"converted", "uptrained", "won"} & set(said.split())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Equal runs
 
@@ -561,7 +569,7 @@ def test_a_step_that_is_not_finite_is_skipped_or_named(home, tmp_path, monkeypat
     monkeypatch.setattr(train, "train_step", watched)
     out, how = tmp_path / "out", ["--tokens=1280", "--save_every=4"]
     says = r"loss nan, gradient norm nan at step 7: not finite.*out holds the last good checkpoint, of step 4: " \
-           r".*--ckpt=\S*out and a lower --lr, or go on with --resume --skip_nonfinite"
+           r".*--ckpt=\S*out and a lower --lr, or go on with --resume --out=\S*out --skip_nonfinite"
     with pytest.raises(UserError, match=says):
         run(home, out, *how)
     moved.clear()
@@ -569,7 +577,7 @@ def test_a_step_that_is_not_finite_is_skipped_or_named(home, tmp_path, monkeypat
     assert moved == [True, True, False, True, True, True]
     log = read_log(out)
     assert [line["skipped"] for line in log if "loss" in line] == [0] * 6 + [1] * 4 and log[-1]["final"]
-    assert "1 steps were skipped" in capsys.readouterr().out
+    assert "steps skipped because the loss or gradient was not finite: 1" in capsys.readouterr().out
     train.main(["--resume", f"--out={out}", "--tokens=1408"])
     assert read_log(out)[-2]["skipped"] == 1                           # the count goes on, too
 
@@ -634,11 +642,12 @@ BAD = {  # flags -> what the message says
     "--teacher={home}/nothing": r"donor \S*nothing does not exist",
     "--teacher={home}/other_words": r"--teacher=\S*other_words has a vocabulary of 320, the donor \S*donor one of 320",
     "--teacher={home}/short": r"--seq_len=16 is longer than the 8 tokens that \S*short was made for; use --seq_len=8",
-    "--teacher={home}/full --distill=none": r"--teacher=\S*full is distilled from, and --distill=none",
+    "--teacher={home}/full --distill=none": r"--teacher=\S*full has no effect with --distill=none",
     "--exit_loss=aggressive --loops=1": r"--exit_loss=aggressive needs an exit before the last loop.*has 1 loop",
     "--exit_loss=weighted --init=scratch": r"--exit_loss=weighted needs an exit before the last loop",
     "--exit_loss=weighted --ckpt={home}/full": r"--exit_loss=weighted needs an exit before the last loop",
     "--exit_distill": r"--exit_distill trains the earlier exits; say how much with --exit_loss=aggressive or weighted",
+    "--exit_loss=aggressive --exit_coef=0 --exit_distill": r"--exit_distill trains the earlier exits",
     "--exit_coef=-1": r"--exit_coef=-1.0 must not be negative",
     "--device=cuda": r"--device=cuda cannot be used here",
     "--device=abacus": r"--device=abacus cannot be used here",
