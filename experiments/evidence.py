@@ -91,7 +91,7 @@ def arm_cells(study: Study, lines: Lines, arm: Arm) -> list[str]:
 def arms_table(study: Study, lines: Lines, arms: Iterable[Arm]) -> str:
     """What each arm stores, its learning rate, and its loss on the test books before and after training."""
     rows = [["", "stored block", "learning rate", "before training", "after", "seeds"], donor_cells(lines)]
-    rows += [[*arm_cells(study, lines, arm), str(len(losses(lines, Measured(arm.name))) or "")] for arm in arms]
+    rows += [[*arm_cells(study, lines, arm), str(len(losses(lines, Measured(arm.name))) or "not run")] for arm in arms]
     return markdown(rows)
 
 

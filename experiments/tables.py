@@ -312,7 +312,8 @@ def scale_table(results: Path) -> str:
     chunked, naive = (find(loss, distill=True, code=code) for code in ("chunked", "naive"))
     def speed_ups(distill: bool) -> str:
         theirs = rate(step, code="transformers", distill=distill)
-        ours = [rate(step, code="ours", loops=loops, rank=0, distill=distill) for loops in (1, 2)]
+        ours = [rate(step, code="ours", loops=loops, rank=rank, distill=distill)
+                for loops, rank in ((1, 0), (2, 0), (2, 64))]
         return ", ".join(f"{tokens_per_s / theirs:.2f} ×" for tokens_per_s in ours)
 
     def lora_time(path: str) -> str:
@@ -326,7 +327,7 @@ def scale_table(results: Path) -> str:
          f"{chunked['added_gib_at_all']:.2f} GiB",
          f"{naive['added_gib_at_all']:.0f} GiB, naive (extrapolated from 1,024 tokens)", "loss.jsonl"],
         ["speed of that loss", f"{chunked['tokens_per_s'] / naive['tokens_per_s']:.1f} ×", "1, naive", "loss.jsonl"],
-        ["speed of a training step at SmolLM2's shape: full size, 2 loops", speed_ups(distill=False),
+        ["speed of a training step at SmolLM2's shape: full size, 2 loops, 2 loops with r 64", speed_ups(distill=False),
          "1, transformers at full size", "train.jsonl"],
         ["the same with distillation", speed_ups(distill=True), "1, transformers at full size", "train.jsonl"],
         ["time that LoRA adds to a training step of one layer, C = 2048, 4,096 tokens: r 64, r 512",
