@@ -174,8 +174,8 @@ def load_rule(folder, model: RecursiveTransformer, name: RuleName, threshold: fl
                             "--threshold (0 to 1)")
         served, dtype = model.embed.weight.dtype, calibrated.get("dtype")
         if dtype and dtype != str(served):                   # scores near the threshold round to either side
-            print(f"the thresholds of {folder} were calibrated in {dtype} and are used in {served}: the agreement "
-                  "that was asked for is not ensured", file=sys.stderr)
+            print(f"the thresholds of {folder} were calibrated in {dtype} and are used in {served}: the agreement of "
+                  f"{calibrated.get('agreement', 'the calibration')} is not ensured", file=sys.stderr)
     if not (0 <= threshold <= 1 or threshold == math.inf):
         raise UserError(f"--threshold={threshold} is out of range: scores are between 0 and 1 (inf = never)")
     return Rule(name, threshold, gate=gate)

@@ -284,7 +284,8 @@ class Donor:
     def __init__(self, donor: str):
         self.folder = find_donor(donor)
         self.config = config_from_hf(read_json(self.folder / "config.json"), self.folder / "config.json")
-        self.config.extra.setdefault("_name_or_path", donor_name(self.folder))
+        name, before = donor_name(self.folder), self.config.extra.get("_name_or_path")    # perhaps its predecessor's
+        self.config.extra["_name_or_path"] = name if "/" in name else before or name
         if (self.folder / "adapter_config.json").exists():
             raise UserError(f"{self.folder} has an adapter beside its weights (adapter_config.json), which is not "
                             "read; merge the two first (peft's merge_and_unload), or remove it")

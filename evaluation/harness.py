@@ -67,7 +67,7 @@ class HarnessConfig:
     threshold: float | None = None     # score from which a token exits, 0 to 1; not set: the calibrated one
     keys: Keys = "exact"               # KV of exited tokens: recomputed (exact), or copied from the exit loop
     batch: int = 16                    # requests side by side
-    against: str | None = None         # also score this Hugging Face folder with the harness' own model, and compare
+    against: str | None = None         # also score this Hugging Face folder or id with the harness' own model
     save: str | None = None            # also append the JSON line to this file
     device: str = "auto"               # auto, cpu, cuda
 
@@ -186,9 +186,11 @@ class HarnessLM(TemplateLM):
         text, stream = "", TextStream(self.text_tokenizer, ids)
         idx = torch.tensor([ids], device=self.model.embed.weight.device)
         for token, _ in decode(self.model, idx, n, self.rule, self.keys, eos_id=self.text_tokenizer.eos_ids):
-            if token in self.text_tokenizer.eos_ids or any(stop in text for stop in stops):
+            if token in self.text_tokenizer.eos_ids:
                 break
             text += stream.push(token.item())
+            if any(stop in text for stop in stops):
+                break
         text += stream.flush()
         return text[:min([len(text), *(text.find(stop) for stop in stops if stop in text)])]
 
@@ -284,6 +286,13 @@ def load_tasks(names: list[str], files: str | None) -> dict:
                         "give --files, a folder with a file TASK.jsonl of each") from e
 
 
+def metric_name(key: str) -> str:
+    """The harness' "acc,none" and "exact_match_stderr,strict-match" as "acc" and "exact_match,strict-match_stderr"."""
+    metric, _, name = key.partition(",")
+    base = metric.removesuffix("_stderr")
+    return base + f",{name}" * (name not in ("", "none")) + metric[len(base):]
+
+
 def run_task(lm, task, limit: int) -> tuple[dict, list[tuple]]:
     """(metrics by name, the model's answer to each of its requests: (log-likelihood, greedy) or (text, None))."""
     name = task.task_name
@@ -291,9 +300,9 @@ def run_task(lm, task, limit: int) -> tuple[dict, list[tuple]]:
     if task.get_config("num_fewshot") is None:               # seconds slower: it collects facts about the machine
         task.set_config("num_fewshot", 0)
     results = lm_eval.evaluator.evaluate(lm, {"tasks": {name: task}}, limit=limit or None, bootstrap_iters=100)
-    metrics = {key.removesuffix(",none"): value for key, value in results["results"][name].items()
-               if key.endswith(",none") and isinstance(value, float)}
-    answers = [resps[0] for sample in results["samples"][name] for resps in sample["resps"]]
+    metrics = {metric_name(key): value for key, value in results["results"][name].items() if isinstance(value, float)}
+    samples = results["samples"][name]                       # each document once per filter, with the same answers
+    answers = [resps[0] for sample in samples if sample["filter"] == samples[0]["filter"] for resps in sample["resps"]]
     return ({"items": results["n-samples"][name]["effective"], "shots": results["n-shot"][name]} | metrics,
             [answer if isinstance(answer, tuple) else (answer, None) for answer in answers])
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exits import SCORED, Gate, Keys, Rule, apply_rule, collect_exit_stats, read_thresholds, summarize
+from exits import SCORED, Gate, Keys, Rule, apply_rule, check_keys, collect_exit_stats, read_thresholds, summarize
 from hf import load_any
 from lib.cli import UserError, parse_args, print0, progress, script, table
 from lib.data import IGNORE, count_windows, load_tokens, windows
 from lib.donors import find_donor
-from lib.folders import GATE_FILE
+from lib.folders import GATE_FILE, settled
 from lib.results import append_line, check_plot, check_writable, json_line
 from lib.system import pick_device, run_info
 from lib.tokenizer import Tokenizer
@@ -166,7 +166,7 @@ def find_rules(config: EvaluateConfig, names: list[str], folder: Path, model: Re
             raise UserError(f"{config.ckpt} has 1 loop, so there are no exits to plot: leave out --plot")
         print0(f"{config.ckpt} has 1 loop, so no token can exit before the last")
         return []
-    if config.rules == EvaluateConfig.rules and not (folder / GATE_FILE).exists():
+    if config.rules == EvaluateConfig.rules and not (settled(folder) / GATE_FILE).exists():
         names.remove("gate")
         print0(f"{config.ckpt} has no gate yet: python -m evaluation.thresholds --ckpt={config.ckpt} trains one")
     return [Rule(name, gate=Gate.load(folder, model) if name == "gate" else None) for name in names]
@@ -180,8 +180,13 @@ def main(argv=None) -> None:
     device, folder = pick_device(config.device), find_donor(config.ckpt)
     model = load_any(folder, None if device.type == "cuda" else torch.float32).to(device)
     rules, calibrated = find_rules(config, names, folder, model), read_thresholds(folder)
-    if model.config.kv == "first_loop" and config.keys == EvaluateConfig.keys:
-        policies.remove("copy")                              # there is nothing to copy
+    for policy in list(policies):
+        try:
+            check_keys(policy, model.config)
+        except UserError:
+            if config.keys != EvaluateConfig.keys:           # by default those that the model has
+                raise
+            policies.remove(policy)
     tokenizer = Tokenizer.load(folder, model.config.vocab_size)
     pairs = read_text(config, model, tokenizer)
     (size, stride), n_windows = window_size(config, model), sum(len(idx) for idx, _ in pairs)

@@ -20,6 +20,7 @@ from exits import (
     Keys,
     Rule,
     apply_rule,
+    check_keys,
     collect_exit_stats,
     read_thresholds,
     score_exit,
@@ -27,7 +28,7 @@ from exits import (
 )
 from lib.cli import UserError, parse_args, print0, progress, script, table
 from lib.data import batch, count_windows, load_tokens, windows
-from lib.folders import GATE_FILE, THRESHOLDS_FILE, write_beside
+from lib.folders import GATE_FILE, THRESHOLDS_FILE, own_folder, write_beside
 from lib.results import append_line, check_writable
 from lib.system import pick_device, run_info
 from lib.tokenizer import Tokenizer
@@ -173,9 +174,17 @@ def show(thresholds: dict[str, float], measured: dict[str, list[dict]], oracle: 
 
 def main(argv=None) -> None:
     config = parse_args(ExitsConfig, argv)
-    device, folder = pick_device(config.device), config.ckpt
-    model = RecursiveTransformer.load(folder, dtype=None if device.type == "cuda" else torch.float32).to(device)
+    device = pick_device(config.device)
+    model = RecursiveTransformer.load(config.ckpt, dtype=None if device.type == "cuda" else torch.float32).to(device)
     check_settings(config, model.config.n_loop)
+    check_keys(config.keys, model.config)
+    with own_folder(config.ckpt):                            # gate and thresholds go with the weights that are in it
+        calibrate_rules(config, model)
+
+
+def calibrate_rules(config: ExitsConfig, model: RecursiveTransformer) -> None:
+    """Train the gate if there is none, and find the threshold of each rule; both go beside the weights."""
+    folder = config.ckpt
     read_thresholds(folder)                                  # damaged ones are an error now, not after minutes of work
     learn, calibration, check = read_texts(config, model)
     count = [sum(idx.numel() for idx, _ in pairs) for pairs in (learn, calibration, check)]

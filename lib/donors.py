@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lib.cli import UserError
+from lib.folders import settled
 from lib.tokenizer import copy_tokenizer
 
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
@@ -28,8 +29,9 @@ def find_donor(donor: str) -> Path:
                   "README.md", *LICENCES]
         return Path(snapshot_download(donor, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as e:  # the hub client raises many kinds
-        raise UserError(f"donor {donor} is not a folder, and cannot be downloaded either ({str(e).splitlines()[0]}); "
-                        "give a local folder") from None
+        why = str(e).partition("\n")[0]
+        raise UserError(f"donor {donor} is not a folder, and cannot be downloaded either ({why}); give a local folder"
+                        ) from None
 
 
 def donor_name(folder: Path) -> str:
@@ -51,6 +53,7 @@ def read_json(path: Path) -> dict:
 
 def copy_papers(src: Path, dst: Path) -> None:
     """Copy the donor's licence, and its README as README_donor.md, from it or from a model made of it."""
+    src = settled(src)
     readme, config = src / DONOR_README, src / "config.json"
     if not readme.exists() and config.exists() and "model_type" in read_json(config):
         readme = src / "README.md"

@@ -66,15 +66,15 @@ def model_card(c, share: float | None, folder: Path, source: Path) -> str:
     looped = {"n_loop": c.n_loop, "rank": c.rank} if share else c.extra.get("recursive")
     what = (f"A Relaxed Recursive Transformer of {looped['n_loop']} loops and LoRA rank {looped['rank']}, made from "
             f"{donor}{'' if share else ' and written out at full size'}" if looped else donor)
-    how = f"{c.n_layer} layers, which transformers loads like any other {c.arch} model." if not share else (
+    how = f"{c.n_layer} layers, which transformers loads like any other {c.arch} model.\n\n" if not share else (
         f"a block of {c.n_unique} layers that runs {c.n_loop} times for each token. It stores {share:.1%} of the "
         "parameters of the donor's block. transformers, from version 5 on, loads it with the code beside it:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
         "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n```\n\n")
     return "".join(f"{line}\n" for line in ["---", *lines, "---", ""] if lines) + (
-        f"# {what}\n\nnanoRRT wrote this folder: {how}{loss_table(source)}The donor's licence applies to it; "
-        f"{', '.join(files) or 'no file of the donor'} was copied along.\n")
+        f"# {what}\n\nnanoRRT wrote this folder: {how}{loss_table(source)}The donor's licence applies to it. "
+        f"Copied along: {', '.join(files) or 'no file of the donor'}.\n")
 
 
 def loss_table(run: Path) -> str:

@@ -10,7 +10,7 @@ hold other files (a log). So its files are replaced one by one, but from a compl
     4. `finish_replacement` renames .previous to `previous`, in place of the checkpoint kept before, links each file of
        .next over the old file of its name, and deletes .next at the end.
 
-So there are two complete checkpoints that share no file at any moment: damage to one of them leaves the other.
+With `keep`, from the second save on, two complete checkpoints share no file: damage to one of them leaves the other.
 A kill before 3 leaves the old checkpoint; the next owner deletes .previous, and the next writer .new. A kill after 3
 leaves .next, which is complete; the next owner of the folder repeats 4. Files of the folder that are not in the new
 checkpoint stay, except those that would be wrong beside it: the rest of another tokenizer, and a gate or thresholds
@@ -260,9 +260,10 @@ def write_beside(folder, name: str, write: Callable[[Path], object]) -> None:
     tmp = Path(folder) / f".{name}.tmp"
     try:
         write(tmp)
+        flush(tmp)
         os.replace(tmp, Path(folder) / name)
     except BaseException as e:
         tmp.unlink(missing_ok=True)
         if isinstance(e, (OSError, SafetensorError)):
-            raise UserError(f"cannot write {Path(folder) / name} ({e}); the checkpoint is as it was") from e
+            raise UserError(f"cannot write {Path(folder) / name} ({e}); what was there before is untouched") from e
         raise

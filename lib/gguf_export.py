@@ -227,7 +227,7 @@ def pre_tokenizer(spec: dict, notes: list[str]) -> str:
     patterns, pre = [], spec["pre_tokenizer"] or {"type": "none"}
     for step in pre.get("pretokenizers", [pre]):
         if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-            patterns += [GPT2] if step["use_regex"] else []
+            patterns += [GPT2] if step.get("use_regex", True) else []       # older files have none
         elif step["type"] == "Digits" and step["individual_digits"]:
             patterns.append(r"\p{N}")
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:

@@ -120,7 +120,7 @@ class NanoRRTForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values=None, cache=None, labels: Tensor | None = None, use_cache: bool | None = None,
                 logits_to_keep: int | Tensor = 0, **kwargs) -> CausalLMOutputWithPast:
-        """Logits (B, T, V) in fp32 for input_ids (B, T), which continue the sequences in the cache."""
+        """Logits (B, kept, V) in fp32 or wider for input_ids (B, T), which continue the sequences in the cache."""
         cache = past_key_values if cache is None else cache              # the old name and the new one
         self.model.checkpointing = self.gradient_checkpointing and self.training
         if cache is None and (not self.training if use_cache is None else use_cache) and not self.model.checkpointing:

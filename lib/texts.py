@@ -196,7 +196,9 @@ def explain_errors(texts: Texts):
         if os.path.exists(source):
             hint = "it may be damaged or cut short: get it again, or leave it out"
         elif "scripts are no longer supported" in str(e):
-            hint = f"datasets runs no scripts; most have a copy in parquet: --name={source}@refs/convert/parquet"
+            name = split_hub_id(source)["name"]
+            hint = ("datasets runs no scripts; most have a copy in parquet: --name="
+                    + source.replace(name, f"{name}@refs/convert/parquet", 1))
         elif "zstd" in str(e):
             hint = "its files are compressed with zstd: pip install zstandard"
         raise UserError(f"{source} cannot be read after row {texts.rows} ({type(e).__name__}: {str(e)[:200]}); "

@@ -259,7 +259,8 @@ def find_tokenizer(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"no tokenizer in {folder}: need tokenizer.json or tokenizer.tiktoken; "
-                    "copy it from the original checkpoint")
+                    "copy it from the original checkpoint (or have transformers' AutoTokenizer make it of a "
+                    "tokenizer.model: from_pretrained, save_pretrained)")
 
 
 def open_fast(file: Path):
@@ -343,10 +344,11 @@ def well_formed(text: str) -> str:
 
 def copy_tokenizer(src, dst) -> None:
     """Copy the tokenizer files of folder `src` into folder `dst`. UserError if there is none."""
-    find_tokenizer(Path(src))
-    if Path(src).resolve() == Path(dst).resolve():
+    src = settled(src)
+    find_tokenizer(src)
+    if src.resolve() == Path(dst).resolve():
         return
-    for path in (Path(src) / name for name in TOKENIZER_FILES):
+    for path in (src / name for name in TOKENIZER_FILES):
         if path.is_file():
             shutil.copy2(path, dst)
         elif path.is_dir():                                  # additional_chat_templates

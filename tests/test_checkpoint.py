@@ -36,7 +36,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import train
 from lib.checkpoint import check_whole, find_state, load_optimizer, load_state
 from lib.cli import UserError
-from lib.folders import check_out, own_folder, replace_folder
+from lib.donors import DONOR_README, donor_files
+from lib.folders import TOKENIZER_FILES, check_out, own_folder, replace_folder
 from lib.log import drop_log_after
 from lib.tokenizer import Tokenizer
 from model import RecursiveTransformer, read_config
@@ -463,6 +464,7 @@ def test_a_first_save_that_was_interrupted_can_be_read(out):
         path.rename(out / ".next" / path.name)
     assert all(torch.equal(w, before[name]) for name, w in RecursiveTransformer.load(out).state_dict().items())
     assert Tokenizer.load(out).encode("the cat") and read_config(out).n_loop == 2
+    assert donor_files(out).keys() == {path.name for path in files} & {*TOKENIZER_FILES, DONOR_README}
 
 
 def worker(out: Path, rank: int) -> int | None:

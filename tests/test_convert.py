@@ -416,7 +416,8 @@ def test_licence_and_readme_are_kept(donor, tmp_path):
     (tmp_path / "looped/README.md").write_text("my notes")
     run(donor=tmp_path / "looped", unroll=True, out=tmp_path / "hf")
     card = (tmp_path / "hf/README.md").read_text()
-    assert all(word in card for word in ("license: gemma\n", "base_model: acme/tiny\n", "2 loops", "rank 2"))
+    for word in ("license: gemma\n", "base_model: acme/tiny\n", "2 loops", "rank 2", "llama model.\n\nThe donor's"):
+        assert word in card, card
     assert (tmp_path / "hf/README_donor.md").read_bytes() == (donor / "README.md").read_bytes()
     assert (tmp_path / "hf/LICENSE.txt").read_text() == "all yours"
     assert (tmp_path / "looped/README.md").read_text() == "my notes"
@@ -642,6 +643,8 @@ def test_ids_home_and_owners(tmp_path, monkeypatch, donor):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "acme/other").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
+    assert load_full("acme/tiny").config.extra["_name_or_path"] == "acme/tiny"
+    edit_config(cached / "snapshots/abc/config.json", _name_or_path="acme/predecessor")
     assert load_full("acme/tiny").config.extra["_name_or_path"] == "acme/tiny"
     with pytest.raises(UserError, match="acme/third is not a folder, and cannot be downloaded either"):
         load_full("acme/third")

@@ -700,6 +700,15 @@ def test_a_gate_and_thresholds_are_added_to_the_checkpoint(looped, prepared):
         assert len(list(decode(model, torch.ones(1, 3).long(), 4, load_rule(prepared, model, "gate", 0.5)))) == 4
 
 
+def test_an_interrupted_first_save_gets_its_gate(home, looped, tmp_path):
+    """The folder holds .next alone, which the lock's owner finishes first."""
+    out = tmp_path / "out"
+    shutil.copytree(looped, out / ".next")
+    prepare(home, out)
+    assert {GATE_FILE, THRESHOLDS_FILE, "config.json"} <= {path.name for path in out.iterdir()}
+    assert load_rule(out, RecursiveTransformer.load(out), "gate", 0.5).gate
+
+
 def test_calibration_and_check_share_no_text_and_are_spread_over_it(home, prepared):
     config = ExitsConfig(str(prepared), data=f"{home}/train.txt", valid=f"{home}/valid.txt", gate_tokens=330,
                                tokens=420, seq_len=20)
@@ -760,7 +769,7 @@ def test_the_same_call_gives_the_same_gate_and_thresholds(home, out):
 @pytest.mark.parametrize("more", [["--new_gate"], []])
 def test_a_full_disk_leaves_gate_and_thresholds(home, out, more, capsys):
     before = contents(out)
-    with files_end_at(60), pytest.raises(UserError, match=r"cannot write .*; the checkpoint is as it was"):
+    with files_end_at(60), pytest.raises(UserError, match=r"cannot write .*; what was there before is untouched"):
         prepare(home, out, *more)
     assert contents(out) == before
 

@@ -207,6 +207,16 @@ def test_byte_level_tokenizers(name, tmp_path):
     assert keys["tokenizer.chat_template"] == template
 
 
+def test_settings_that_older_files_leave_out_have_their_defaults(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", [GPT2_LIKE])
+    spec = json.loads((tokenizer / "tokenizer.json").read_text())
+    spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    del spec["model"]["ignore_merges"]
+    (tokenizer / "tokenizer.json").write_text(json.dumps(spec))
+    save(tmp_path / "model", tokenizer, n_loop=2, bos_token_id=0, eos_token_id=1)
+    assert export(tmp_path / "model")[1]["tokenizer.ggml.pre"] == "gpt-2"
+
+
 def test_tiktoken_ranks(ranks, tmp_path, capsys):
     save(tmp_path, ranks)
     _, keys = export(tmp_path)

@@ -312,6 +312,32 @@ def test_all_tasks_beside_the_harness_own_model(donor, tmp_path, capsys):
 
 
 @needs
+def test_a_task_with_named_filters_keeps_all_metrics_and_each_answer_once(monkeypatch):
+    """As the harness gives those of gsm8k: each document once per filter."""
+    samples = [{"filter": name, "resps": [[answer]]} for name in ("strict-match", "flexible-extract")
+               for answer in ("one", "two")]
+    found = {"alias": "gsm8k", "exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1,
+             "exact_match,flexible-extract": 0.75, "exact_match_stderr,flexible-extract": 0.2, "acc,none": 0.25}
+    monkeypatch.setattr(harness.lm_eval.evaluator, "evaluate", lambda *_, **__: {
+        "results": {"gsm8k": found}, "samples": {"gsm8k": samples}, "n-samples": {"gsm8k": {"effective": 2}},
+        "n-shot": {"gsm8k": 5}})
+
+    class Task:
+        task_name = "gsm8k"
+
+        def set_fewshot_seed(self, _):
+            pass
+
+        def get_config(self, _):
+            return 5
+    row, answers = harness.run_task(None, Task(), 2)
+    assert answers == [("one", None), ("two", None)] and row == {
+        "items": 2, "shots": 5, "exact_match,strict-match": 0.5, "exact_match,strict-match_stderr": 0.1,
+        "exact_match,flexible-extract": 0.75, "exact_match,flexible-extract_stderr": 0.2, "acc": 0.25}
+    assert "0.5000 ± 0.1000" in harness.show({"gsm8k": row}) and "0.7500 ± 0.2000" in harness.show({"gsm8k": row})
+
+
+@needs
 def test_exit_loop_and_rule_are_applied(looped, tmp_path, capsys):
     files = write_files(tmp_path / "files", 1)
     found = {}

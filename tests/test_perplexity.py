@@ -204,6 +204,15 @@ def test_rules_and_keys_can_be_chosen(home, capsys):
     assert "max_prob" not in shown and " exact" not in shown.split("oracle")[1].split("\n", 1)[1]
 
 
+def test_without_rotation_in_some_loops_there_are_no_copies_by_default(home, ckpt, capsys):
+    config = json.loads((ckpt / "config.json").read_text())
+    (ckpt / "config.json").write_text(json.dumps(config | {"no_rope": [1]}))
+    _, numbers = run(capsys, home, ckpt, "--rules=margin", "--thresholds=0.1")
+    assert {row["keys"] for row in numbers["rows"][1:]} == {"exact"}
+    with pytest.raises(UserError, match="keys='copy'.*no_rope"):
+        perplexity.main(flags(home, ckpt, "--rules=margin", "--keys=copy"))
+
+
 def test_a_missing_gate_is_an_error_only_if_asked_for(home, ckpt, capsys):
     (ckpt / GATE_FILE).unlink()
     shown, numbers = run(capsys, home, ckpt, "--thresholds=0.1")

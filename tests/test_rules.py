@@ -185,7 +185,7 @@ def test_a_gate_is_read_as_it_was_saved(ckpt, model):
 
 def test_a_gate_that_does_not_fit_the_disk_leaves_the_old_one(ckpt):
     before = contents(ckpt)
-    with files_end_at(500), pytest.raises(UserError, match=rf"cannot write .*{GATE_FILE} .*checkpoint is as it was"):
+    with files_end_at(500), pytest.raises(UserError, match=rf"cannot write .*{GATE_FILE} .* before is untouched"):
         Gate(2, 32).save(ckpt)
     assert contents(ckpt) == before
     Gate(2, 32).save(ckpt)
@@ -194,7 +194,7 @@ def test_a_gate_that_does_not_fit_the_disk_leaves_the_old_one(ckpt):
 
 def test_what_is_added_to_a_checkpoint_is_whole_or_not_there(ckpt):
     before = contents(ckpt)
-    with files_end_at(100), pytest.raises(UserError, match=rf"cannot write .*{THRESHOLDS_FILE} .* is as it was"):
+    with files_end_at(100), pytest.raises(UserError, match=rf"cannot write .*{THRESHOLDS_FILE} .* before is untouched"):
         write_beside(ckpt, THRESHOLDS_FILE, lambda path: path.write_text("x" * 200))
     assert contents(ckpt) == before
     write_beside(ckpt, THRESHOLDS_FILE, lambda path: path.write_text("x" * 200))

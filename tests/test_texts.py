@@ -13,6 +13,7 @@ import pytest
 from lib import data
 from lib.cli import UserError
 from lib.data import Texts, load_tokens
+from lib.texts import find_sources
 from lib.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,3 +252,13 @@ def test_hub_errors_say_what_to_do(monkeypatch, error, message):
     monkeypatch.setattr("datasets.load_dataset", hub)
     with pytest.raises(UserError, match=message):
         list(Texts("o/n"))
+
+
+def test_the_copy_in_parquet_is_named_with_config_and_split(monkeypatch):
+    def hub(*_, **__):
+        raise RuntimeError("Dataset scripts are no longer supported, but found n.py")
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    with pytest.raises(UserError) as e:
+        list(Texts("o/n:en#test"))
+    name = str(e.value).partition("--name=")[2]
+    assert name == "o/n@refs/convert/parquet:en#test" and find_sources(name) == [name]
