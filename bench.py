@@ -8,7 +8,8 @@ Every variant serves the same requests with each number of slots of --slots, in 
     transformers           its greedy `generate` of the exported model, static cache; batches of as many as slots
     decode                 `decode` of exits.py, the same batches: each lasts until its longest text is done
     sequence               the engine at full depth, merged LoRA: a free slot takes the next request. Common today
-    sequence, unmerged     the same with the looped model as it is: all tokens are at the same loop
+    sequence, unmerged     the same with the looped model as it is: all tokens are at the same loop (on a GPU the host
+                           waits in each pass for the head, as with synchronous exits)
     depthwise              tokens are at different loops; none exits early
     synchronous exits      tokens exit early, and the batch waits for its slowest
     depthwise+exits        tokens exit early, and none waits: what the paper simulates
@@ -81,7 +82,7 @@ class BatchingConfig:
     ranks: str = "0,16,64"                 # LoRA ranks, by comma
     text: str = "assets/books/valid.txt"   # with --ckpt: text that prompts are cut from
     slots: str = "8,16,24,32,64"           # sequences at a time, by comma: the sweep
-    requests: int = 0                      # how many are served; 0 = four for each slot of the largest number
+    requests: int = 0                      # how many are served; 0 = four times the largest number of slots
     prompt_len: int = 32                   # tokens of a prompt
     new_tokens: int = 64                   # mean new tokens of a request; each has half to 1.5 times as many
     variants: str = ""                     # only these, by comma, with sequence among them

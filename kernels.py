@@ -59,8 +59,8 @@ def linear_rows(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, loop: 
                 bias: Tensor | None = None) -> Tensor:
     """W'x + B_l A_l x + bias (M, O) with each row's own l: as `lora_rows`, w (O, C), bias (O,) or (n_loop, O).
 
-    Without a and b (rank 0): W'x + bias, on a GPU in the same tiles, which do not depend on the other rows. From
-    MAX_ROWS on the library multiplies by W', and the order of a sum may depend on the number of rows.
+    Without a and b (rank 0): W'x + bias, on a GPU in the same tiles, which do not depend on the other rows. Above
+    MAX_ROWS the library multiplies by W', and the order of a sum may depend on the number of rows.
     """
     assert x.size(1) == w.size(1) and len(loop) == len(x), shapes(x, w, loop)
     assert bias is None or bias.size(-1) == len(w), shapes(w, bias)
@@ -95,7 +95,7 @@ SPLIT_T = 256       # positions per program of the attention
 
 
 def gemm_tiles(n: int, k: int, item_size: int = 2, copies: int = 1) -> tuple[int, int, int]:
-    """(block_n, block_k, splits of k) for rows times a weight (n, k), of which one launch reads `copies`."""
+    """(block_n, block_k, splits of k) for rows times `copies` weights (n, k) in one launch."""
     block_n = 128 if n > 8192 and item_size == 2 else 64     # wide layers read x less often; in fp32 it would spill
     block_k, splits = 2**14 // (block_n * item_size), 1      # 16 KB of weight either way
     while 2 * splits * copies * -(-n // block_n) <= SMS and k >= 2 * splits * 256:

@@ -39,7 +39,7 @@ Arch = Literal["gemma", "llama", "gpt_neox", "mistral", "qwen2", "qwen3", "smoll
 class Config:
     vocab_size: int = 4096     # V
     n_layer: int = 12          # layers run per token; n_layer // n_loop of them are stored
-    n_loop: int = 1            # how often the block of stored layers runs (the paper's B)
+    n_loop: int = 1            # how many times the block of stored layers runs (the paper's B)
     rank: int = 0              # R, rank of the per-loop LoRA; 0 = strictly tied
     vectors: Literal["tied", "per_loop"] = "tied"  # norm weights and biases: shared (paper), or one per loop
     kv: Literal["own", "first_loop"] = "own"  # keys and values: of each loop (paper), or the first loop's for all
@@ -405,7 +405,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, rope, loop: int | Tensor, layer: int, cache=None) -> Tensor:
         """The states (B T, C) after this layer, for x (B T, C) of B sequences of T = rope[0].size(-3) tokens.
 
-        `layer` is its index in the block: with `loop` it gives the depth, which the cache needs.
+        `layer` is its index in the block: with `loop` it gives the depth, which the cache and `no_rope` need.
         """
         y = x + self.attn(self.norm1(x, loop), rope, loop, layer, cache)
         return y + self.mlp(self.norm2(x if self.parallel else y, loop), loop)

@@ -54,7 +54,7 @@ class TrainConfig:
     teacher: str | None = None             # distil from this model instead of the donor: a folder or an id, any size
     ckpt: str | None = None                # start from this checkpoint of ours instead of converting the donor
     init: TrainInit = "stepwise"           # §2.2; ours: calibrated; random: untrained; scratch: untrained, full size
-    loops: int = 2                         # how often the shared block runs (the paper's B)
+    loops: int = 2                         # how many times the shared block runs (the paper's B)
     rank: int = 0                          # LoRA rank per loop and linear map; 0 ties strictly
     lora_init: LoraInit = "svd"            # LoRA from the SVD of the residual (Eq. 4), or zero (ablation)
     vectors: Vectors = "tied"              # norm weights and biases: tied (paper), or one per loop

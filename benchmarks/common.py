@@ -47,7 +47,12 @@ def load_shape(name: ShapeName, donor: str, layers: int = 0, vocab: int = 0) -> 
                         f"use 1 to {shape.n_layer}, or 0 for all")
     if vocab < 0:
         raise UserError(f"--vocab={vocab} must be 0 or more, the vocabulary size; 0 = the shape's")
-    return replace(shape, n_layer=layers or shape.n_layer, n_loop=1, rank=0, vocab_size=vocab or shape.vocab_size)
+    return replace(with_layers(shape, layers or shape.n_layer), n_loop=1, rank=0, vocab_size=vocab or shape.vocab_size)
+
+
+def with_layers(shape: Config, n: int, **changes) -> Config:
+    """The shape with its first n layers."""
+    return replace(shape, n_layer=n, no_rope=[i for i in shape.no_rope or () if i < n] or None, **changes)
 
 
 def random_model(shape: Config, device: torch.device, dtype: torch.dtype) -> RecursiveTransformer:
@@ -159,7 +164,7 @@ def measure_in_turn(measure: Callable, cases: list[dict], config, shape: Config)
             case.update(new | {"seconds": sorted(case.get("seconds", []) + new.get("seconds", []))})
     for case in cases:
         if "error" not in case:
-            speed = case["tokens"] / case["seconds"][len(case["seconds"]) // 2]
+            speed = case["tokens"] / statistics.median(case["seconds"])
             case |= {"tokens_per_s": speed, "mfu": peak and speed * case["flops_per_token"] / peak}
 
 

@@ -106,7 +106,8 @@ def compare_with_transformers(full: RecursiveTransformer, folder: Path, rows: li
     theirs = AutoModelForCausalLM.from_pretrained(folder, **plain).eval()
     idx, _ = rows[0]
     prompt = idx[:, :32]
-    greedy = theirs.generate(prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False)[0, 32:].tolist()
+    theirs.generation_config.eos_token_id = None                         # nothing ends ours either
+    greedy = theirs.generate(prompt, max_new_tokens=64, do_sample=False)[0, 32:].tolist()
     ours = [token.item() for token, _ in generate(full, prompt, 64, temperature=0)]
     relaxed = to_recursive(full, 2, "average", 64, vectors="per_loop")
     with tempfile.TemporaryDirectory() as tmp:

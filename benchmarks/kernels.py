@@ -133,7 +133,7 @@ def bench_kernels(config: KernelsConfig) -> dict:
             results.append({"work": name, "loops": c.n_loop, "rank": c.rank, "rows": rows, "bytes": moved,
                             "floor_us": 1e6 * moved / bandwidth, "us": micro})
     names = list(dict.fromkeys(name for row in results for name in row["us"]))
-    lines = [["operation", "loops", "rank", "rows", *names, "floor", "best / floor"]]
+    lines = [["operation", "loops", "rank", "rows", *names, "as a copy", "best / copy"]]
     lines += [[r["work"], r["loops"], r["rank"], r["rows"],
                *(f"{r['us'][name]:,.1f}" if name in r["us"] else "" for name in names), f"{r['floor_us']:,.1f}",
                f"{min(r['us'].values()) / r['floor_us']:.1f}"] for r in results]

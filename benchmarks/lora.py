@@ -20,6 +20,7 @@ from benchmarks.common import (
     run_and_publish,
     speed_cells,
     time_steps,
+    with_layers,
 )
 from lib.cli import parse_args, script, table
 from lib.system import pick_device
@@ -50,7 +51,7 @@ def measure_layer(config: LoraConfig, shape: Config, case: dict) -> dict:
     device = pick_device(config.device)
     torch.manual_seed(0)
     with device:
-        layer = Layer(replace(shape, n_layer=2, n_loop=2, rank=case["rank"]))
+        layer = Layer(with_layers(shape, 2, n_loop=2, rank=case["rank"]))
         x = torch.randn(config.micro_batch * config.seq_len, shape.n_embd, requires_grad=True)  # (B T, C)
         rope = rope_angles(torch.arange(config.seq_len, device=device), shape)
     if case["path"] == "separate":
@@ -75,7 +76,7 @@ def bench_lora(config: LoraConfig) -> dict:
     for rank in ranks:
         replace(shape, rank=rank)                            # raises UserError now rather than in a subprocess
     with torch.device("meta"):
-        flops = 3 * RecursiveTransformer(replace(shape, n_layer=1)).flops(config.seq_len, n_exits=0)
+        flops = 3 * RecursiveTransformer(with_layers(shape, 1)).flops(config.seq_len, n_exits=0)
     cases = [{"rank": rank, "path": path, "tokens": tokens, "flops_per_token": flops}
              for rank, path in [(0, "merged"), *itertools.product(ranks, ("merged", "separate"))]]
     measure_in_turn(measure_layer, cases, config, shape)

@@ -1,4 +1,4 @@
-"""Speed of tokenising texts into shards (lib/data.py), beside the tokenizer's own batch encoding.
+"""Speed of tokenising texts into shards (lib/shards.py), beside the tokenizer's own batch encoding.
 
     python -m benchmarks.tokenise --donor=FOLDER --text=FILES --rounds=4
 """

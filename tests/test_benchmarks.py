@@ -435,3 +435,8 @@ def test_mistakes_about_the_simulation_are_named(flag, message):
 def test_a_checkpoint_beside_a_shape_is_a_mistake(donor):
     with pytest.raises(UserError, match="--layers=2 describes random weights, and --ckpt=nowhere has its own"):
         decode.main([donor, "--ckpt=nowhere", "--layers=2"])
+
+
+def test_fewer_layers_keep_which_of_them_do_not_rotate():
+    shape = Config(n_layer=8, no_rope=[3, 7])
+    assert [common.with_layers(shape, n).no_rope for n in (2, 4, 8)] == [None, [3], [3, 7]]
