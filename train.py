@@ -71,7 +71,7 @@ class TrainConfig:
     seq_len: int = 256                     # tokens per sequence
     micro_batch: int = 8                   # sequences per process that go through the model at once
     # how (App. E, and where it is silent: docs/choices.md)
-    lr: float = 1e-3                       # peak of the cosine schedule (paper, of 1-2 B: 2e-4; calibrated: 3e-4)
+    lr: float = 1e-3                       # peak of the cosine (paper, of 1-2 B: 2e-4; calibrated: 1e-4 to 3e-4)
     min_lr_ratio: float = 0.1              # the cosine ends at this share of lr
     warmup: int = 20                       # steps of linear warm-up
     weight_decay: float = 0.1              # AdamW's, on matrices only
