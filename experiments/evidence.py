@@ -270,5 +270,5 @@ def equal_size_table(results: Path) -> str:
             cells = [" / ".join(filter(None, (mean_and_spread(mean_loss(lines, Measured(arm, -1, trained)))
                                               for trained in (False, True)))) for arm in names]
             above = compare(lines, Comparison(Measured(names[0]), Measured(names[2])))
-            rows.append([donor, stored_by(names[1], lines), *cells, interval(above) if above else ""])
+            rows.append([donor, stored_by(names[0], lines), *cells, interval(above) if above else ""])
     return markdown(rows)
