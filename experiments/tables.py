@@ -21,6 +21,9 @@ from model import RecursiveTransformer
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_RANKS = {"tied": 0, "relaxed": 32}        # LoRA ranks of the models in exits_calibrated.jsonl
 INITS = {"average": "average + SVD", "calibrated": "calibrated", "low_rank": "plain low rank of that size"}
+DRAFT_EXITS = {"out_own_weighted": "weighted", "out_smollm2_2": "weighted", "out_smollm2_3": "weighted",
+               "out_smollm2_2_self": "weighted, then self-distilled",
+               **dict.fromkeys(("out_own_exits", "out_kv_exits"), "aggressive 0.1, self-distilled")}
 SHARING = ("shared, one rank", "shared, ranks by need", "low rank", "any of them")  # ways, of experiments/sharing.py
 
 
@@ -248,13 +251,16 @@ def kv_policies_table(results: Path) -> str:
 
 def speculative_table(results: Path) -> str:
     """Exits as a draft: for each model the gamma that is fastest."""
-    rows = [["model", "machine", "plain, tok/s", "γ", "accepted", "tok/s", "speed-up", "formula", "texts equal"]]
+    rows = [["model", "exits", "machine", "plain, tok/s", "γ", "accepted", "tok/s", "speed-up", "formula",
+             "texts equal"]]
     for line in some_lines(results / "speculative.jsonl"):
         c, asked, best = line["model"], line["settings"], max(line["rows"], key=lambda row: row["speedup"])
         name = "SmolLM2-135M" if c["n_embd"] == 576 else "shipped donor"
         shape = f"{name}, {c['n_loop']} × {c['n_layer'] // c['n_loop']}" + ", shared KV" * (c["kv"] == "first_loop")
         dtype, tokens = {"float32": "fp32", "bfloat16": "bf16"}[line["dtype"]], asked["rows"] * asked["new_tokens"]
-        rows.append([shape, f"{line['gpu'] or 'CPU, threads: {}'.format(line['threads'])}, {dtype}",
+        exits = Path(asked["ckpt"]).name
+        exits = DRAFT_EXITS.get(exits, exits)
+        rows.append([shape, exits, f"{line['gpu'] or 'CPU, threads: {}'.format(line['threads'])}, {dtype}",
                      f"{tokens / line['plain_seconds']:.0f}", str(best["gamma"]), percent(best["acceptance"]),
                      f"{tokens / best['seconds']:.0f}", f"{best['speedup']:.2f}", f"{best['formula']:.2f}",
                      f"{best['equal_texts']} of {line['texts']}"])
