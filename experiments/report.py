@@ -31,7 +31,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/exits.md": {"exits": evidence.exits_table, "calibrated": tables.calibrated_table,
                       "kv_policies": tables.kv_policies_table, "speculative": tables.speculative_table},
     "docs/calibration.md": {"start": tables.start_table, "read": tables.read_table, "saved": evidence.saved_table,
-                            "sharing": tables.sharing_table, "equal_size": evidence.equal_size_table},
+                            "equal_size": evidence.equal_size_table, "sharing": tables.sharing_table},
     "docs/choices.md": {"shared_kv": evidence.shared_kv_table},
     "docs/batching.md": {"batching_details": tables.batching_details_table},
     "docs/scale.md": {"scale": tables.scale_table},

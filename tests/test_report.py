@@ -315,7 +315,7 @@ def test_every_study_has_a_report(tmp_path, capsys):
     for name in STUDIES:
         report.main([f"--study={name}", f"--results={write(tmp_path)}"])
     assert capsys.readouterr().out.count(": not run\n") > 20
-    with pytest.raises(UserError, match="--study=other is unknown; use toy, smollm2, smollm2-gpu"):
+    with pytest.raises(UserError, match="--study=other is unknown; use toy, smollm2, sizes, "):
         report.main(["--study=other"])
 
 
