@@ -61,7 +61,9 @@ class RankPerLayer(RecursiveTransformer):
         self.drop_weights()
 
     def drop_weights(self) -> None:
-        for linear in map(self.get_submodule, self.config.extra["ranks"] if self.config.n_loop == 1 else ()):
+        if self.config.n_loop > 1:
+            return
+        for linear in map(self.get_submodule, self.config.extra["ranks"]):
             zeros = torch.zeros(linear.weight.shape, device=linear.lora_a.device)
             del linear.weight
             linear.register_buffer("weight", zeros, persistent=False)
@@ -137,11 +139,10 @@ def to_low_rank(full: RecursiveTransformer, svds: dict[str, tuple], budget: int)
 
 
 @torch.no_grad()
-def to_shared(full: RecursiveTransformer, stats: ActivationStats, budget: int) -> RankPerLayer:
-    """The recursive model of two loops, calibrated, whose LoRAs have ranks by need: it stores at most `budget`
-    parameters in its block."""
-    target = recursive_config(full.config, n_loop=2, rank=0)
-    found, ranks = all_options(full, stats, ("shared",)), {}
+def to_shared(full: RecursiveTransformer, stats: ActivationStats, found: dict[str, list], budget: int) -> RankPerLayer:
+    """The recursive model of two loops, calibrated, whose LoRAs have ranks by need, from the donor's `shared_options`:
+    it stores at most `budget` parameters in its block."""
+    target, ranks = recursive_config(full.config, n_loop=2, rank=0), {}
     tied = sum(options[0][1] for options in found.values())              # the first option has a LoRA rank of zero
     chosen = choose(found, budget - stored_block(target) + tied, ("shared",))
     for (name, options), (_, cost, _) in zip(found.items(), chosen, strict=True):
@@ -170,6 +171,12 @@ def donor_stats(donor: str, text: str, n_tokens: int) -> tuple[RecursiveTransfor
     return full, collect_stats(full, calibration_windows(tokens, n_tokens, full.config, "--calib_text"))
 
 
+@cache
+def shared_options(donor: str, text: str, n_tokens: int) -> dict[str, list]:
+    """The same at every size, and minutes of work."""
+    return all_options(*donor_stats(donor, text, n_tokens), ("shared",))
+
+
 def main(argv=None) -> int | None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--train"]:
@@ -177,14 +184,15 @@ def main(argv=None) -> int | None:
         return train.main(argv[1:])
     args = parse_args(LowRankConfig, argv)
     check_out(args.out)
-    full, stats = donor_stats(args.donor, args.calib_text, args.calib_tokens)
+    source = args.donor, args.calib_text, args.calib_tokens
+    full, stats = donor_stats(*source)
     size = stored_block(replace(full.config, n_loop=args.loops, rank=args.size_of))
     if args.way == "low_rank":
         model = to_low_rank(full, weighted_svds(full, stats), size)
     elif args.way == "one_rank":
         model = calibrate(full, stats, args.loops, args.size_of)
     elif args.loops == 2:
-        model = to_shared(full, stats, size)
+        model = to_shared(full, stats, shared_options(*source), size)
     else:
         raise UserError(f"--loops={args.loops}: --way=by_need chooses ranks for two loops only")
     with replace_folder(args.out) as tmp:

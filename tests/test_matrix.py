@@ -339,7 +339,8 @@ def test_sharing_with_ranks_by_need(donor, tmp_path, monkeypatch):
     monkeypatch.setattr(sharing, "RANKS", (0, 1, 2, 4, 8, 12))
     stats = collect_stats(full, windows)
     budget = low_rank.stored_block(replace(full.config, n_loop=2, rank=4))
-    model, one_rank = to_shared(full, stats, budget), calibrate(full, stats, 2, 4)
+    found = sharing.all_options(full, stats, ("shared",))
+    model, one_rank = to_shared(full, stats, found, budget), calibrate(full, stats, 2, 4)
     ranks = model.config.extra["ranks"]
     assert len(set(ranks.values())) > 1 and 0.95 * budget < model.num_params()["stored_block"] <= budget
 
@@ -347,7 +348,7 @@ def test_sharing_with_ranks_by_need(donor, tmp_path, monkeypatch):
         return sum(torch.nn.functional.cross_entropy(model.logits(model(idx)[-1])[:, :-1].flatten(0, 1),
                                                      idx[:, 1:].flatten()).item() for idx in windows)
     assert loss(full) < loss(model) < loss(one_rank)
-    tied = to_shared(full, stats, low_rank.stored_block(replace(full.config, n_loop=2)))
+    tied = to_shared(full, stats, found, low_rank.stored_block(replace(full.config, n_loop=2)))
     assert set(tied.config.extra["ranks"].values()) == {0}
     torch.testing.assert_close(tied(windows[0])[1], calibrate(full, stats, 2)(windows[0])[1])
     model.save(tmp_path / "saved")

@@ -315,7 +315,8 @@ def test_every_study_has_a_report(tmp_path, capsys):
     for name in STUDIES:
         report.main([f"--study={name}", f"--results={write(tmp_path)}"])
     assert capsys.readouterr().out.count(": not run\n") > 20
-    with pytest.raises(UserError, match="--study=other is unknown; use toy, smollm2, sizes, "):
+    with pytest.raises(UserError,
+                       match="--study=other is unknown; use toy, smollm2, sizes, smollm2-sizes, smollm2-gpu"):
         report.main(["--study=other"])
 
 
